@@ -1,0 +1,243 @@
+"""The model against transformers, a per-token loop, and itself: fp32, CPU, eager, gradients included.
+
+Weights are drawn at std 0.3 with norm weights in 0.5..1.5: the default init (0.02, ones) hides swapped norms, wrong
+scales and wrong head sizes behind a residual stream that is almost only the embedding.
+"""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import ModelConfig, MoE, Qwen3MoE, rope_tables
+from weights import load_hf
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    import transformers  # 7 s: only for the tests that need it
+
+    return transformers
+
+
+def config(**changes) -> ModelConfig:
+    """A small config in which no two widths agree; fp32 grouped_mm wants every width in multiples of 4."""
+    sizes = dict(vocab_size=52, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return ModelConfig(**{**sizes, "head_dim": 12, "intermediate_size": 40, **changes})
+
+
+def moe_config(**changes) -> ModelConfig:
+    experts = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True)
+    return config(**{**experts, **changes})
+
+
+@torch.no_grad()
+def randomize(module, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.normal_(0.0, 0.3, generator=g) if p.dim() > 1 else p.uniform_(0.5, 1.5, generator=g)
+    return module
+
+
+def pack(sequences):
+    lengths = torch.tensor([0] + [len(s) for s in sequences])
+    return torch.cat(sequences), lengths.cumsum(0).to(torch.int32)
+
+
+def random_sequences(lengths, vocab_size=52, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (n,), generator=g) for n in lengths]
+
+
+def assert_same(ours, theirs, name, tolerance=1e-5):
+    """Largest difference relative to the largest value of the tensor: single small elements are all rounding."""
+    assert ours.shape == theirs.shape, name
+    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    assert error <= tolerance * scale, f"{name}: off by {error:.2e} on a scale of {scale:.2e}"
+
+
+# ---- against transformers ------------------------------------------------------------------------------------
+PARITY = {
+    "dense, untied": config(),
+    "dense, tied": config(tie_word_embeddings=True, rope_theta=1e4),
+    "dense, every head its own kv": config(num_key_value_heads=4, head_dim=16),
+    "dense, one kv head, 3 layers": config(num_attention_heads=6, num_key_value_heads=1, num_hidden_layers=3),
+    "moe, untied": moe_config(),
+    "moe, tied": moe_config(tie_word_embeddings=True, rms_norm_eps=1e-5),
+    "moe, weights not renormalized": moe_config(norm_topk_prob=False, num_attention_heads=8, rope_theta=5e3),
+    "moe, top-1": moe_config(num_experts_per_tok=1, norm_topk_prob=False),
+    "moe, all experts": moe_config(num_experts=4, num_experts_per_tok=4),
+    "moe, a dense layer by name": moe_config(num_hidden_layers=3, mlp_only_layers=(1,)),
+    "moe, every other layer": moe_config(num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=(3,)),
+}
+
+
+def reference(transformers, cfg: ModelConfig, attention: str):
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    fields["mlp_only_layers"] = list(cfg.mlp_only_layers)
+    kind = "Qwen3Moe" if cfg.num_experts else "Qwen3"
+    plain = dict(attn_implementation=attention, experts_implementation="eager")  # experts: a loop, not our GEMM
+    hf_config = getattr(transformers, kind + "Config")(**fields, **plain)
+    return getattr(transformers, kind + "ForCausalLM")(hf_config)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", PARITY)
+def test_logits_and_every_gradient_match_transformers(case, attention, transformers, tmp_path):
+    hf = randomize(reference(transformers, PARITY[case], attention))
+    hf.save_pretrained(tmp_path / "weights")
+    cfg = ModelConfig.from_dir(tmp_path / "weights")  # transformers' own spelling of the config
+    assert dataclasses.replace(cfg, initializer_range=0.02) == PARITY[case]
+    ours = Qwen3MoE(cfg)
+    load_hf(ours, tmp_path / "weights")  # refuses any name or shape that differs from what transformers wrote
+
+    sequences = random_sequences([7, 1, 12, 7, 4])
+    tokens_T, cu_seqlens = pack(sequences)
+    probe_TV = torch.randn(len(tokens_T), cfg.vocab_size, generator=torch.Generator().manual_seed(2))
+    logits_TV = ours(tokens_T, cu_seqlens) @ ours.head_weight.t()
+    (logits_TV * probe_TV).sum().backward()
+    theirs_TV = torch.cat([hf(s[None]).logits[0] for s in sequences])  # each alone, unpadded
+    (theirs_TV * probe_TV).sum().backward()
+
+    # Both sides compute the same formulas in fp32 and differ in the order of sums only: 1e-5 is 84 roundings.
+    assert_same(logits_TV, theirs_TV, "logits")
+    # Gradients take the road of the weights: written by transformers under the names on disk, read under ours.
+    for model in (hf, ours):
+        for p in model.parameters():
+            p.data = p.grad
+    hf.save_pretrained(tmp_path / "gradients")
+    theirs, mine = load_file(tmp_path / "gradients/model.safetensors"), dict(ours.hf_tensors())
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert_same(mine[name], gradient, name)
+    assert all(mine[n].abs().max() > 0 for n in mine if "q_norm" in n or "embed" in n or n.endswith("mlp.gate.weight"))
+
+
+# ---- config.json ---------------------------------------------------------------------------------------------
+OLD_SPELLING = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-06,
+    "rope_theta": 10000000.0, "rope_scaling": None, "tie_word_embeddings": False, "hidden_act": "silu",
+    "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_position_embeddings": 262144,
+    "initializer_range": 0.02, "output_router_logits": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_both_spellings_of_a_config_mean_the_same():
+    new = {k: v for k, v in OLD_SPELLING.items() if k not in ("num_experts", "rope_theta", "rope_scaling")}
+    new |= {"num_local_experts": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e7}}
+    cfg = ModelConfig.from_hf(OLD_SPELLING)
+    assert cfg == ModelConfig.from_hf(new)
+    assert (cfg.num_experts, cfg.rope_theta, cfg.norm_topk_prob, cfg.head_dim) == (128, 1e7, True, 128)
+
+
+@pytest.mark.parametrize("cfg", [config(tie_word_embeddings=True), moe_config(rope_theta=5e5, mlp_only_layers=(1,))])
+def test_a_written_config_reads_back_the_same_here_and_in_transformers(cfg, transformers, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_hf(eos_token_id=7)))
+    assert ModelConfig.from_dir(tmp_path) == cfg
+    hf = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert ModelConfig.from_hf(json.loads(hf.to_json_string())) == cfg
+    assert hf.eos_token_id == 7 and hf.rope_parameters["rope_theta"] == cfg.rope_theta
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope type"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+    ],
+)
+def test_a_config_we_do_not_compute_is_refused_by_name(change, named):
+    with pytest.raises(ValueError, match=named):
+        ModelConfig.from_hf({**OLD_SPELLING, **change})
+
+
+# ---- mixture of experts --------------------------------------------------------------------------------------
+def moe_by_hand(moe, x_TD):
+    """One token and one expert at a time, each projection a matrix product."""
+    experts, rows = moe.experts, []
+    for x in x_TD:
+        weights, ids = (moe.gate.weight @ x).softmax(0).topk(moe.num_experts_per_tok)
+        if moe.norm_topk_prob:
+            weights = weights / weights.sum()
+        row = 0
+        for weight, e in zip(weights, ids):
+            hidden = torch.nn.functional.silu(experts.gate_proj[e] @ x) * (experts.up_proj[e] @ x)
+            row = row + weight * (experts.down_proj[e] @ hidden)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def routed(case):
+    """A layer and tokens for a routing case. Feature 0 is 1 in every token, so a column of the router steers."""
+    top1 = case == "all tokens to one expert"
+    moe = randomize(MoE(moe_config(num_experts_per_tok=1 if top1 else 2, norm_topk_prob=not top1)))
+    x_TD = torch.randn(24, 32, generator=torch.Generator().manual_seed(3))
+    x_TD[:, 0] = 1.0
+    if top1:
+        moe.gate.weight.data[3, 0] = 20.0
+    if case == "an expert with none":
+        moe.gate.weight.data[3, 0] = -20.0
+    counts_E = torch.bincount(moe.route(x_TD)[1].flatten(), minlength=6)
+    return moe, x_TD.requires_grad_(), counts_E.tolist()
+
+
+@pytest.mark.parametrize("case", ["random", "all tokens to one expert", "an expert with none"])
+def test_moe_matches_a_per_token_loop(case):
+    moe, x_TD, counts_E = routed(case)
+    assert {"random": min(counts_E) > 0, "all tokens to one expert": counts_E[3] == 24}.get(case, counts_E[3] == 0)
+    ours_TD, loop_TD = moe(x_TD), moe_by_hand(moe, x_TD)
+    assert_same(ours_TD, loop_TD, "output")  # 1e-5: the same products, summed in another order
+    probe_TD = torch.randn(24, 32, generator=torch.Generator().manual_seed(4))
+    names = ["x", *(name for name, _ in moe.named_parameters())]
+    inputs = [x_TD, *moe.parameters()]
+    mine, theirs = (torch.autograd.grad((y * probe_TD).sum(), inputs) for y in (ours_TD, loop_TD))
+    for name, a, b in zip(names, mine, theirs):
+        assert_same(a, b, name)
+    idle = [e for e in range(6) if counts_E[e] == 0]
+    assert all((g[idle] == 0).all() for g in mine[2:])  # exactly: no row of theirs entered a GEMM
+
+
+# ---- packing -------------------------------------------------------------------------------------------------
+def test_positions_start_again_at_every_sequence():
+    # Attention sees differences of positions only, so no other test notices; but fp32 angles lose digits far out.
+    cos_TC, sin_TC = rope_tables(torch.tensor([0, 3, 4, 8]), 8, head_dim=4, theta=100.0)
+    angles = [[p, p / 10, p, p / 10] for p in (0, 1, 2, 0, 0, 1, 2, 3)]  # 1 and 100 ** -(2/4), both halves alike
+    torch.testing.assert_close(cos_TC, torch.tensor(angles).cos())  # its default, 1.3e-6: single fp32 operations
+    torch.testing.assert_close(sin_TC, torch.tensor(angles).sin())
+
+
+@pytest.mark.parametrize("lengths", [[8, 8, 8, 8], [3, 11, 1, 6], [5, 9, 5, 9]])
+@pytest.mark.parametrize("cfg", [config(), moe_config()], ids=["dense", "moe"])
+def test_a_sequence_does_not_see_its_neighbours(cfg, lengths):
+    model = randomize(Qwen3MoE(cfg))
+    # Every sequence draws from its own 13 token ids, so its embedding gradient has rows of its own.
+    sequences = [s + 13 * i for i, s in enumerate(random_sequences(lengths, vocab_size=13))]
+    alone = [model(*pack([s])) for s in sequences]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 0]):
+        packed = model(*pack([sequences[i] for i in order])).split([lengths[i] for i in order])
+        for i, hidden_TD in zip(order, packed):
+            assert_same(hidden_TD, alone[i], f"sequence {i} of {order}")  # 1e-5: a GEMM of another height
+            gradient_VD = torch.autograd.grad(hidden_TD.sum(), model.model["embed_tokens"].weight, retain_graph=True)[0]
+            mine = torch.arange(52) // 13 == i
+            assert (gradient_VD[~mine] == 0).all() and (gradient_VD[mine] != 0).any()
+
+
+def test_without_boundaries_the_packing_test_would_fail():
+    model = randomize(Qwen3MoE(config()))
+    tokens_T, cu_seqlens = pack(random_sequences([5, 9]))
+    right, wrong = model(tokens_T, cu_seqlens), model(tokens_T, cu_seqlens[[0, -1]])
+    assert_same(wrong[:5], right[:5], "the first sequence has nothing before it")
+    assert (wrong[5:] - right[5:]).abs().amax(-1).min() > 0.01 * right.abs().max()  # every token of the second moves

@@ -1,0 +1,493 @@
+"""Train a Qwen3-MoE with CISPO, asynchronously, against vLLM.
+
+    python train_cispo.py --use-cispo                            # this machine: a tiny model, two minutes
+    torchrun --nproc-per-node 2 train_cispo.py --use-cispo       # the same on two ranks
+    python train_cispo.py --no-use-cispo                         # the same with PPO's clip, for an A/B
+    torchrun ... train_cispo.py --rollout-nodes 1 --model DIR --data FILE.jsonl     # vLLM on other machines, where
+    CISPO_TOKEN=... python rollout.py http://trainer:port                           # this runs, as printed by it
+
+One step:
+    1. wait for num_prompts_per_step groups of num_generations_per_prompt samples; vLLM is already on the next ones
+    2. the trainer's own log-probs of all samples ("prev"), fixed for the step
+    3. for each batch of train_global_batch_size samples: forward, CISPO loss, backward
+    4. sum of gradients over ranks, clip, AdamW
+    5. publish the weights: written in the background, fetched, verified and loaded by every rollout node
+    6. log
+
+CISPO: MiniMax-M1, arXiv:2506.13585. Flag and metric names are NeMo RL's where it has one.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import loss
+import task
+import watch
+from batch import MicroBatch, pack_batch, unpack_batch
+from hub import Group, Hub, Ledger
+from model import ModelConfig, Qwen3MoE
+from parallel import broadcast_bytes, init_mesh, reduce_gradients, reduce_metrics
+from rollout import die_with_parent
+from weights import Publisher, load_hf
+
+
+# ---- config --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    """Every flag. `--preset` gives the values below; other flags override it."""
+
+    # the run
+    preset: Literal["tiny"] = "tiny"  # tiny: 0.5 M parameters, made and warm-started here
+    name: str = "tiny"  # results go to runs/NAME
+    seed: int = 0  # of the prompts' order, the warm start and vLLM's sampling
+    max_num_steps: int = 80  # rollout batches to train on
+    # model and task
+    model: str = ""  # Qwen3 or Qwen3-MoE checkpoint: a directory or a hub id; "" makes a tiny one for --task
+    task: Literal["reverse", "add"] = "reverse"  # built-in task, unless --data is given
+    data: str = ""  # JSONL file with "prompt" or "messages", and "answer"
+    reward: str = ""  # FILE.py:FUNCTION(completion, example) -> float; "" is exact match
+    warm_start_accuracy: float = 0.35  # of the tiny model: supervised until a sample is right this often
+    # rollouts
+    num_prompts_per_step: int = 16  # prompts in a step
+    num_generations_per_prompt: int = 16  # samples of each
+    max_new_tokens: int = 8  # of a sample
+    max_total_sequence_length: int = 64  # prompt and sample; vLLM's --max-model-len
+    temperature: float = 1.0  # of sampling; the trainer's log-probs are taken at it too
+    max_trajectory_age_steps: int = 1  # no token trained is from weights older than this; 0 is synchronous
+    rollout_nodes: int = 0  # machines that will run rollout.py; 0 starts one process here
+    rollout_args: str = ""  # further flags for the process started here, as in `python rollout.py --help`
+    hub_host: str = "127.0.0.1"  # address that the rollout nodes reach; they are the only ones to call it
+    hub_port: int = 0  # 0 picks a free one
+    lease_timeout_s: float = 600.0  # a prompt not answered by then is handed out again
+    batch_timeout_s: float = 1800.0  # longest wait for a batch before the run stops with a report
+    # loss
+    use_cispo: bool = True  # CISPO; --no-use-cispo is the PPO/GRPO clipped loss
+    ratio_clip_min: float | None = None  # ratio is clamped from 1 - this; unset: 1.0 with CISPO, else 0.2
+    ratio_clip_max: float | None = None  # ratio is clamped to 1 + this; unset: 5.0 with CISPO, else 0.2
+    ratio_clip_c: float | None = None  # PPO dual clip: where the advantage is negative, ratio at most this
+    use_importance_sampling_correction: bool = True  # weigh tokens by exp(prev - gen), trainer against sampler
+    token_level_loss: bool = True  # mean over the batch's tokens; else mean over samples of their token mean
+    use_leave_one_out_baseline: bool = True  # compare a sample with its siblings only
+    normalize_rewards: bool = True  # divide advantages by the group's standard deviation
+    # training
+    train_global_batch_size: int = 64  # samples of an optimizer update
+    max_tokens_per_micro_batch: int = 4096  # packed into one forward
+    logprob_chunk_size: int = 512  # tokens whose logits exist at once
+    lr: float = 1e-3  # AdamW
+    lr_warmup_steps: int = 0  # rollout batches of linear warm-up from lr / 10
+    weight_decay: float = 0.01  # AdamW
+    adam_beta1: float = 0.9  # AdamW
+    adam_beta2: float = 0.999  # AdamW
+    adam_eps: float = 1e-8  # AdamW
+    max_grad_norm: float = 1.0  # over all parameters
+    freeze_moe_router: bool = True  # no gradient for the routers
+    compile: bool = True  # torch.compile the loss; off computes the same, eagerly
+    publish_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of published weights; auto: bfloat16 on CUDA
+    keep_versions: int = 4  # published versions kept on disk
+    cpu_threads: int = 0  # of each trainer process on a CPU; 0: half of the cores in all, vLLM has the other half
+
+    @property
+    def algorithm(self) -> loss.Algorithm:
+        low, high = (1.0, 5.0) if self.use_cispo else (0.2, 0.2)
+        return loss.Algorithm(
+            use_cispo=self.use_cispo,
+            ratio_clip_min=low if self.ratio_clip_min is None else self.ratio_clip_min,
+            ratio_clip_max=high if self.ratio_clip_max is None else self.ratio_clip_max,
+            ratio_clip_c=self.ratio_clip_c,
+            use_importance_sampling_correction=self.use_importance_sampling_correction,
+        )
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.num_prompts_per_step * self.num_generations_per_prompt
+
+    @property
+    def run_dir(self) -> Path:
+        return Path("runs") / self.name
+
+    def validate(self, world_size: int) -> None:
+        """Raises: ValueError with one line that names the value, the limit and the flag."""
+        batch, alg = self.train_global_batch_size, self.algorithm
+        for wrong, why in [
+            (self.use_cispo and self.ratio_clip_c is not None,
+             f"--ratio-clip-c {self.ratio_clip_c}: CISPO has no dual clip; leave it out or use --no-use-cispo"),
+            (self.use_cispo and not self.token_level_loss,
+             "--no-token-level-loss: CISPO's loss is a mean over tokens; leave it out or use --no-use-cispo"),
+            (not 0 <= alg.ratio_clip_min <= 1,
+             f"--ratio-clip-min {alg.ratio_clip_min}: must be in 0..1, or the weight 1 - ratio_clip_min is negative"),
+            (alg.ratio_clip_max < 0, f"--ratio-clip-max {alg.ratio_clip_max}: must be at least 0"),
+            (self.ratio_clip_c is not None and self.ratio_clip_c <= 1,
+             f"--ratio-clip-c {self.ratio_clip_c}: must be above 1"),
+            (self.num_generations_per_prompt < 2,
+             f"--num-generations-per-prompt {self.num_generations_per_prompt}: must be at least 2, since a sample is "
+             "judged against its group"),
+            (self.temperature <= 0, f"--temperature {self.temperature}: must be above 0; greedy samples have no ratio"),
+            (self.max_trajectory_age_steps < 0,
+             f"--max-trajectory-age-steps {self.max_trajectory_age_steps}: must be at least 0"),
+            (min(self.max_num_steps, self.num_prompts_per_step, batch, self.max_new_tokens, self.keep_versions,
+                 self.logprob_chunk_size) < 1,
+             "--max-num-steps, --num-prompts-per-step, --train-global-batch-size, --max-new-tokens, --keep-versions "
+             "and --logprob-chunk-size must be at least 1"),
+            (batch > 0 and self.samples_per_step % batch != 0,
+             f"--train-global-batch-size {batch} does not divide the step's {self.num_prompts_per_step} prompts x "
+             f"{self.num_generations_per_prompt} samples = {self.samples_per_step}"),
+            (batch % world_size != 0, f"--train-global-batch-size {batch} is not divisible by the {world_size} ranks"),
+            (self.max_tokens_per_micro_batch < self.max_total_sequence_length,
+             f"--max-tokens-per-micro-batch {self.max_tokens_per_micro_batch} is below --max-total-sequence-length "
+             f"{self.max_total_sequence_length}: one sample would not fit"),
+            (self.max_new_tokens >= self.max_total_sequence_length,
+             f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-total-sequence-length "
+             f"{self.max_total_sequence_length}"),
+            (bool(self.data) and not self.model, "--data needs --model: the tiny model knows only its own task"),
+            (bool(self.model) and not Path(self.model).is_dir() and self.model.startswith((".", "/", "~")),
+             f"--model {self.model!r}: no such directory"),
+        ]:  # fmt: skip
+            if wrong:
+                raise ValueError(why)
+
+
+def parse_config(argv: list[str], world_size: int) -> Config:
+    """Flags to a valid Config; prints one line and exits with status 2 where that is impossible."""
+    try:
+        cfg, unknown = tyro.cli(Config, args=argv, return_unknown_args=True)
+        if unknown:
+            flags = [f"--{prefix}{f.name.replace('_', '-')}" for f in dataclasses.fields(Config) for prefix in ("", "no-")]
+            close = difflib.get_close_matches(unknown[0], flags, 1)
+            raise ValueError(f"unknown flag {unknown[0]!r}" + (f", did you mean {close[0]}?" if close else ""))
+        cfg.validate(world_size)
+        task.load_reward(cfg.reward)
+        if cfg.data:
+            task.read_examples(cfg.data)
+        if Path(cfg.model).is_dir() and cfg.model:
+            try:
+                ModelConfig.from_dir(cfg.model)
+            except (ValueError, KeyError, OSError) as e:
+                raise ValueError(f"--model {cfg.model}: {e}") from None
+    except ValueError as e:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"train_cispo.py: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    return cfg
+
+
+# ---- one update ----------------------------------------------------------------------------------------------
+def micro_batch_logprobs(model, mb: MicroBatch, cfg: Config):
+    """log pi and entropy of the sampled tokens, (N padded,)."""
+    hidden_ND = model(mb.tokens_T, mb.cu_seqlens)[mb.rows_N]
+    return loss.token_logprobs(
+        hidden_ND, model.head_weight, mb.targets_N, cfg.temperature, cfg.logprob_chunk_size, cfg.compile
+    )
+
+
+def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg: Config, mesh, policy_loss):
+    """One optimizer update on this rank's micro-batches. counts: loss tokens and samples of the update, all ranks.
+    Returns metrics as 0-D tensors, partial over ranks but for grad_norm; nothing here waits for the device."""
+    num_tokens, num_seqs = counts
+    metrics: dict[str, torch.Tensor] = {}
+    optimizer.zero_grad()
+    for mb in micro_batches:
+        logprobs, entropy = micro_batch_logprobs(model, mb, cfg)
+        weights = loss.token_weights(mb.lengths_B, mb.mask, num_tokens, num_seqs, cfg.token_level_loss)
+        value, stats = policy_loss(
+            logprobs, mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, weights, num_tokens, cfg.algorithm
+        )
+        value.backward()
+        stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
+        metrics = merge(metrics, stats)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    reduce_gradients(trained, mesh)
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm)
+    optimizer.step()
+    return metrics, grad_norm
+
+
+def merge(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Two sets of partial metrics as one: names ending in _min and _max by that, the others added up."""
+    if not a:
+        return dict(b)
+    ops = {"_min": torch.minimum, "_max": torch.maximum}
+    return {n: ops.get(n[-4:], torch.add)(a[n], b[n]) for n in b}
+
+
+# ---- the run -------------------------------------------------------------------------------------------------
+def say(message: str) -> None:
+    tqdm.write(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stdout)
+    sys.stdout.flush()
+
+
+def start_local_rollout(cfg: Config, hub: Hub) -> subprocess.Popen:
+    """A rollout process on this machine, for when no rollout node is configured."""
+    command = [sys.executable, str(Path(__file__).with_name("rollout.py")), hub.url,
+               "--dir", str(cfg.run_dir / "rollout"), *cfg.rollout_args.split()]  # fmt: skip
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    env = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith("TORCHELASTIC")}
+    with open(cfg.run_dir / "rollout.log", "w") as out:
+        return subprocess.Popen(
+            command, env={**env, "CISPO_TOKEN": hub.token}, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+
+
+def wait_for_batch(hub: Hub, version: int, cfg: Config, rollout: subprocess.Popen | None) -> list[Group]:
+    """The groups of a step. Raises: RuntimeError that says who was waited for, when the deadline passes or the
+    local rollout process is gone."""
+    start = last_word = time.monotonic()
+    log_path = cfg.run_dir / "rollout.log"
+    while (batch := hub.next_batch(version, timeout_s=2.0)) is None:
+        now, last_line = time.monotonic(), "no rollout node has called yet"
+        if rollout is not None:
+            last_line = (log_path.read_text().strip().splitlines() or ["the rollout process is starting"])[-1]
+        if rollout is not None and rollout.poll() is not None:
+            raise RuntimeError(f"the rollout process ended with status {rollout.returncode}: {last_line} ({log_path})")
+        if now - start > cfg.batch_timeout_s:
+            raise RuntimeError(f"no batch for step {version} in {now - start:.0f} s; hub: {json.dumps(hub.status())}")
+        if now - last_word > 8:
+            last_word, state = now, hub.status()
+            say(f"waiting {now - start:.0f} s for the batch of step {version}: {state['buffered']} of "
+                f"{cfg.num_prompts_per_step} groups there, {state['leased']} being answered; {last_line}")  # fmt: skip
+    return batch
+
+
+def resolve_model(cfg: Config, rank: int) -> Path:
+    """The checkpoint directory to start from: --model, or the tiny one, which rank 0 makes when it is missing."""
+    if cfg.model:
+        if Path(cfg.model).is_dir():
+            return Path(cfg.model)
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(cfg.model))
+    path = Path("checkpoints") / f"tiny-{cfg.task}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
+    if rank == 0 and not path.exists():
+        task.warm_start(path, cfg.task, cfg.seed, cfg.warm_start_accuracy, say)
+    return path
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Linear warm-up from lr / 10 over lr_warmup_steps rollout batches, then constant. It moves once per batch, not
+    per update, as in the seed system."""
+    done = min(1.0, step / cfg.lr_warmup_steps) if cfg.lr_warmup_steps else 1.0
+    return cfg.lr * (0.1 + 0.9 * done)
+
+
+def start_hub(cfg: Config, checkpoint: Path, model_cfg: ModelConfig, device) -> tuple[Hub, Publisher]:
+    """The hub with the run's prompts, and the publisher of its weights."""
+    examples = task.read_examples(cfg.data) if cfg.data else task.task_examples(cfg.task, 20_000, cfg.seed)
+    codec = task.Codec(checkpoint)
+    longest = max(examples, key=lambda e: len(codec.encode(e)))
+    if (room := cfg.max_total_sequence_length - cfg.max_new_tokens) < (length := len(codec.encode(longest))):
+        raise ValueError(f"a prompt has {length} tokens, and --max-total-sequence-length leaves {room}: {longest}")
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.publish_dtype, cfg.publish_dtype)
+    run = {
+        "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
+        "max_model_len": cfg.max_total_sequence_length, "dtype": dtype,
+        "reward": str(Path(cfg.reward).resolve()) if cfg.reward else "",
+        "sampling": {
+            "n": cfg.num_generations_per_prompt, "temperature": cfg.temperature, "top_p": 1.0, "top_k": 0,
+            "max_tokens": cfg.max_new_tokens, "logprobs": 0, "detokenize": False,
+            "stop_token_ids": task.eos_token_ids(checkpoint),
+        },
+    }  # fmt: skip
+    ledger = Ledger(cfg.num_prompts_per_step, cfg.max_trajectory_age_steps, cfg.max_num_steps, cfg.lease_timeout_s)
+    token = os.environ.get("CISPO_TOKEN") or secrets.token_urlsafe(32)
+    weights_dir = cfg.run_dir / "weights"
+    hub = Hub(ledger, task.Prompts(examples, cfg.seed), codec.encode, weights_dir, model_cfg.vocab_size, token, run)
+    hub.start(cfg.hub_host, cfg.hub_port)
+    return hub, Publisher(weights_dir, checkpoint, getattr(torch, dtype), cfg.keep_versions, hub.set_published)
+
+
+# ---- what is logged ------------------------------------------------------------------------------------------
+class Clock:
+    """Seconds of each part of a step, on the host's clock."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+    def seconds(self) -> dict[str, float]:
+        laps = {**self.laps, "total_step_time": time.perf_counter() - self.start}
+        return {f"timing/train/{name}": s for name, s in laps.items()}
+
+
+def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
+    """Of the samples as they came: rewards, lengths, ages."""
+    rewards, lengths = (torch.cat([getattr(g, n) for g in groups]).double() for n in ("rewards", "lengths"))
+    ages = torch.tensor([step - g.oldest_version for g in groups]).double()
+    return {
+        "train/reward": rewards.mean().item(),
+        "train/groups_without_signal": sum(g.rewards.unique().numel() == 1 for g in groups) / len(groups),
+        "train/num_valid_samples": len(rewards), "train/mean_gen_tokens_per_sample": lengths.mean().item(),
+        "train/truncation_rate": torch.cat([g.truncated for g in groups]).double().mean().item(),
+        "train/avg_trajectory_age": ages.mean().item(), "train/max_trajectory_age": ages.max().item(),
+    }  # fmt: skip
+
+
+def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> dict:
+    """Means over the updates of a step; the drift values are sums over tokens, divided by their own counts here."""
+    record = {}
+    for name, value in values.items():
+        if name.startswith("tokens_"):
+            record[f"train/{name}"] = int(value)
+        elif name.endswith("_version"):  # null where no token is of that kind
+            tokens = values["tokens_" + name.split("_error_")[1]]
+            record[f"train/{name}"] = value / tokens if tokens else None
+        else:
+            record[f"train/{name}"] = value if name.endswith(("_min", "_max")) else value / len(counts)
+    record["train/global_valid_toks"] = sum(tokens for tokens, _ in counts) / len(counts)
+    record["train/global_valid_seqs"] = sum(seqs for _, seqs in counts) / len(counts)
+    return record
+
+
+def log_step(record: dict, cfg: Config) -> None:
+    with open(cfg.run_dir / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
+    r = lambda name: record[f"train/{name}"]
+    t = lambda name: record[f"timing/train/{name}"]
+    say(f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  "
+        f"ratio {r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl {r('gen_kl_error'):.1e}  "
+        f"age {r('avg_trajectory_age'):.1f}  grad {r('grad_norm'):.2f}  "
+        f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})")  # fmt: skip
+
+
+def finish(cfg: Config) -> None:
+    """The picture and the last lines."""
+    records = watch.read_metrics(cfg.run_dir)
+    first, last = ([r["train/reward"] for r in part] for part in (records[:5], records[-5:]))
+    say(f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
+        f"of the last {len(last)} {sum(last) / len(last):.3f}")  # fmt: skip
+    say(f"weights: {cfg.run_dir / 'weights' / f'v{len(records)}'} (opens in transformers and vLLM as it is)")
+    say(f"curves: {watch.plot(cfg.run_dir)}")
+
+
+def train(cfg: Config) -> None:
+    # ---- processes and seeds
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local)))
+    checkpoint = resolve_model(cfg, rank)
+    mesh = init_mesh(cfg.batch_timeout_s + 120)  # a collective may wait for rank 0, and rank 0 for a batch
+    torch.manual_seed(cfg.seed)
+    torch.distributed.barrier()  # the checkpoint may just have been made by rank 0
+
+    # ---- model and optimizer
+    model_cfg = ModelConfig.from_dir(checkpoint)
+    model = Qwen3MoE(model_cfg).to(mesh.device)
+    load_hf(model, checkpoint)
+    if cfg.freeze_moe_router:
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.endswith("mlp.gate.weight"))
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True,
+    )  # fmt: skip
+    policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
+
+    # ---- hub and rollout
+    hub = rollout = publisher = None
+    if rank == 0:
+        hub, publisher = start_hub(cfg, checkpoint, model_cfg, mesh.device)
+        publisher.publish(0, model)
+        if cfg.rollout_nodes == 0:
+            rollout = start_local_rollout(cfg, hub)
+        say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world_size} rank(s), "
+            f"hub at {hub.url}, weight clamped to [{1 - cfg.algorithm.ratio_clip_min:g}, "
+            f"{1 + cfg.algorithm.ratio_clip_max:g}], results in {cfg.run_dir}")  # fmt: skip
+        if cfg.use_cispo and cfg.samples_per_step == cfg.train_global_batch_size:
+            say("warning: one update per rollout batch, so every CISPO weight is exactly 1; "
+                "lower --train-global-batch-size for several")  # fmt: skip
+
+    # ---- loop
+    try:
+        for step in tqdm(range(cfg.max_num_steps), desc="steps", disable=rank != 0, dynamic_ncols=True, mininterval=1.0):
+            clock = Clock()
+            lr = learning_rate(step, cfg)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+
+            # 1 wait for a batch: rank 0 has it, every rank gets it
+            groups = wait_for_batch(hub, step, cfg, rollout) if rank == 0 else None
+            clock.lap("exposed_generation")
+            blob = broadcast_bytes(pack_batch(groups, cfg) if rank == 0 else None, mesh)
+            updates, counts = unpack_batch(blob, cfg, rank, world_size, mesh.device)
+            clock.lap("data_processing")
+
+            # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
+            drift: dict[str, torch.Tensor] = {}
+            with torch.no_grad():
+                for mb in (mb for micro_batches in updates for mb in micro_batches):
+                    mb.prev_logprobs, _ = micro_batch_logprobs(model, mb, cfg)
+                    ages = loss.mismatch_by_age(
+                        mb.prev_logprobs, mb.gen_logprobs, mb.mask, step - mb.versions, cfg.max_trajectory_age_steps
+                    )
+                    drift = merge(drift, ages)
+            clock.lap("policy_and_reference_logprobs")
+
+            # 3, 4 the updates: forward, loss, backward, reduce, step
+            metrics: dict[str, torch.Tensor] = {}
+            grad_norms = []
+            for micro_batches, update_counts in zip(updates, counts):
+                stats, grad_norm = train_update(model, optimizer, micro_batches, update_counts, cfg, mesh, policy_loss)
+                metrics = merge(metrics, stats)
+                grad_norms.append(grad_norm)
+            metrics = reduce_metrics({**metrics, **drift}, mesh)
+            clock.lap("policy_training")
+
+            # 5 publish: copies the weights; writing, fetching and loading go on while the next step runs
+            if rank == 0:
+                publisher.publish(step + 1, model)
+            clock.lap("publish_copy")
+
+            # 6 log
+            if rank == 0:
+                values = {name: value.item() for name, value in metrics.items()}  # sync: one per step
+                record = {
+                    "step": step, "train/lr": lr, "train/grad_norm": torch.stack(grad_norms).mean().item(),
+                    "train/grad_norms": torch.stack(grad_norms).tolist(),
+                    **rollout_metrics(groups, step), **update_metrics(values, counts), **clock.seconds(),
+                    "timing/train/publish_write": publisher.write_s, **hub.take_timing(), "hub": hub.status(),
+                }  # fmt: skip
+                log_step(record, cfg)
+        if rank == 0:
+            publisher.close()
+    finally:
+        if rollout is not None:
+            rollout.terminate()
+            rollout.wait(60)
+        if hub is not None:
+            hub.close()
+    if rank == 0:
+        finish(cfg)
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    cfg = parse_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(cfg.run_dir, ignore_errors=True)
+        cfg.run_dir.mkdir(parents=True)
+        text = json.dumps({**dataclasses.asdict(cfg), **dataclasses.asdict(cfg.algorithm)}, indent=1)
+        (cfg.run_dir / "config.json").write_text(text)
+        print(text)
+    train(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The part of weights.py that runs inside vLLM's worker: how new weights get into a live model.
+
+vLLM imports this module there (`--worker-extension-cls vllm_engine.WorkerExtension`), which registers the engine
+named in `--weight-transfer-config`. rollout.py then drives it through vLLM's routes: start_weight_update,
+update_weights {"path": directory}, finish_weight_update. It is a file of its own since only a worker may import vllm.
+
+Two ways to corrupt a live model without any error, both of which happened to other trainers:
+1. `model.load_weights` alone writes checkpoint layout over kernel layout. Layer-wise reload restores the loading
+   layout first and converts afterwards, so everything here happens between initialize and finalize.
+2. On CPU the MoE method packs its expert weights only when its kernel is built, which it does once. Dropping the
+   kernel makes finalize build it again; without that the experts stay unpacked after a reload.
+rollout.py proves at start, and tests/test_vllm.py for good, that reloading the same weights changes no checksum.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from weights import read_tensors
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    pass
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    path: str  # a verified checkpoint directory on this machine
+
+
+class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        pass  # nothing to rendezvous with: weights come from a local directory
+
+    def start_weight_update(self) -> None:
+        if self.device.type == "cpu":
+            for module in self.model.modules():
+                method = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None  # corruption 2 above
+        initialize_layerwise_reload(self.model)  # corruption 1 above
+
+    def update_weights(self, update_info: dict) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # the base class would synchronize an accelerator that a CPU does not have
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        self.model.load_weights(read_tensors(Path(update_info.path)))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        pass
+
+
+WeightTransferEngineFactory.register_engine("safetensors", SafetensorsEngine)
+
+
+class WorkerExtension:
+    """Empty: vLLM wants a class to mix into its worker; what counts is that importing it ran the line above."""
