@@ -91,9 +91,9 @@ def token_weights(lengths_B, mask_T, num_tokens, num_seqs, token_level: bool):
 
     token_level: 1 / num_tokens. Otherwise the mean over sequences of each one's token mean, 1 / (num_seqs * length).
     Both counts are global, so the sum of micro-batch losses over micro-batches and ranks is the loss, and no
-    averaging is needed anywhere.
+    averaging is needed anywhere. The loss tokens come first in mask_T, then the padding.
 
-    Shapes: lengths_B (B,) loss tokens of each sequence, packed in mask_T's order -> (T,), 0 where masked.
+    Shapes: lengths_B (B,) loss tokens of each sequence -> (T,), 0 where masked.
     """
     if token_level:
         return torch.where(mask_T, 1.0 / max(num_tokens, 1), 0.0)
@@ -146,8 +146,8 @@ def mismatch(prev, gen):
     The KL terms are the k3 estimator e^d - d - 1. Source: NeMo RL's metrics of the same names.
     """
     d = (prev - gen).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
-    k3 = lambda x: torch.expm1(x) - x
-    to_mix = lambda x: -torch.log1p(torch.expm1(x) / 2)
+    k3 = lambda x: torch.expm1(x) - x  # expm1, log1p: where numerics agree the result is 1e-10, and 0 at equality
+    to_mix = lambda x: -torch.log1p(torch.expm1(x) / 2)  # log q - log((p + q) / 2), where x = log p - log q
     return {
         "token_mult_prob_error": (gen - prev).abs().clamp(max=LOG_RATIO_MAX).exp(),
         "gen_kl_error": k3(d),

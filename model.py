@@ -16,7 +16,7 @@ Source of the architecture: Qwen3 technical report (arXiv:2505.09388); RoPE arXi
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -63,21 +63,26 @@ class ModelConfig:
         arch = (hf.get("architectures") or [hf.get("model_type")])[0]
         if arch not in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "qwen3", "qwen3_moe"):
             raise ValueError(f"architecture {arch!r} is not Qwen3ForCausalLM or Qwen3MoeForCausalLM")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        is_moe = arch in ("Qwen3MoeForCausalLM", "qwen3_moe")
+        rope = hf.get("rope_parameters") or {}
+        scaling = hf.get("rope_scaling") or rope
+        sliding = hf.get("use_sliding_window", False) or "sliding_attention" in (hf.get("layer_types") or ())
         for key, wanted, found in [
             ("hidden_act", "silu", hf.get("hidden_act", "silu")),
             ("attention_bias", False, hf.get("attention_bias", False)),
-            ("use_sliding_window", False, hf.get("use_sliding_window", False)),
-            ("rope type", "default", rope.get("rope_type", rope.get("type", "default"))),
+            ("use_sliding_window", False, sliding),
+            ("rope type", "default", scaling.get("rope_type", scaling.get("type", "default"))),
         ]:
             if found != wanted:
                 raise ValueError(f"config.json: {key} = {found!r} is not supported, only {wanted!r}")
         known = {f.name: hf[f.name] for f in fields(ModelConfig) if hf.get(f.name) is not None}
-        known["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 1e6))
-        known.setdefault("num_key_value_heads", hf["num_attention_heads"])
-        known.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+        known["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta"))
+        # No defaults for what shapes the model: transformers' own differ between its versions and classes.
+        for f in fields(ModelConfig):
+            if known.get(f.name) is None and (f.default is MISSING or f.name == "rope_theta"):
+                raise ValueError(f"config.json: {f.name} is missing")
         known["mlp_only_layers"] = tuple(hf.get("mlp_only_layers") or ())
-        known["num_experts"] = hf.get("num_experts", hf.get("num_local_experts", 0)) if "oe" in arch else 0
+        known["num_experts"] = hf.get("num_experts", hf.get("num_local_experts", 0)) if is_moe else 0
         return ModelConfig(**known)
 
     @staticmethod

@@ -1,0 +1,239 @@
+"""hub.py: what is refused and why, and that prompts are neither lost, nor used twice, nor trained too late."""
+
+import asyncio
+import json
+import random
+import time
+
+import aiohttp
+import pytest
+import torch
+from safetensors.torch import save
+
+from hub import Group, Hub, Ledger
+from weights import digest, write_version
+
+TOKEN, VOCAB, G, NEW = "secret", 32, 4, 8
+
+
+def group_tensors(**change):
+    """A group of two samples, with one tensor changed."""
+    tensors = {
+        "lengths": torch.tensor([2, 3], dtype=torch.int32),
+        "token_ids": torch.tensor([3, 1, 4, 5, 1], dtype=torch.int32),
+        "logprobs": torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5]),
+        "versions": torch.zeros(5, dtype=torch.int32),
+        "rewards": torch.tensor([0.0, 1.0]),
+        "truncated": torch.tensor([0, 0], dtype=torch.uint8),
+    }
+    tensors.update(change)
+    return {name: t for name, t in tensors.items() if t is not None}
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with version 0 published and two prompts to a step; its node "n" has sent a receipt."""
+    (tmp_path / "config.json").write_text("{}")
+    weights_dir = tmp_path / "weights"
+    write_version(weights_dir, 0, [("w", torch.arange(4.0))], static=tmp_path)
+    prompts = [{"prompt": "ab>", "answer": "ba"}] * 100
+    run = {"num_generations": G, "max_new_tokens": NEW}
+    hub = Hub(Ledger(2, 1, 10, 600.0), prompts, lambda e: [2, 3, 4], weights_dir, VOCAB, TOKEN, run)
+    hub.start("127.0.0.1", 0)
+    hub.set_published(0)
+    receipt = {"node": "n", "version": 0, "digest": digest(hub.manifest), "timing": {}}
+    assert call(hub, "POST", "/receipts", json=receipt)[0] == 200
+    yield hub
+    hub.close()
+
+
+def call(hub, method, route, token=TOKEN, **kwargs):
+    """(status, body) of one request."""
+
+    async def request():
+        headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        async with aiohttp.ClientSession(hub.url, headers=headers) as session:
+            async with session.request(method, route, **kwargs) as response:
+                return response.status, (await response.read()).decode(errors="replace")
+
+    return asyncio.run(request())
+
+
+def lease(hub, count=1):
+    status, body = call(hub, "POST", "/lease", json={"node": "n", "max": count})
+    assert status == 200, body
+    return [granted["lease"] for granted in json.loads(body)["leases"]]
+
+
+def push(hub, lease_id, **change):
+    return call(hub, "POST", "/groups", data=save(group_tensors(**change), metadata={"lease": lease_id}))
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("token", [None, "wrong", ""])
+@pytest.mark.parametrize(("method", "route"), [("GET", "/status"), ("GET", "/run"), ("POST", "/lease"),
+                         ("POST", "/groups"), ("GET", "/weights/latest"), ("GET", "/weights/0/config.json")])  # fmt: skip
+def test_every_route_refuses_a_missing_or_wrong_token(hub, token, method, route):
+    status, body = call(hub, method, route, token=token)
+    assert status == 401 and "token" in body
+
+
+def test_a_bad_group_is_refused_with_the_reason_and_the_run_goes_on(hub):
+    (lease_id,) = lease(hub)
+    t = group_tensors()
+    for change, status, reason in [
+        ({"lengths": t["lengths"].long()}, 400, "lengths is torch.int64"),
+        ({"logprobs": t["logprobs"].double()}, 400, "logprobs is torch.float64"),
+        ({"rewards": t["rewards"][None]}, 400, "rewards is torch.float32 [1, 2]"),
+        ({"versions": None}, 400, "tensor versions is missing"),
+        ({"extra": t["rewards"]}, 400, "unexpected tensor extra"),
+        ({"lengths": torch.tensor([2, 2], dtype=torch.int32)}, 422, "lengths add up to 4, not 5"),
+        ({"lengths": torch.tensor([-4, 9], dtype=torch.int32)}, 422, "no tokens"),
+        ({"lengths": torch.tensor([0, 5], dtype=torch.int32)}, 422, "no tokens"),
+        ({"logprobs": t["logprobs"][:4]}, 422, "not one for each token"),
+        ({"rewards": torch.zeros(3)}, 422, "not one for each sample"),
+        ({"token_ids": t["token_ids"] + VOCAB - 4}, 422, f"outside the vocabulary of {VOCAB}"),
+        ({"token_ids": -t["token_ids"]}, 422, "outside the vocabulary"),
+        ({"logprobs": t["logprobs"] * torch.nan}, 422, "log-prob is not finite"),
+        ({"logprobs": -t["logprobs"]}, 422, "above 0"),
+        ({"rewards": torch.tensor([0.0, torch.inf])}, 422, "reward is not finite"),
+        ({"versions": t["versions"] + 1}, 422, "policy versions 1..1 outside 0..0"),
+        ({"lengths": torch.tensor([5], dtype=torch.int32), "rewards": torch.zeros(1),
+          "truncated": torch.zeros(1, dtype=torch.uint8)}, 422, "1 samples, expected 2 to 4"),
+    ]:  # fmt: skip
+        found, body = push(hub, lease_id, **change)
+        assert (found, reason in body) == (status, True), (change.keys(), found, body)
+    long = torch.ones(2 * NEW + 1)
+    found, body = push(hub, lease_id, lengths=torch.tensor([NEW + 1, NEW], dtype=torch.int32),
+                       token_ids=long.int(), logprobs=-long, versions=0 * long.int())  # fmt: skip
+    assert found == 422 and f"more than {NEW} tokens" in body
+    assert push(hub, lease_id)[0] == 200  # the same lease is still good
+
+
+def test_garbage_oversize_and_unknown_leases_are_refused_and_the_run_goes_on(hub):
+    for body in (b"", b"garbage", b"\xff" * 4096, (1 << 60).to_bytes(8, "little") + b"{}"):
+        status, reason = call(hub, "POST", "/groups", data=body)
+        assert status == 400 and "not safetensors" in reason
+    status, reason = call(hub, "POST", "/groups", data=b"\0" * (2 << 20))
+    assert status == 413 and "larger than any group" in reason
+    for lease_id in ("7-1", "", "0-1"):
+        status, reason = push(hub, lease_id)
+        assert status == 409 and "unknown lease" in reason
+    for body in (b"{", b"[]", b'{"node": "n"}', b'{"node": 1, "max": 2}', b'{"node": "n", "max": 0}'):
+        assert call(hub, "POST", "/lease", data=body)[0] in (400, 422)
+    assert call(hub, "POST", "/lease", json={"node": "stranger", "max": 1})[0] == 422  # without a receipt
+    assert call(hub, "GET", "/weights/latest?after=x")[0] == 400
+    for route in ("/weights/1/config.json", "/weights/0/manifest.json", "/weights/0/..%2Fconfig.json"):
+        assert call(hub, "GET", route)[0] == 404
+    bad_digest = {"node": "n", "version": 0, "digest": "0", "timing": {}}
+    assert call(hub, "POST", "/receipts", json=bad_digest)[0] == 409
+    assert call(hub, "POST", "/receipts", json={**bad_digest, "version": 5})[0] == 422
+    (lease_id,) = lease(hub)
+    assert push(hub, lease_id)[0] == 200
+
+
+def test_a_group_counts_once_whatever_is_retried(hub):
+    (lease_id,) = lease(hub)
+    assert push(hub, lease_id)[0] == 200
+    assert push(hub, lease_id)[0] == 409
+    assert hub.status()["buffered"] == 1
+
+
+def test_a_batch_is_handed_over_once_it_is_whole(hub):
+    for lease_id in lease(hub, 2):
+        assert hub.next_batch(0, timeout_s=0.05) is None
+        assert push(hub, lease_id)[0] == 200
+    batch = hub.next_batch(0, timeout_s=10)
+    assert [g.ordinal for g in batch] == [0, 1] and batch[0].prompt_ids == [2, 3, 4]
+    assert hub.status()["taken"] == 2 and hub.status()["counts"]["samples_dropped"] == 2 * (G - 2)
+
+
+def test_a_waiting_lease_is_granted_when_a_receipt_admits_it(hub):
+    assert len(lease(hub, 9)) == 4  # (version 0 + age 1 + 1) * 2 prompts
+    hub.next_batch(1, timeout_s=0.01)  # the trainer is at version 1, and publishes it
+
+    async def scenario():
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        async with aiohttp.ClientSession(hub.url, headers=headers) as session:
+            waiting = asyncio.create_task(session.post("/lease", json={"node": "n", "max": 9}))
+            done, _ = await asyncio.wait([waiting], timeout=0.3)
+            assert not done
+            write_version(hub.weights_dir, 1, [("w", torch.ones(4))], static=hub.weights_dir / "v0")
+            await asyncio.to_thread(hub.set_published, 1)
+            receipt = {"node": "n", "version": 1, "digest": digest(hub.manifest), "timing": {}}
+            assert (await session.post("/receipts", json=receipt)).status == 200
+            return await (await asyncio.wait_for(waiting, 10)).json()
+
+    assert len(asyncio.run(scenario())["leases"]) == 2
+
+
+# ---- ledger --------------------------------------------------------------------------------------------------
+def made_group(ordinal, version):
+    t = group_tensors(versions=torch.full((5,), version, dtype=torch.int32))
+    return Group(ordinal, [2], **t)
+
+
+def test_expired_leases_are_handed_out_again_and_their_late_groups_refused():
+    ledger = Ledger(prompts_per_step=2, max_age=0, num_steps=5, lease_timeout_s=10)
+    first = ledger.grant("n", 0, now=0.0)
+    ledger.expire(now=11.0)
+    again = ledger.grant("n", 0, now=11.0)
+    assert (again.ordinal, again.id) == (first.ordinal, "0-2") and first.id not in ledger.leases
+    assert ledger.counts["leases_expired"] == 1
+    ledger.check()
+
+
+def test_a_group_that_would_be_too_old_is_waited_for_and_one_that_is_gets_a_new_lease():
+    ledger = Ledger(prompts_per_step=1, max_age=1, num_steps=5, lease_timeout_s=10)
+    slow, quick = ledger.grant("n", 0, 0.0), ledger.grant("n", 0, 0.0)
+    ledger.accept(quick.id, made_group(quick.ordinal, 0))
+    assert [g.ordinal for g in ledger.take(0)] == [quick.ordinal]
+    newer = ledger.grant("n", 1, 0.0)
+    ledger.accept(newer.id, made_group(newer.ordinal, 1))
+    assert ledger.take(1) is None  # a batch is there, but `slow` could not be trained after it
+    ledger.expire(now=11.0)
+    assert [g.ordinal for g in ledger.take(1)] == [newer.ordinal]
+    again = ledger.grant("n", 1, 11.0)
+    assert again.ordinal == slow.ordinal
+    ledger.accept(again.id, made_group(again.ordinal, 1))
+    assert ledger.take(3) is None and ledger.counts["groups_too_old"] == 1  # two steps later: dropped, and returned
+    assert ledger.grant("n", 3, 11.0).ordinal == slow.ordinal
+    ledger.check()
+
+
+@pytest.mark.parametrize("max_age", [0, 1, 3])
+def test_under_random_delays_losses_and_retries_every_prompt_is_trained_once_and_in_time(max_age):
+    """A simulated run: leases are answered in any order, some never; nodes lag behind with their weights."""
+    rng = random.Random(max_age)
+    P, steps = 4, 50
+    ledger = Ledger(P, max_age, steps, lease_timeout_s=30)
+    trained, now, version, node_version, held = [], 0.0, 0, 0, []
+    while version < steps:
+        now += 1.0
+        ledger.expire(now)
+        if rng.random() < 0.5:
+            node_version = rng.randint(node_version, version)
+        while lease := ledger.grant("n", node_version, now):
+            if rng.random() < 0.9:  # else the node is lost with it
+                held.append((lease, node_version))
+        rng.shuffle(held)
+        for lease, sampled in held[: rng.randint(0, 4)]:
+            if lease.id in ledger.leases:
+                ledger.accept(lease.id, made_group(lease.ordinal, rng.randint(sampled, version)))
+        held = held[4:]
+        batch = ledger.take(version)
+        ledger.check()
+        if batch:
+            assert len(batch) == P
+            assert all(version - g.oldest_version <= max_age for g in batch)
+            trained += [g.ordinal for g in batch]
+            version += 1
+        assert now < 20_000, "the simulated run got stuck"
+    assert len(trained) == len(set(trained)) == P * steps
+    assert set(trained) == set(range(P * steps))  # no hole: what was lost or too old came back
+
+
+def test_admission_never_hands_out_more_than_the_run_needs():
+    ledger = Ledger(prompts_per_step=2, max_age=5, num_steps=3, lease_timeout_s=1)
+    granted = [ledger.grant("n", 0, time.monotonic()) for _ in range(20)]
+    assert sum(lease is not None for lease in granted) == 6
