@@ -1,0 +1,252 @@
+"""train_cispo.py and batch.py: flags, packing, and that ranks and micro-batches are invisible in the update."""
+
+import dataclasses
+import multiprocessing
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+import loss
+from batch import assign_rows, pack_batch, unpack_batch
+from hub import Group
+from model import ModelConfig, Qwen3MoE
+from parallel import init_mesh
+from train_cispo import Config, learning_rate, micro_batch_logprobs, parse_config, train_update
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------
+def llama_dir(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}')
+    return str(tmp_path)
+
+
+def bad_data(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
+    return str(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    (["--use-cispo", "--ratio-clip-c", "3"], "--ratio-clip-c 3.0: CISPO has no dual clip"),
+    (["--no-token-level-loss"], "--no-token-level-loss: CISPO's loss is a mean over tokens"),
+    (["--ratio-clip-min", "1.5"], "--ratio-clip-min 1.5: must be in 0..1"),
+    (["--ratio-clip-min", "-0.1"], "--ratio-clip-min -0.1: must be in 0..1"),
+    (["--ratio-clip-max", "-1"], "--ratio-clip-max -1.0: must be at least 0"),
+    (["--no-use-cispo", "--ratio-clip-c", "1"], "--ratio-clip-c 1.0: must be above 1"),
+    (["--ratio-clip-mx", "4"], "unknown flag '--ratio-clip-mx', did you mean --ratio-clip-max?"),
+    (["--frobnicate"], "unknown flag '--frobnicate'"),
+    (["--data", "nowhere.jsonl", "--model", "x"], "--data 'nowhere.jsonl': no such file"),
+    (["--data", bad_data, "--model", "x"], 'line 2: "answer" is missing'),
+    (["--data", bad_data], "--data needs --model"),
+    (["--num-generations-per-prompt", "1"], "--num-generations-per-prompt 1: must be at least 2"),
+    (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+    (["--temperature", "-1"], "--temperature -1.0: must be above 0"),
+    (["--max-trajectory-age-steps", "-1"], "--max-trajectory-age-steps -1: must be at least 0"),
+    (["--train-global-batch-size", "96"], "--train-global-batch-size 96 does not divide"),
+    (["--train-global-batch-size", "0"], "must be at least 1"),
+    (["--train-global-batch-size", "1"], "--train-global-batch-size 1 is not divisible by the 2 ranks"),
+    (["--max-new-tokens", "64"], "--max-new-tokens 64 leaves no room"),
+    (["--max-tokens-per-micro-batch", "10"], "--max-tokens-per-micro-batch 10 is below"),
+    (["--model", llama_dir], "'LlamaForCausalLM' is not Qwen3ForCausalLM"),
+    (["--model", "./nowhere"], "--model './nowhere': no such directory"),
+    (["--reward", "x.py:f"], "--reward 'x.py:f': expected FILE.py:FUNCTION"),
+])  # fmt: skip
+def test_bad_input_is_one_clear_line_and_status_2(flags, reason, capsys, tmp_path):
+    flags = [f(tmp_path) if callable(f) else f for f in flags]
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(flags, world_size=2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and reason in lines[0], lines
+
+
+def test_bad_input_ends_the_program_before_anything_starts(tmp_path):
+    """The same from outside: nothing on stdout, no run directory."""
+    command = [sys.executable, str(REPO / "train_cispo.py"), "--temperature", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    assert done.stderr == "train_cispo.py: error: --temperature 0.0: must be above 0; greedy samples have no ratio\n"
+
+
+def test_unset_clips_are_those_of_the_algorithm():
+    cispo, ppo = Config().algorithm, Config(use_cispo=False).algorithm
+    assert (cispo.ratio_clip_min, cispo.ratio_clip_max) == (1.0, 5.0)  # weights in [0, 6]
+    assert (ppo.ratio_clip_min, ppo.ratio_clip_max) == (0.2, 0.2)
+    mixed = Config(use_cispo=False, ratio_clip_max=0.28).algorithm
+    assert (mixed.ratio_clip_min, mixed.ratio_clip_max) == (0.2, 0.28)
+
+
+def test_the_learning_rate_warms_up_linearly_once_per_rollout_batch():
+    cfg = Config(lr=3e-7, lr_warmup_steps=10)
+    # NeMo RL's recipe: 3e-8 in its first step, 2.73e-7 in its tenth
+    assert [learning_rate(step, cfg) for step in (0, 9, 10, 500)] == pytest.approx([3e-8, 2.73e-7, 3e-7, 3e-7])
+    assert learning_rate(0, Config(lr=0.5)) == 0.5
+
+
+# ---- packing -------------------------------------------------------------------------------------------------
+SMALL = Config(
+    num_prompts_per_step=4, num_generations_per_prompt=4, train_global_batch_size=8, max_new_tokens=9,
+    max_total_sequence_length=32, max_tokens_per_micro_batch=64, logprob_chunk_size=16, compile=False,
+)  # fmt: skip
+TINY = ModelConfig(
+    vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
+    initializer_range=0.3, mlp_only_layers=(0,),
+)  # fmt: skip
+
+
+def random_groups(seed=0, dropped=()):
+    """Four groups of up to four samples with random lengths; `dropped`: groups that lost a sample."""
+    g = torch.Generator().manual_seed(seed)
+    groups = []
+    for ordinal in range(4):
+        samples = 3 if ordinal in dropped else 4
+        lengths = torch.randint(1, 10, (samples,), generator=g, dtype=torch.int32)
+        total = int(lengths.sum())
+        groups.append(Group(
+            ordinal, torch.randint(0, 32, (3 + 2 * ordinal,), generator=g).tolist(), lengths,
+            torch.randint(0, 32, (total,), generator=g, dtype=torch.int32), -torch.rand(total, generator=g) * 5,
+            torch.randint(0, 2, (total,), generator=g, dtype=torch.int32),
+            torch.randint(0, 2, (samples,), generator=g).float(), torch.zeros(samples, dtype=torch.uint8),
+        ))  # fmt: skip
+    return groups
+
+
+def test_rows_fill_micro_batches_to_the_budget_and_ranks_evenly():
+    lengths = [int(x) for x in torch.distributions.LogNormal(6, 0.8).sample((512,)).clamp(16, 4096)]
+    packed = assign_rows(lengths, world_size=4, max_tokens=8192)
+    assert sorted(r for rank in packed for rows in rank for r in rows) == list(range(512))
+    loads = [sum(lengths[r] for rows in rank for r in rows) for rank in packed]
+    assert max(loads) <= 1.03 * min(loads)
+    assert all(sum(lengths[r] for r in rows) <= 8192 for rank in packed for rows in rank)
+
+
+@pytest.mark.parametrize("dropped", [(), (1,)])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_sampled_token_is_packed_once_with_its_own_values(world_size, dropped):
+    groups = random_groups(dropped=dropped)
+    blob = pack_batch(groups, SMALL)
+    rewards = torch.zeros(4, 4)
+    valid = torch.zeros(4, 4, dtype=torch.bool)
+    wanted = []
+    for p, group in enumerate(groups):
+        rewards[p, : len(group.rewards)], valid[p, : len(group.rewards)] = group.rewards, True
+    advantages = loss.group_advantages(rewards, valid, True, True)
+    for p, group in enumerate(groups):
+        pieces = [x.split(group.lengths.tolist()) for x in (group.token_ids, group.logprobs, group.versions)]
+        for s, (tokens, gen, versions) in enumerate(zip(*pieces)):
+            update = (p * 4 + s) // 8  # a dropped sample moves no other one to another update
+            wanted.append((update, group.prompt_ids, tokens.tolist(), gen.tolist(), versions.tolist(),
+                           [advantages[p, s].item()] * len(tokens)))  # fmt: skip
+    found = []
+    for rank in range(world_size):
+        updates, counts = unpack_batch(blob, SMALL, rank, world_size, torch.device("cpu"))
+        assert [seqs for _, seqs in counts] == [8 - len(dropped), 8]
+        for update, micro_batches in enumerate(updates):
+            for mb in micro_batches:
+                assert len(mb.tokens_T) <= 64 and len(mb.mask) % 16 == 0
+                assert torch.equal(mb.tokens_T[mb.rows_N + 1], mb.targets_N)  # row t predicts token t + 1
+                values = [x[mb.mask].split(mb.lengths_B.tolist()) for x in (mb.gen_logprobs, mb.versions, mb.advantages)]
+                rows = mb.tokens_T.split(mb.cu_seqlens.diff().tolist())
+                for row, n, gen, versions, advantage in zip(rows, mb.lengths_B.tolist(), *values):
+                    found.append((update, row[:-n].tolist(), row[-n:].tolist(), gen.tolist(), versions.tolist(),
+                                  advantage.tolist()))  # fmt: skip
+    assert sorted(map(repr, found)) == sorted(map(repr, wanted))
+
+
+# ---- one update, in any layout -------------------------------------------------------------------------------
+def first_update(cfg, rank, world_size, mesh):
+    """Loss, gradient norm and the parameters after one update of a fixed batch."""
+    model = Qwen3MoE(TINY)
+    model.init_weights(torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    updates, counts = unpack_batch(pack_batch(random_groups(dropped=(1,)), cfg), cfg, rank, world_size, mesh.device)
+    with torch.no_grad():
+        for mb in updates[0]:
+            mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] + 0.5 * torch.sin(mb.gen_logprobs)
+    stats, norm = train_update(model, optimizer, updates[0], counts[0], cfg, mesh, loss.policy_loss)
+    from parallel import reduce_metrics
+
+    return {n: v.item() for n, v in reduce_metrics(stats, mesh).items()}, norm.item(), list(model.parameters())
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    if not torch.distributed.is_initialized():
+        init_mesh(60)
+    from parallel import Mesh
+
+    return Mesh(0, 1, torch.device("cpu"), torch.distributed.group.WORLD)
+
+
+ALGORITHMS = [{}, {"use_cispo": False}, {"use_cispo": False, "token_level_loss": False}]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_micro_batches_are_invisible_in_the_update(one_rank, algorithm):
+    whole = dataclasses.replace(SMALL, max_tokens_per_micro_batch=1024, **algorithm)
+    split = dataclasses.replace(SMALL, max_tokens_per_micro_batch=32, logprob_chunk_size=5, **algorithm)
+    (m1, n1, p1), (m2, n2, p2) = first_update(whole, 0, 1, one_rank), first_update(split, 0, 1, one_rank)
+    assert m1 == pytest.approx(m2, rel=1e-5, abs=1e-6) and n1 == pytest.approx(n2, rel=1e-5)  # fp32 sums, reordered
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(p1, p2))
+
+
+def _two_ranks(rank, port, queue, algorithm, skip_reduce):
+    """Runs in a process of its own."""
+    import os
+
+    import parallel
+    import train_cispo
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        mesh = parallel.init_mesh(60)
+        if skip_reduce:
+            train_cispo.reduce_gradients = lambda parameters, mesh: None
+        metrics, norm, _ = first_update(dataclasses.replace(SMALL, **algorithm), rank, 2, mesh)
+        queue.put((rank, metrics, norm))
+        torch.distributed.destroy_process_group()
+    except Exception:  # the parent must see it, not wait for it
+        queue.put((rank, traceback.format_exc(), None))
+
+
+def two_ranks(algorithm, skip_reduce=False):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "train_cispo"])
+    queue = context.Queue()
+    workers = [
+        context.Process(target=_two_ranks, args=(rank, port, queue, algorithm, skip_reduce), daemon=True)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    results = sorted(queue.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(60)
+    for rank, metrics, _ in results:
+        assert isinstance(metrics, dict), f"rank {rank}:\n{metrics}"
+    return results
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_two_ranks_make_the_same_first_update_as_one(one_rank, algorithm):
+    metrics, norm, _ = first_update(dataclasses.replace(SMALL, **algorithm), 0, 1, one_rank)
+    for _, rank_metrics, rank_norm in two_ranks(algorithm):
+        assert rank_norm == pytest.approx(norm, rel=1e-5)
+        assert rank_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+def test_without_the_gradient_reduction_two_ranks_do_differ(one_rank):
+    """The control of the test above: it can fail."""
+    _, norm, _ = first_update(SMALL, 0, 1, one_rank)
+    assert all(abs(rank_norm / norm - 1) > 0.01 for _, _, rank_norm in two_ranks({}, skip_reduce=True))
