@@ -290,8 +290,8 @@ class Hub:
 
     async def _take_timing(self) -> dict[str, float]:
         rows, self.reloads, gen_s, self.gen_s = self.reloads, [], self.gen_s, []
-        timing = {name: [row[name] for row in rows if name in row] for name in ("fetch_s", "load_s", "stopped_s", "total_s")}
-        timing["generate_group_s"] = gen_s
+        parts = ("fetch_s", "load_s", "stopped_s", "total_s")
+        timing = {name: [row[name] for row in rows if name in row] for name in parts} | {"generate_group_s": gen_s}
         return {f"timing/rollout/{name}": sum(s) / len(s) for name, s in timing.items() if s}
 
     async def _status(self) -> dict:

@@ -109,12 +109,13 @@ class VLLM:
         )  # fmt: skip
         start = time.monotonic()
         while not await self.healthy():
-            if self.process.returncode is not None or time.monotonic() - start > self.cfg.vllm_start_timeout_s:
+            waited = time.monotonic() - start
+            if self.process.returncode is not None or waited > self.cfg.vllm_start_timeout_s:
                 tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-30:])
                 await self.stop()
-                raise RuntimeError(f"vLLM did not come up in {time.monotonic() - start:.0f} s; {self.log_path}:\n{tail}")
-            if int(time.monotonic() - start) % 5 == 0:
-                log(f"vLLM is starting ({time.monotonic() - start:.0f} s)")
+                raise RuntimeError(f"vLLM is not up after {waited:.0f} s; {self.log_path} ends with:\n{tail}")
+            if int(waited) % 5 == 0:
+                log(f"vLLM is starting ({waited:.0f} s)")
             await asyncio.sleep(1.0)  # polling another process: there is no event to wait for
         log(f"vLLM is up after {time.monotonic() - start:.0f} s, pid {self.process.pid}, port {port}")
 
@@ -269,7 +270,7 @@ class Node:
         await self.vllm.load(self.checkpoint, version)  # also gives the weights their version label
         reloaded = await self.vllm.checksums()
         if changed := [name for name in fresh if fresh[name] != reloaded.get(name)]:
-            raise RuntimeError(f"reloading the same weights changed {len(changed)} tensors of vLLM, such as {changed[0]}")
+            raise RuntimeError(f"reloading the same weights changed {len(changed)} tensors in vLLM: {changed[:3]}")
         log(f"reloading v{version} onto itself leaves all {len(fresh)} tensors equal")
         self.version = version
 
@@ -330,7 +331,8 @@ class Node:
             while len(running) >= self.cfg.max_groups:
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 running = {task for task in running if not _raise_if_failed(task)}
-            reply = await self.ask("POST", "/lease", json={"node": self.name, "max": self.cfg.max_groups - len(running)})
+            wanted = {"node": self.name, "max": self.cfg.max_groups - len(running)}
+            reply = await self.ask("POST", "/lease", json=wanted)
             running |= {asyncio.create_task(self.answer(lease)) for lease in json.loads(reply)["leases"]}
             running = {task for task in running if not _raise_if_failed(task)}
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from loss import token_logprobs
 from model import ModelConfig, Qwen3MoE
 from weights import write_version
 
@@ -97,6 +97,8 @@ class Codec:
         from tokenizers import Tokenizer
 
         self.path = Path(checkpoint)
+        if not (self.path / "tokenizer.json").is_file():
+            raise ValueError(f"{checkpoint} has no tokenizer.json")
         self.tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
         self._chat = None
 
@@ -186,18 +188,20 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
         tokens = torch.tensor([t for p, a in zip(prompts, answers) for t in p + a])
         answer_lengths = torch.tensor([len(a) for a in answers])
         ends = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)]).cumsum(0)
-        cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+        cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
         rows = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, answer_lengths)])
-        hidden = model(tokens, cu_seqlens)[rows - 1]  # the state before an answer token predicts it
-        logprobs, _ = token_logprobs(hidden, model.head_weight, tokens[rows], 1.0, len(rows), compiled=False)
-        right = torch.stack([x.sum() for x in logprobs.detach().split(answer_lengths.tolist())]).exp().mean().item()
+        logits = model(tokens, cu_seqlens)[rows - 1] @ model.head_weight.t()  # the state before a token predicts it
+        logprobs = -F.cross_entropy(logits.detach(), tokens[rows], reduction="none")
+        right = torch.stack([x.sum() for x in logprobs.split(answer_lengths.tolist())]).exp().mean().item()
         accuracy = 0.9 * accuracy + 0.1 * right
         if step % 25 == 0:
             progress(f"warm start on {task!r}: step {step}, a sample is right with probability {accuracy:.2f}")
         if accuracy >= until:
             break
         optimizer.zero_grad()
-        (-logprobs.mean()).backward()
+        # Smoothed labels leave the policy some entropy. Without them it becomes sure of wrong answers, whose groups
+        # are then all wrong, and a group without a right sample teaches nothing.
+        F.cross_entropy(logits, tokens[rows], label_smoothing=0.1).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     else:

@@ -22,7 +22,9 @@ import difflib
 import json
 import os
 import secrets
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -161,27 +163,47 @@ class Config:
 
 
 def parse_config(argv: list[str], world_size: int) -> Config:
-    """Flags to a valid Config; prints one line and exits with status 2 where that is impossible."""
-    try:
-        cfg, unknown = tyro.cli(Config, args=argv, return_unknown_args=True)
-        if unknown:
-            flags = [f"--{prefix}{f.name.replace('_', '-')}" for f in dataclasses.fields(Config) for prefix in ("", "no-")]
-            close = difflib.get_close_matches(unknown[0], flags, 1)
-            raise ValueError(f"unknown flag {unknown[0]!r}" + (f", did you mean {close[0]}?" if close else ""))
-        cfg.validate(world_size)
-        task.load_reward(cfg.reward)
-        if cfg.data:
-            task.read_examples(cfg.data)
-        if Path(cfg.model).is_dir() and cfg.model:
-            try:
-                ModelConfig.from_dir(cfg.model)
-            except (ValueError, KeyError, OSError) as e:
-                raise ValueError(f"--model {cfg.model}: {e}") from None
-    except ValueError as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"train_cispo.py: error: {e}", file=sys.stderr)
-        sys.exit(2)
+    """Flags to a valid Config. Raises: ValueError with one line that says what is wrong."""
+    cfg, unknown = tyro.cli(Config, args=argv, return_unknown_args=True)
+    if unknown:
+        names = [f.name.replace("_", "-") for f in dataclasses.fields(Config)]
+        close = difflib.get_close_matches(unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1)
+        raise ValueError(f"unknown flag {unknown[0]!r}" + (f", did you mean {close[0]}?" if close else ""))
+    cfg.validate(world_size)
+    task.load_reward(cfg.reward)
+    if cfg.data:
+        task.read_examples(cfg.data)
+    if Path(cfg.model).is_dir() and cfg.model:
+        try:
+            ModelConfig.from_dir(cfg.model)
+        except (ValueError, OSError) as e:
+            raise ValueError(f"--model {cfg.model}: {e}") from None
     return cfg
+
+
+def resolve_model(cfg: Config, rank: int) -> Path:
+    """The checkpoint directory to start from: --model, or the tiny one, which rank 0 makes when it is missing."""
+    if cfg.model:
+        if Path(cfg.model).is_dir():
+            return Path(cfg.model)
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(cfg.model))
+    path = Path("checkpoints") / f"tiny-{cfg.task}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
+    if rank == 0 and not path.exists():
+        task.warm_start(path, cfg.task, cfg.seed, cfg.warm_start_accuracy, say)
+    return path
+
+
+def load_prompts(cfg: Config, checkpoint: Path) -> tuple[task.Prompts, task.Codec]:
+    """The run's prompts and their tokenizer. Raises: ValueError for a prompt that leaves no room for an answer."""
+    examples = task.read_examples(cfg.data) if cfg.data else task.task_examples(cfg.task, 20_000, cfg.seed)
+    codec = task.Codec(checkpoint)
+    length, longest = max((len(codec.encode(example)), i) for i, example in enumerate(examples))
+    if length > (room := cfg.max_total_sequence_length - cfg.max_new_tokens):
+        limit = f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens leaves {room}"
+        raise ValueError(f"a prompt has {length} tokens, and {limit}: {str(examples[longest])[:200]}")
+    return task.Prompts(examples, cfg.seed), codec
 
 
 # ---- one update ----------------------------------------------------------------------------------------------
@@ -232,7 +254,7 @@ def say(message: str) -> None:
 def start_local_rollout(cfg: Config, hub: Hub) -> subprocess.Popen:
     """A rollout process on this machine, for when no rollout node is configured."""
     command = [sys.executable, str(Path(__file__).with_name("rollout.py")), hub.url,
-               "--dir", str(cfg.run_dir / "rollout"), *cfg.rollout_args.split()]  # fmt: skip
+               "--dir", str(cfg.run_dir / "rollout"), *shlex.split(cfg.rollout_args)]  # fmt: skip
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     env = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith("TORCHELASTIC")}
     with open(cfg.run_dir / "rollout.log", "w") as out:
@@ -262,20 +284,6 @@ def wait_for_batch(hub: Hub, version: int, cfg: Config, rollout: subprocess.Pope
     return batch
 
 
-def resolve_model(cfg: Config, rank: int) -> Path:
-    """The checkpoint directory to start from: --model, or the tiny one, which rank 0 makes when it is missing."""
-    if cfg.model:
-        if Path(cfg.model).is_dir():
-            return Path(cfg.model)
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(cfg.model))
-    path = Path("checkpoints") / f"tiny-{cfg.task}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
-    if rank == 0 and not path.exists():
-        task.warm_start(path, cfg.task, cfg.seed, cfg.warm_start_accuracy, say)
-    return path
-
-
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up from lr / 10 over lr_warmup_steps rollout batches, then constant. It moves once per batch, not
     per update, as in the seed system."""
@@ -283,13 +291,9 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.lr * (0.1 + 0.9 * done)
 
 
-def start_hub(cfg: Config, checkpoint: Path, model_cfg: ModelConfig, device) -> tuple[Hub, Publisher]:
+def start_hub(cfg: Config, checkpoint: Path, vocab_size: int, device) -> tuple[Hub, Publisher]:
     """The hub with the run's prompts, and the publisher of its weights."""
-    examples = task.read_examples(cfg.data) if cfg.data else task.task_examples(cfg.task, 20_000, cfg.seed)
-    codec = task.Codec(checkpoint)
-    longest = max(examples, key=lambda e: len(codec.encode(e)))
-    if (room := cfg.max_total_sequence_length - cfg.max_new_tokens) < (length := len(codec.encode(longest))):
-        raise ValueError(f"a prompt has {length} tokens, and --max-total-sequence-length leaves {room}: {longest}")
+    prompts, codec = load_prompts(cfg, checkpoint)
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.publish_dtype, cfg.publish_dtype)
     run = {
         "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
@@ -304,7 +308,7 @@ def start_hub(cfg: Config, checkpoint: Path, model_cfg: ModelConfig, device) -> 
     ledger = Ledger(cfg.num_prompts_per_step, cfg.max_trajectory_age_steps, cfg.max_num_steps, cfg.lease_timeout_s)
     token = os.environ.get("CISPO_TOKEN") or secrets.token_urlsafe(32)
     weights_dir = cfg.run_dir / "weights"
-    hub = Hub(ledger, task.Prompts(examples, cfg.seed), codec.encode, weights_dir, model_cfg.vocab_size, token, run)
+    hub = Hub(ledger, prompts, codec.encode, weights_dir, vocab_size, token, run)
     hub.start(cfg.hub_host, cfg.hub_port)
     return hub, Publisher(weights_dir, checkpoint, getattr(torch, dtype), cfg.keep_versions, hub.set_published)
 
@@ -376,14 +380,10 @@ def finish(cfg: Config) -> None:
     say(f"curves: {watch.plot(cfg.run_dir)}")
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config, checkpoint: Path) -> None:
     # ---- processes and seeds
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local)))
-    checkpoint = resolve_model(cfg, rank)
     mesh = init_mesh(cfg.batch_timeout_s + 120)  # a collective may wait for rank 0, and rank 0 for a batch
+    rank, world_size = mesh.rank, mesh.world_size
     torch.manual_seed(cfg.seed)
     torch.distributed.barrier()  # the checkpoint may just have been made by rank 0
 
@@ -403,7 +403,7 @@ def train(cfg: Config) -> None:
     # ---- hub and rollout
     hub = rollout = publisher = None
     if rank == 0:
-        hub, publisher = start_hub(cfg, checkpoint, model_cfg, mesh.device)
+        hub, publisher = start_hub(cfg, checkpoint, model_cfg.vocab_size, mesh.device)
         publisher.publish(0, model)
         if cfg.rollout_nodes == 0:
             rollout = start_local_rollout(cfg, hub)
@@ -416,7 +416,8 @@ def train(cfg: Config) -> None:
 
     # ---- loop
     try:
-        for step in tqdm(range(cfg.max_num_steps), desc="steps", disable=rank != 0, dynamic_ncols=True, mininterval=1.0):
+        hide_bar = True if rank != 0 else None  # None: tqdm shows a bar on a terminal only; the lines come anyway
+        for step in tqdm(range(cfg.max_num_steps), desc="steps", disable=hide_bar, dynamic_ncols=True):
             clock = Clock()
             lr = learning_rate(step, cfg)
             for param_group in optimizer.param_groups:
@@ -479,14 +480,26 @@ def train(cfg: Config) -> None:
 
 
 def main() -> None:
-    cfg = parse_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
-    if os.environ.get("RANK", "0") == "0":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that what was started is ended
+    rank, local_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        cfg = parse_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+        if not torch.cuda.is_available():
+            torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local_ranks)))
+        checkpoint = resolve_model(cfg, rank)
+        if rank == 0:
+            load_prompts(cfg, checkpoint)
+    except ValueError as e:
+        if rank == 0:
+            print(f"train_cispo.py: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    if rank == 0:
         shutil.rmtree(cfg.run_dir, ignore_errors=True)
         cfg.run_dir.mkdir(parents=True)
         text = json.dumps({**dataclasses.asdict(cfg), **dataclasses.asdict(cfg.algorithm)}, indent=1)
         (cfg.run_dir / "config.json").write_text(text)
         print(text)
-    train(cfg)
+    train(cfg, checkpoint)
 
 
 if __name__ == "__main__":

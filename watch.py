@@ -13,12 +13,18 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 # Panels: title, axis label, logarithmic?, and {legend: metric}
 PANELS = [
-    ("Reward", "mean of the step's samples", False, {"reward": "train/reward", "groups without signal": "train/groups_without_signal"}),
+    ("Reward", "mean of the step's samples", False,
+     {"reward": "train/reward", "groups without signal": "train/groups_without_signal"}),
     ("Entropy", "nats per token", False, {"entropy": "train/entropy"}),
-    ("Importance ratio", "pi / pi_prev", True, {"max": "train/probs_ratio_max", "mean": "train/probs_ratio", "min": "train/probs_ratio_min"}),
-    ("Trainer against sampler", "KL, nats per token", True, {"same version": "train/gen_kl_error_same_version", "older version": "train/gen_kl_error_older_version"}),
+    ("Importance ratio", "pi / pi_prev", True,
+     {"max": "train/probs_ratio_max", "mean": "train/probs_ratio", "min": "train/probs_ratio_min"}),
+    ("Trainer against sampler", "KL, nats per token", True,
+     {"same version": "train/gen_kl_error_same_version", "older version": "train/gen_kl_error_older_version"}),
     ("Staleness", "steps", False, {"mean age": "train/avg_trajectory_age", "max age": "train/max_trajectory_age"}),
-    ("Seconds per step", "s", False, {"total": "timing/train/total_step_time", "waiting for rollouts": "timing/train/exposed_generation", "prev log-probs": "timing/train/policy_and_reference_logprobs", "updates": "timing/train/policy_training", "vLLM stopped for weights": "timing/rollout/stopped_s"}),
+    ("Seconds per step", "s", True,
+     {"total": "timing/train/total_step_time", "waiting for rollouts": "timing/train/exposed_generation",
+      "prev log-probs": "timing/train/policy_and_reference_logprobs", "updates": "timing/train/policy_training",
+      "vLLM stopped for weights": "timing/rollout/stopped_s"}),
 ]  # fmt: skip
 
 

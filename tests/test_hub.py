@@ -71,8 +71,10 @@ def push(hub, lease_id, **change):
 
 # ---- refusals ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("token", [None, "wrong", ""])
-@pytest.mark.parametrize(("method", "route"), [("GET", "/status"), ("GET", "/run"), ("POST", "/lease"),
-                         ("POST", "/groups"), ("GET", "/weights/latest"), ("GET", "/weights/0/config.json")])  # fmt: skip
+@pytest.mark.parametrize(("method", "route"), [
+    ("GET", "/status"), ("GET", "/run"), ("POST", "/lease"), ("POST", "/groups"), ("POST", "/receipts"),
+    ("GET", "/weights/latest"), ("GET", "/weights/0/config.json"),
+])  # fmt: skip
 def test_every_route_refuses_a_missing_or_wrong_token(hub, token, method, route):
     status, body = call(hub, method, route, token=token)
     assert status == 401 and "token" in body

@@ -54,8 +54,10 @@ def test_own_rewards_are_loaded_and_a_wrong_spec_says_what_is_wrong(tmp_path):
     file = tmp_path / "my.py"
     file.write_text("def length(completion, example):\n    return len(completion) * example['scale']\nother = 3\n")
     assert task.load_reward(f"{file}:length")("abc", {"scale": 2}) == 6
-    for spec, reason in [(f"{file}:nothing", "has no function"), (f"{file}:other", "has no function"),
-                         (f"{tmp_path}/no.py:f", "expected FILE.py:FUNCTION"), ("length", "expected FILE.py")]:  # fmt: skip
+    for spec, reason in [
+        (f"{file}:nothing", "has no function"), (f"{file}:other", "has no function"),
+        (f"{tmp_path}/no.py:f", "expected FILE.py:FUNCTION"), ("length", "expected FILE.py:FUNCTION"),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=reason):
             task.load_reward(spec)
 

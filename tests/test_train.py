@@ -1,6 +1,7 @@
 """train_cispo.py and batch.py: flags, packing, and that ranks and micro-batches are invisible in the update."""
 
 import dataclasses
+import json
 import multiprocessing
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from batch import assign_rows, pack_batch, unpack_batch
 from hub import Group
 from model import ModelConfig, Qwen3MoE
 from parallel import init_mesh
-from train_cispo import Config, learning_rate, micro_batch_logprobs, parse_config, train_update
+from train_cispo import Config, learning_rate, main, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,16 @@ def llama_dir(tmp_path):
 def bad_data(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
     return str(tmp_path / "d.jsonl")
+
+
+def long_data(tmp_path):
+    (tmp_path / "long.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    return str(tmp_path / "long.jsonl")
+
+
+def no_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf(1)))
+    return str(tmp_path)
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
@@ -54,12 +65,15 @@ def bad_data(tmp_path):
     (["--max-tokens-per-micro-batch", "10"], "--max-tokens-per-micro-batch 10 is below"),
     (["--model", llama_dir], "'LlamaForCausalLM' is not Qwen3ForCausalLM"),
     (["--model", "./nowhere"], "--model './nowhere': no such directory"),
+    (["--data", long_data, "--model", no_tokenizer], "has no tokenizer.json"),
     (["--reward", "x.py:f"], "--reward 'x.py:f': expected FILE.py:FUNCTION"),
 ])  # fmt: skip
-def test_bad_input_is_one_clear_line_and_status_2(flags, reason, capsys, tmp_path):
+def test_bad_input_is_one_clear_line_and_status_2(flags, reason, capsys, tmp_path, monkeypatch):
     flags = [f(tmp_path) if callable(f) else f for f in flags]
+    monkeypatch.setattr(sys, "argv", ["train_cispo.py", *flags])
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stopped:
-        parse_config(flags, world_size=2)
+        main()
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and reason in lines[0], lines
 
@@ -70,6 +84,16 @@ def test_bad_input_ends_the_program_before_anything_starts(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
     assert done.stderr == "train_cispo.py: error: --temperature 0.0: must be above 0; greedy samples have no ratio\n"
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(tmp_path, tiny_checkpoint, capsys, monkeypatch):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "ab>" * 20, "answer": "b"}) + "\n")
+    flags = ["--data", str(tmp_path / "d.jsonl"), "--model", str(tiny_checkpoint)]
+    monkeypatch.setattr(sys, "argv", ["train_cispo.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and "a prompt has 60 tokens, and --max-total-sequence-length 64 less" in line
 
 
 def test_unset_clips_are_those_of_the_algorithm():
@@ -150,7 +174,9 @@ def test_every_sampled_token_is_packed_once_with_its_own_values(world_size, drop
             for mb in micro_batches:
                 assert len(mb.tokens_T) <= 64 and len(mb.mask) % 16 == 0
                 assert torch.equal(mb.tokens_T[mb.rows_N + 1], mb.targets_N)  # row t predicts token t + 1
-                values = [x[mb.mask].split(mb.lengths_B.tolist()) for x in (mb.gen_logprobs, mb.versions, mb.advantages)]
+                values = [
+                    x[mb.mask].split(mb.lengths_B.tolist()) for x in (mb.gen_logprobs, mb.versions, mb.advantages)
+                ]
                 rows = mb.tokens_T.split(mb.cu_seqlens.diff().tolist())
                 for row, n, gen, versions, advantage in zip(rows, mb.lengths_B.tolist(), *values):
                     found.append((update, row[:-n].tolist(), row[-n:].tolist(), gen.tolist(), versions.tolist(),

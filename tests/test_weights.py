@@ -38,9 +38,7 @@ def test_the_safetensors_library_reads_what_write_safetensors_wrote(tmp_path):
     for name, tensor in tensors:
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         # compared as bytes: -0.0 and NaN payloads count
-        assert torch.equal(
-            found[name].reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8)
-        )
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8))
 
 
 def test_a_published_version_opens_in_transformers_as_it_is(tmp_path, model, tiny_checkpoint):
