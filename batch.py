@@ -92,9 +92,12 @@ def unpack_batch(blob: bytes, cfg, rank: int, world_size: int, device):
     updates, counts = [], []
     for update in range(cfg.samples_per_step // cfg.train_global_batch_size):
         rows = (batch["update"] == update).nonzero().flatten().tolist()
+        if not rows:
+            continue  # every sample of it was dropped
         mine = assign_rows([row_lengths[r] for r in rows], world_size, cfg.max_tokens_per_micro_batch)[rank]
+        idle = not mine  # more ranks than samples left: a masked one keeps this rank's collectives in step
         micro_batches = []
-        for chosen in ([rows[i] for i in picked] for picked in mine):
+        for chosen in ([rows[i] for i in picked] for picked in mine or [[0]]):
             ends = torch.tensor([row_lengths[r] for r in chosen]).cumsum(0)
             lengths_B = batch["lengths"][chosen]
             rows_N = torch.cat([torch.arange(end - n, end) - 1 for end, n in zip(ends, lengths_B)])
@@ -105,7 +108,7 @@ def unpack_batch(blob: bytes, cfg, rank: int, world_size: int, device):
                     rows_N=rows_N.to(device),
                     targets_N=torch.cat([samples[r] for r in chosen]).to(device),
                     lengths_B=lengths_B.to(device),
-                    mask=pad([torch.ones(len(rows_N), dtype=torch.bool)]),
+                    mask=pad([torch.full((len(rows_N),), not idle)]),
                     gen_logprobs=pad([per_token[0][r] for r in chosen]),
                     advantages=pad([batch["advantages"][chosen].repeat_interleave(lengths_B)]),
                     versions=pad([per_token[1][r] for r in chosen]),

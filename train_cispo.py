@@ -19,11 +19,11 @@ CISPO: MiniMax-M1, arXiv:2506.13585. Flag and metric names are NeMo RL's where i
 
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import secrets
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -53,7 +53,7 @@ class Config:
     """Every flag. `--preset` gives the values below; other flags override it."""
 
     # the run
-    preset: Literal["tiny"] = "tiny"  # tiny: 0.5 M parameters, made and warm-started here
+    preset: Literal["tiny", "add"] = "tiny"  # tiny: 0.5 M parameters reverse five letters; add: two-digit sums
     name: str = "tiny"  # results go to runs/NAME
     seed: int = 0  # of the prompts' order, the warm start and vLLM's sampling
     max_num_steps: int = 80  # rollout batches to train on
@@ -162,9 +162,17 @@ class Config:
                 raise ValueError(why)
 
 
+PRESETS = {
+    "tiny": Config(),
+    "add": dataclasses.replace(Config(), preset="add", name="add", task="add"),
+}
+
+
 def parse_config(argv: list[str], world_size: int) -> Config:
     """Flags to a valid Config. Raises: ValueError with one line that says what is wrong."""
-    cfg, unknown = tyro.cli(Config, args=argv, return_unknown_args=True)
+    chosen = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
+    defaults = PRESETS.get(chosen[-1] if chosen else "tiny", PRESETS["tiny"])  # tyro refuses an unknown one
+    cfg, unknown = tyro.cli(Config, args=argv, default=defaults, return_unknown_args=True)
     if unknown:
         names = [f.name.replace("_", "-") for f in dataclasses.fields(Config)]
         close = difflib.get_close_matches(unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1)
@@ -239,8 +247,8 @@ def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg:
 
 def merge(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Two sets of partial metrics as one: names ending in _min and _max by that, the others added up."""
-    if not a:
-        return dict(b)
+    if not (a and b):
+        return {**a, **b}
     ops = {"_min": torch.minimum, "_max": torch.maximum}
     return {n: ops.get(n[-4:], torch.add)(a[n], b[n]) for n in b}
 
@@ -494,7 +502,10 @@ def main() -> None:
             print(f"train_cispo.py: error: {e}", file=sys.stderr)
         sys.exit(2)
     if rank == 0:
-        shutil.rmtree(cfg.run_dir, ignore_errors=True)
+        if cfg.run_dir.exists():  # nobody's results are overwritten
+            aside = next(p for i in itertools.count(1) if not (p := Path(f"{cfg.run_dir}.{i}")).exists())
+            cfg.run_dir.rename(aside)
+            say(f"{cfg.run_dir} exists: moved to {aside}")
         cfg.run_dir.mkdir(parents=True)
         text = json.dumps({**dataclasses.asdict(cfg), **dataclasses.asdict(cfg.algorithm)}, indent=1)
         (cfg.run_dir / "config.json").write_text(text)

@@ -184,6 +184,28 @@ def test_every_sampled_token_is_packed_once_with_its_own_values(world_size, drop
     assert sorted(map(repr, found)) == sorted(map(repr, wanted))
 
 
+def test_a_rank_without_samples_and_an_update_without_any_keep_the_ranks_in_step(one_rank):
+    """Of the 16 samples of 4 groups of 4, in updates of 2, only the first 2 or 3 of each group were kept."""
+    cfg = dataclasses.replace(SMALL, train_global_batch_size=2)
+    groups = []
+    for group, keep in zip(random_groups(), (2, 3, 2, 2)):
+        tokens = int(group.lengths[:keep].sum())
+        flat = {n: getattr(group, n)[:tokens] for n in ("token_ids", "logprobs", "versions")}
+        rows = {n: getattr(group, n)[:keep] for n in ("lengths", "rewards", "truncated")}
+        groups.append(dataclasses.replace(group, **flat, **rows))
+    blob = pack_batch(groups, cfg)
+    ranks = [unpack_batch(blob, cfg, rank, 2, torch.device("cpu")) for rank in range(2)]
+    assert [seqs for _, seqs in ranks[0][1]] == [seqs for _, seqs in ranks[1][1]] == [2, 2, 1, 2, 2]
+    (idle,) = ranks[1][0][2]  # the lone sample went to rank 0
+    assert not idle.mask.any() and ranks[0][0][2][0].mask.any()
+    model = Qwen3MoE(TINY)
+    model.init_weights(torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    idle.prev_logprobs = micro_batch_logprobs(model, idle, cfg)[0].detach()
+    metrics, norm = train_update(model, optimizer, [idle], ranks[1][1][2], cfg, one_rank, loss.policy_loss)
+    assert norm == 0 and metrics["loss"] == 0 and metrics.keys() == first_update(SMALL, 0, 1, one_rank)[0].keys()
+
+
 # ---- one update, in any layout -------------------------------------------------------------------------------
 def first_update(cfg, rank, world_size, mesh):
     """Loss, gradient norm and the parameters after one update of a fixed batch."""
