@@ -224,7 +224,7 @@ class Hub:
         return self._call(self._take_timing(), 30)
 
     def close(self) -> None:
-        self._call(self._runner.cleanup(), 30)
+        self._call(self._close(), 30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
 
@@ -251,6 +251,10 @@ class Hub:
         await site.start()
         self._expiry = asyncio.create_task(self._expire_leases())
         return f"http://{host}:{self._runner.addresses[0][1]}"
+
+    async def _close(self) -> None:
+        self._expiry.cancel()
+        await self._runner.cleanup()
 
     async def _notify(self) -> None:
         async with self._changed:

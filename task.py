@@ -128,7 +128,7 @@ def eos_token_ids(checkpoint: str | Path) -> list[int]:
 
 # ---- the built-in character tasks ----------------------------------------------------------------------------
 def _reverse(rng: random.Random) -> dict:
-    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=5))
+    word = "".join(rng.sample("abcdefghijklmnopqrstuvwxyz", k=5))
     return {"prompt": word + ">", "answer": word[::-1]}
 
 
@@ -199,9 +199,9 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
         if accuracy >= until:
             break
         optimizer.zero_grad()
-        # Smoothed labels leave the policy some entropy. Without them it becomes sure of wrong answers, whose groups
-        # are then all wrong, and a group without a right sample teaches nothing.
-        F.cross_entropy(logits, tokens[rows], label_smoothing=0.1).backward()
+        # Smoothed labels leave the policy unsure. Stopped half-way without them it is sure of wrong answers; their
+        # groups are then wrong throughout, and a group without one right sample teaches nothing.
+        F.cross_entropy(logits, tokens[rows], label_smoothing=0.15).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     else:

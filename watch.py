@@ -21,7 +21,7 @@ PANELS = [
     ("Trainer against sampler", "KL, nats per token", True,
      {"same version": "train/gen_kl_error_same_version", "older version": "train/gen_kl_error_older_version"}),
     ("Staleness", "steps", False, {"mean age": "train/avg_trajectory_age", "max age": "train/max_trajectory_age"}),
-    ("Seconds per step", "s", True,
+    ("Seconds per step", "s", False,
      {"total": "timing/train/total_step_time", "waiting for rollouts": "timing/train/exposed_generation",
       "prev log-probs": "timing/train/policy_and_reference_logprobs", "updates": "timing/train/policy_training",
       "vLLM stopped for weights": "timing/rollout/stopped_s"}),
@@ -40,13 +40,15 @@ def plot(run_dir: Path) -> Path:
     for ax, (title, label, log, curves) in zip(axes.flat, PANELS):
         for legend, metric in curves.items():
             points = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
-            if points:
-                # A single point draws no line: some metrics exist at one step only.
-                ax.plot(*zip(*points), label=legend, marker="." if len(points) < 3 else None)
+            if points:  # dots where a metric does not exist at every step: a line would invent the steps between
+                ax.plot(*zip(*points), "-" if len(points) == len(records) > 1 else ".", label=legend)
         ax.set(title=title, xlabel="step", ylabel=label, yscale="log" if log else "linear")
         ax.grid(alpha=0.3)
         ax.legend()
     axes.flat[0].set_ylim(-0.02, 1.02)
+    # The first step holds vLLM's start and the compilation; it must not flatten all others.
+    seconds = sorted(r["timing/train/total_step_time"] for r in records)
+    axes.flat[5].set_ylim(0, 1.5 * seconds[int(0.95 * (len(seconds) - 1))])
     fig.suptitle(str(run_dir))
     path = run_dir / "curves.png"
     fig.savefig(path, dpi=100)

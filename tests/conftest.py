@@ -23,5 +23,5 @@ def tiny_checkpoint(tmp_path_factory):
     import task
 
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    task.warm_start(path, "reverse", seed=0, until=0.35, progress=lambda message: None)
+    task.warm_start(path, "reverse", seed=0, until=0.36, progress=lambda message: None)
     return path

@@ -1,0 +1,193 @@
+"""rollout.py between a real hub and a stand-in for vLLM that fails on demand; tests/test_vllm.py has the real one."""
+
+import asyncio
+import math
+
+import aiohttp
+import pytest
+import torch
+
+import weights
+from hub import Hub, Ledger
+from model import ModelConfig, Qwen3MoE
+from rollout import Node, RolloutConfig
+from task import Codec, exact_match
+
+SAMPLES = 4
+ANSWER = [6, 5, 4, 3, 2, 1]  # "edcba" and <eos> in the tiny task's tokens
+
+
+def choice(logprob=-0.5, version=0, tokens=ANSWER):
+    return {"token_ids": tokens, "finish_reason": "stop",
+            "logprobs": {"content": [{"logprob": -0.5}] * (len(tokens) - 1) + [{"logprob": logprob}]},
+            "weight_versions": [{"version": str(version), "start": 0, "end": len(tokens)}]}  # fmt: skip
+
+
+class StandIn:
+    """Answers like rollout.VLLM. `replies`: what generate returns or raises, in turn; then good samples."""
+
+    def __init__(self, replies=(), broken_loads=()):
+        self.replies, self.broken_loads, self.calls = list(replies), set(broken_loads), []
+        self.process, self.version = None, 0
+
+    async def start(self, checkpoint):
+        self.calls.append(("start", checkpoint.name))
+        self.process = object()
+
+    async def checksums(self):
+        return {"w": "1"}
+
+    async def load(self, checkpoint, version):
+        self.calls.append(("load", version))
+        if version in self.broken_loads:
+            self.broken_loads.remove(version)
+            raise RuntimeError("vLLM answered /update_weights with 500")
+        self.version = version
+        return {"load_s": 0.0, "stopped_s": 0.0}
+
+    async def generate(self, prompt_ids, sampling, version):
+        self.calls.append(("generate", version))
+        reply = self.replies.pop(0) if self.replies else [choice(version=self.version)] * SAMPLES
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
+@pytest.fixture
+def hub(tmp_path, tiny_checkpoint):
+    weights_dir = tmp_path / "hub"
+    model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
+    weights.load_hf(model, tiny_checkpoint)
+    for version in range(3):
+        tensors = [(name, t + version) for name, t in model.hf_tensors()]
+        weights.write_version(weights_dir, version, tensors, tiny_checkpoint)
+    run = {"num_generations": SAMPLES, "max_new_tokens": 8, "sampling": {}}
+    prompts = [{"prompt": "abcde>", "answer": "edcba"}] * 10
+    hub = Hub(Ledger(1, 1, 4, 60.0), prompts, Codec(tiny_checkpoint).encode, weights_dir, 32, "t", run)
+    hub.start("127.0.0.1", 0)
+    hub.set_published(0)
+    yield hub
+    hub.close()
+
+
+def run_node(hub, tmp_path, stand_in, scenario):
+    """The node's tasks, until `scenario(node)` returns."""
+
+    async def run():
+        headers = {"Authorization": "Bearer t"}
+        async with aiohttp.ClientSession(hub.url, headers=headers) as session:
+            node = Node(RolloutConfig(dir=str(tmp_path / "node")), session, hub.run, exact_match)
+            node.vllm = stand_in
+            tasks = [asyncio.create_task(t) for t in (node.follow_weights(), node.answer_prompts())]
+            done = asyncio.create_task(scenario(node))
+            await asyncio.wait([done, *tasks], timeout=60, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                assert not task.done(), task.exception()
+                task.cancel()
+            assert done.done(), "the scenario did not end in 60 s"
+            return done.result()
+
+    return asyncio.run(run())
+
+
+async def next_batch(hub, version):
+    return await asyncio.to_thread(hub.next_batch, version, 30)
+
+
+@pytest.mark.parametrize("damage", [None, math.nan, -math.inf])
+def test_a_sample_without_a_finite_logprob_is_dropped_and_counted(hub, tmp_path, damage):
+    stand_in = StandIn(replies=[[choice(), choice(damage), choice(tokens=[3, 1]), choice()]])
+    (group,) = run_node(hub, tmp_path, stand_in, lambda node: next_batch(hub, 0))
+    assert group.lengths.tolist() == [6, 2, 6] and group.rewards.tolist() == [1.0, 0.0, 1.0]
+    assert group.ordinal == 0 and hub.status()["counts"]["samples_dropped"] == 1
+
+
+def test_a_group_left_with_one_sample_is_generated_again(hub, tmp_path):
+    stand_in = StandIn(replies=[[choice(), choice(None), choice(None), choice(None)]])
+    (group,) = run_node(hub, tmp_path, stand_in, lambda node: next_batch(hub, 0))
+    assert len(group.lengths) == SAMPLES
+
+
+def test_a_generation_that_fails_is_repeated_for_the_same_lease(hub, tmp_path):
+    stand_in = StandIn(replies=[aiohttp.ServerDisconnectedError(), RuntimeError("vLLM answered 500")])
+    (group,) = run_node(hub, tmp_path, stand_in, lambda node: next_batch(hub, 0))
+    assert group.ordinal in (0, 1) and hub.status()["counts"].get("leases_expired", 0) == 0
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.02)  # a short poll of the node's own state; run_node has the deadline
+
+
+def test_each_version_is_loaded_once_reported_and_used_as_the_salt_of_later_requests(hub, tmp_path):
+    stand_in = StandIn()
+
+    async def scenario(node):
+        await next_batch(hub, 0)
+        for version in (1, 2):
+            await asyncio.to_thread(hub.set_published, version)
+            await until(lambda version=version: hub.nodes.get(node.name, {}).get("version") == version)
+        await next_batch(hub, 1)
+        return sorted(p.name for p in node.root.iterdir() if p.is_dir())
+
+    assert run_node(hub, tmp_path, stand_in, scenario) == ["v2"]  # what is not needed any more is gone
+    assert [c for c in stand_in.calls if c[0] != "generate"] == [
+        ("start", "v0"), ("load", 0), ("load", 1), ("load", 2)]  # fmt: skip
+    salts = [version for call, version in stand_in.calls if call == "generate"]
+    assert salts == sorted(salts) and salts[0] == 0
+
+
+def test_a_load_that_broke_off_starts_vllm_afresh_on_the_new_weights(hub, tmp_path):
+    stand_in = StandIn(broken_loads=[1])
+
+    async def scenario(node):
+        await next_batch(hub, 0)
+        await asyncio.to_thread(hub.set_published, 1)
+        await until(lambda: node.version == 1 and node.ready.is_set())
+
+    run_node(hub, tmp_path, stand_in, scenario)
+    assert [c for c in stand_in.calls if c[0] != "generate"] == [
+        ("start", "v0"), ("load", 0), ("load", 1), ("start", "v1"), ("load", 1)]  # fmt: skip
+
+
+def test_damaged_weights_are_refused_and_the_node_stays_on_what_it_has(hub, tmp_path):
+    stand_in = StandIn()
+    file = hub.weights_dir / "v1/model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8] + b"\0" * 8)
+
+    async def scenario(node):
+        await next_batch(hub, 0)
+        await asyncio.to_thread(hub.set_published, 1)
+        await until(lambda: (node.root / "v1.tmp").exists())
+        assert node.version == 0 and node.ready.is_set()
+        file.write_bytes(whole)  # mended: the next attempt takes it
+        await until(lambda: node.version == 1)
+
+    run_node(hub, tmp_path, stand_in, scenario)
+    assert ("start", "v1") not in stand_in.calls
+
+
+def test_a_reload_that_changes_a_tensor_is_not_survived(hub, tmp_path):
+    """The proof at start: a vLLM whose checksums differ after reloading the same weights may not serve."""
+    stand_in = StandIn()
+    sums = iter([{"w": "1"}, {"w": "2"}])
+
+    async def checksums():
+        return next(sums)
+
+    stand_in.checksums = checksums
+    with pytest.raises((AssertionError, RuntimeError), match="reloading the same weights changed 1 tensors"):
+        run_node(hub, tmp_path, stand_in, lambda node: asyncio.Event().wait())
+
+
+def test_a_failing_reward_function_names_the_example(hub, tmp_path):
+    broken = Node.__new__(Node)
+    broken.reward, broken.codec = (lambda completion, example: 1 / 0), Codec(hub.weights_dir / "v0")
+    with pytest.raises(RuntimeError, match=r"the reward function failed on .*abcde.*ZeroDivisionError"):
+        broken.score([choice()], {"prompt": "abcde>"})
+
+
+def test_the_answer_of_the_stand_in_is_right(tiny_checkpoint):
+    """Guards the constants above."""
+    assert Codec(tiny_checkpoint).decode(ANSWER) == "edcba" and torch.tensor(ANSWER).max() < 32
