@@ -199,6 +199,7 @@ class Hub:
         self.published = -1  # the newest version on disk
         self.manifest: bytes = b""
         self.nodes: dict[str, dict] = {}  # last receipt and time of last contact of each node
+        self.over, self.told = False, set()  # the run has ended; nodes that know
         self.reloads: list[dict] = []  # seconds per part of the reloads since the trainer last looked
         self.gen_s: list[float] = []  # and the seconds that each group took in vLLM
         self._loop = asyncio.new_event_loop()
@@ -223,8 +224,9 @@ class Hub:
         """Mean seconds of the rollout nodes' parts since the last call: reloads, and generation of a group."""
         return self._call(self._take_timing(), 30)
 
-    def close(self) -> None:
-        self._call(self._close(), 30)
+    def close(self, patience_s: float) -> None:
+        """End the run: nodes that ask for prompts are told so (410), for patience_s at most; then the port closes."""
+        self._call(self._close(patience_s), patience_s + 30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
 
@@ -252,7 +254,10 @@ class Hub:
         self._expiry = asyncio.create_task(self._expire_leases())
         return f"http://{host}:{self._runner.addresses[0][1]}"
 
-    async def _close(self) -> None:
+    async def _close(self, patience_s: float) -> None:
+        self.over = True
+        await self._notify()
+        await self._wait_for(lambda: True if self.told >= self.nodes.keys() else None, patience_s)
         self._expiry.cancel()
         await self._runner.cleanup()
 
@@ -345,9 +350,13 @@ class Hub:
             # The node's version is read anew each time: a receipt that comes while this request waits may admit it.
             version, now = self.nodes[node]["version"], time.monotonic()
             granted = (self.ledger.grant(node, version, now) for _ in range(wanted))
-            return [lease for lease in granted if lease] or None
+            return [] if self.over else [lease for lease in granted if lease] or None
 
         leases = await self._wait_for(grant, LONG_POLL_S) or []
+        if self.over:
+            self.told.add(node)
+            await self._notify()
+            raise Refused(410, "the run is over")
         return web.json_response({"leases": [self._describe(lease) for lease in leases]})
 
     def _describe(self, lease: Lease) -> dict:

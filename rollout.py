@@ -1,6 +1,6 @@
 """A rollout node: answers the trainer's prompts with vLLM, and keeps vLLM on the trainer's newest weights.
 
-    CISPO_TOKEN=... python rollout.py --hub http://trainer:port
+    CISPO_TOKEN=... python rollout.py http://trainer:port
 
 For every prompt: lease -> generate (all samples in one request) -> score -> push. Beside that, one task follows the
 weights: fetch and verify while vLLM keeps generating, then pause -> load -> resume; requests in flight go on with
@@ -42,13 +42,18 @@ REPO = Path(__file__).resolve().parent
 class RolloutConfig:
     """Flags of a rollout node."""
 
-    hub: Annotated[str, tyro.conf.Positional] = "http://127.0.0.1:8790"  # the trainer's address, as it prints it
+    hub: Annotated[str, tyro.conf.Positional]  # the trainer's address, as it prints it: http://host:port
     dir: str = ""  # local weights and vllm.log; default: a directory in /dev/shm, which is RAM
     max_groups: int = 64  # prompts in flight at once
     vllm_threads: int = 0  # OpenMP threads of vLLM on a CPU; 0: half of the cores
     vllm_args: str = ""  # further arguments for vLLM's server, e.g. "--tensor-parallel-size 4"
     vllm_start_timeout_s: float = 900.0  # for vLLM to load the model and answer
     request_timeout_s: float = 900.0  # for one generation request, and for one weight update
+    hub_timeout_s: float = 600.0  # the trainer may be silent this long before the node gives up
+
+
+class RunOver(Exception):
+    """The hub says that the run has ended."""
 
 
 def log(message: str) -> None:
@@ -123,7 +128,7 @@ class VLLM:
         try:
             async with self.session.get("/health", timeout=aiohttp.ClientTimeout(total=30)) as response:
                 return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, TimeoutError, RuntimeError):  # RuntimeError: the session of a stopped server
             return False
 
     async def stop(self) -> None:
@@ -195,6 +200,28 @@ def is_whole(choice: dict) -> bool:
     return bool(tokens) and finite and len(entries) == len(tokens) == covered
 
 
+async def ask(hub: aiohttp.ClientSession, method: str, route: str, patience_s: float, **kwargs) -> bytes:
+    """A request to the hub, repeated for patience_s while the network fails: the trainer may be starting again.
+    Raises: RunOver at the end of the run, RuntimeError for the hub's refusals and its silence."""
+    give_up, pause_s = time.monotonic() + patience_s, 0.2
+    while True:
+        try:
+            async with hub.request(method, route, **kwargs) as response:
+                body = await response.read()
+                if response.status == 410:
+                    raise RunOver
+                if response.status != 200:
+                    raise RuntimeError(f"hub refused {route} with {response.status}: {body.decode()[:300]}")
+                return body
+        except (aiohttp.ClientError, TimeoutError) as e:
+            if time.monotonic() > give_up:
+                raise RuntimeError(f"hub does not answer {route} for {patience_s:.0f} s: {e!r}") from e
+            if pause_s > 2:
+                log(f"hub does not answer {route}, asking again: {e!r}")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 5.0)
+
+
 # ---- the node ------------------------------------------------------------------------------------------------
 class Node:
     """The tasks of a rollout node around one vLLM."""
@@ -205,24 +232,12 @@ class Node:
         self.root = Path(cfg.dir or f"/dev/shm/cispo-{os.getpid()}")
         self.root.mkdir(parents=True, exist_ok=True)
         self.vllm = VLLM(cfg, run, self.root / "vllm.log")
-        self.ready = asyncio.Event()  # vLLM is up, on the weights of self.version
+        self.ready = asyncio.Event()  # vLLM is up on the weights of self.version, and the hub knows
         self.engine = asyncio.Lock()  # held by whoever starts vLLM or loads weights into it
         self.version, self.checkpoint = -1, None
-        self.samples_dropped = 0
 
     async def ask(self, method: str, route: str, **kwargs) -> bytes:
-        """A request to the hub, repeated while the network fails. Raises: RuntimeError for the hub's refusals."""
-        for attempt in range(1, 6):
-            try:
-                async with self.hub.request(method, route, **kwargs) as response:
-                    body = await response.read()
-                    if response.status != 200:
-                        raise RuntimeError(f"hub refused {route} with {response.status}: {body.decode()[:300]}")
-                    return body
-            except (aiohttp.ClientError, TimeoutError) as e:
-                if attempt == 5:
-                    raise RuntimeError(f"hub {self.cfg.hub} does not answer {route}: {e!r}") from e
-                await asyncio.sleep(2.0**attempt / 10)
+        return await ask(self.hub, method, route, self.cfg.hub_timeout_s, **kwargs)
 
     async def follow_weights(self) -> None:
         """Fetch every newer version as it is published, and load it."""
@@ -244,6 +259,7 @@ class Node:
         timing = {"fetch_s": time.perf_counter() - start}
         async with self.engine:
             previous, self.checkpoint = self.checkpoint, checkpoint
+            self.ready.clear()  # a request sent now would run on the new weights with the old ones' cache salt
             if self.vllm.process is None:
                 await self._start(version)
             else:
@@ -253,7 +269,6 @@ class Node:
                 except (RuntimeError, aiohttp.ClientError, TimeoutError) as e:
                     # A load that broke off leaves the model in an unknown state: only a fresh start is safe.
                     log(f"loading v{version} failed, vLLM is started again: {e!r}")
-                    self.ready.clear()
                     await self._start(version)
         if previous is not None and previous != checkpoint:
             shutil.rmtree(previous)
@@ -278,11 +293,14 @@ class Node:
         """Start vLLM again when its process ends or its engine is reported dead."""
         while True:
             await self.ready.wait()
-            exited = asyncio.create_task(self.vllm.process.wait())
-            await asyncio.wait([exited], timeout=5.0)
-            if self.engine.locked() or (not exited.done() and await self.vllm.healthy()):
-                continue
+            try:
+                await asyncio.wait_for(self.vllm.process.wait(), timeout=5.0)
+            except TimeoutError:
+                if self.engine.locked() or await self.vllm.healthy():
+                    continue
             async with self.engine:
+                if await self.vllm.healthy():  # the weight update that held the engine has started it again
+                    continue
                 log(f"vLLM is gone (exit code {self.vllm.process.returncode}); starting it again on v{self.version}")
                 self.ready.clear()
                 await self._start(self.version)
@@ -302,7 +320,6 @@ class Node:
                 continue
             whole = [c for c in choices if is_whole(c)]
             if len(whole) < len(choices):
-                self.samples_dropped += len(choices) - len(whole)
                 log(f"lease {lease['lease']}: {len(choices) - len(whole)} samples without finite log-probs dropped")
             if len(whole) >= 2:  # a sample needs a sibling to be compared with
                 break
@@ -348,10 +365,7 @@ async def main(cfg: RolloutConfig) -> None:
     token = os.environ.get("CISPO_TOKEN", "")
     headers, timeout = {"Authorization": f"Bearer {token}"}, aiohttp.ClientTimeout(total=None, sock_read=120)
     async with aiohttp.ClientSession(cfg.hub, headers=headers, timeout=timeout) as hub:
-        async with hub.get("/run") as response:
-            if response.status != 200:
-                raise RuntimeError(f"hub {cfg.hub} answered {response.status}: is CISPO_TOKEN the trainer's?")
-            run = await response.json()
+        run = json.loads(await ask(hub, "GET", "/run", cfg.hub_timeout_s))
         node = Node(cfg, hub, run, load_reward(run["reward"]))
         loop = asyncio.get_running_loop()
         me = asyncio.current_task()
@@ -371,8 +385,8 @@ async def main(cfg: RolloutConfig) -> None:
 if __name__ == "__main__":
     try:
         asyncio.run(main(tyro.cli(RolloutConfig)))
-    except* asyncio.CancelledError:
-        log("stopped")
+    except* (asyncio.CancelledError, RunOver) as why:
+        log(f"stopped: {why.exceptions[0]!r}")
     except* RuntimeError as failed:
         for error in failed.exceptions:
             log(f"error: {error}")

@@ -3,8 +3,8 @@
     python train_cispo.py --use-cispo                            # this machine: a tiny model, two minutes
     torchrun --nproc-per-node 2 train_cispo.py --use-cispo       # the same on two ranks
     python train_cispo.py --no-use-cispo                         # the same with PPO's clip, for an A/B
-    torchrun ... train_cispo.py --rollout-nodes 1 --model DIR --data FILE.jsonl     # vLLM on other machines, where
-    CISPO_TOKEN=... python rollout.py http://trainer:port                           # this runs, as printed by it
+    python train_cispo.py --no-local-rollout --hub-host HOST --hub-port 8790    # vLLM on other machines, where
+    CISPO_TOKEN=... python rollout.py http://HOST:8790                          # this runs
 
 One step:
     1. wait for num_prompts_per_step groups of num_generations_per_prompt samples; vLLM is already on the next ones
@@ -27,6 +27,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,11 @@ from tqdm import tqdm
 
 import loss
 import task
-import watch
 from batch import MicroBatch, pack_batch, unpack_batch
 from hub import Group, Hub, Ledger
 from model import ModelConfig, Qwen3MoE
 from parallel import broadcast_bytes, init_mesh, reduce_gradients, reduce_metrics
+from report import Clock, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
 from rollout import die_with_parent
 from weights import Publisher, load_hf
 
@@ -70,7 +71,7 @@ class Config:
     max_total_sequence_length: int = 64  # prompt and sample; vLLM's --max-model-len
     temperature: float = 1.0  # of sampling; the trainer's log-probs are taken at it too
     max_trajectory_age_steps: int = 1  # no token trained is from weights older than this; 0 is synchronous
-    rollout_nodes: int = 0  # machines that will run rollout.py; 0 starts one process here
+    local_rollout: bool = True  # start rollout.py on this machine; off: wait for nodes that are started elsewhere
     rollout_args: str = ""  # further flags for the process started here, as in `python rollout.py --help`
     hub_host: str = "127.0.0.1"  # address that the rollout nodes reach; they are the only ones to call it
     hub_port: int = 0  # 0 picks a free one
@@ -245,20 +246,7 @@ def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg:
     return metrics, grad_norm
 
 
-def merge(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Two sets of partial metrics as one: names ending in _min and _max by that, the others added up."""
-    if not (a and b):
-        return {**a, **b}
-    ops = {"_min": torch.minimum, "_max": torch.maximum}
-    return {n: ops.get(n[-4:], torch.add)(a[n], b[n]) for n in b}
-
-
 # ---- the run -------------------------------------------------------------------------------------------------
-def say(message: str) -> None:
-    tqdm.write(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stdout)
-    sys.stdout.flush()
-
-
 def start_local_rollout(cfg: Config, hub: Hub) -> subprocess.Popen:
     """A rollout process on this machine, for when no rollout node is configured."""
     command = [sys.executable, str(Path(__file__).with_name("rollout.py")), hub.url,
@@ -275,20 +263,13 @@ def start_local_rollout(cfg: Config, hub: Hub) -> subprocess.Popen:
 def wait_for_batch(hub: Hub, version: int, cfg: Config, rollout: subprocess.Popen | None) -> list[Group]:
     """The groups of a step. Raises: RuntimeError that says who was waited for, when the deadline passes or the
     local rollout process is gone."""
-    start = last_word = time.monotonic()
-    log_path = cfg.run_dir / "rollout.log"
+    start, log_path = time.monotonic(), cfg.run_dir / "rollout.log"
     while (batch := hub.next_batch(version, timeout_s=2.0)) is None:
-        now, last_line = time.monotonic(), "no rollout node has called yet"
-        if rollout is not None:
-            last_line = (log_path.read_text().strip().splitlines() or ["the rollout process is starting"])[-1]
         if rollout is not None and rollout.poll() is not None:
-            raise RuntimeError(f"the rollout process ended with status {rollout.returncode}: {last_line} ({log_path})")
-        if now - start > cfg.batch_timeout_s:
-            raise RuntimeError(f"no batch for step {version} in {now - start:.0f} s; hub: {json.dumps(hub.status())}")
-        if now - last_word > 8:
-            last_word, state = now, hub.status()
-            say(f"waiting {now - start:.0f} s for the batch of step {version}: {state['buffered']} of "
-                f"{cfg.num_prompts_per_step} groups there, {state['leased']} being answered; {last_line}")  # fmt: skip
+            why = last_line(log_path)
+            raise RuntimeError(f"the rollout process ended with status {rollout.returncode}: {why} ({log_path})")
+        if (waited := time.monotonic() - start) > cfg.batch_timeout_s:
+            raise RuntimeError(f"no batch for step {version} in {waited:.0f} s; hub: {json.dumps(hub.status())}")
     return batch
 
 
@@ -321,73 +302,6 @@ def start_hub(cfg: Config, checkpoint: Path, vocab_size: int, device) -> tuple[H
     return hub, Publisher(weights_dir, checkpoint, getattr(torch, dtype), cfg.keep_versions, hub.set_published)
 
 
-# ---- what is logged ------------------------------------------------------------------------------------------
-class Clock:
-    """Seconds of each part of a step, on the host's clock."""
-
-    def __init__(self):
-        self.start = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
-
-    def seconds(self) -> dict[str, float]:
-        laps = {**self.laps, "total_step_time": time.perf_counter() - self.start}
-        return {f"timing/train/{name}": s for name, s in laps.items()}
-
-
-def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
-    """Of the samples as they came: rewards, lengths, ages."""
-    rewards, lengths = (torch.cat([getattr(g, n) for g in groups]).double() for n in ("rewards", "lengths"))
-    ages = torch.tensor([step - g.oldest_version for g in groups]).double()
-    return {
-        "train/reward": rewards.mean().item(),
-        "train/groups_without_signal": sum(g.rewards.unique().numel() == 1 for g in groups) / len(groups),
-        "train/num_valid_samples": len(rewards), "train/mean_gen_tokens_per_sample": lengths.mean().item(),
-        "train/truncation_rate": torch.cat([g.truncated for g in groups]).double().mean().item(),
-        "train/avg_trajectory_age": ages.mean().item(), "train/max_trajectory_age": ages.max().item(),
-    }  # fmt: skip
-
-
-def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> dict:
-    """Means over the updates of a step; the drift values are sums over tokens, divided by their own counts here."""
-    record = {}
-    for name, value in values.items():
-        if name.startswith("tokens_"):
-            record[f"train/{name}"] = int(value)
-        elif name.endswith("_version"):  # null where no token is of that kind
-            tokens = values["tokens_" + name.split("_error_")[1]]
-            record[f"train/{name}"] = value / tokens if tokens else None
-        else:
-            record[f"train/{name}"] = value if name.endswith(("_min", "_max")) else value / len(counts)
-    record["train/global_valid_toks"] = sum(tokens for tokens, _ in counts) / len(counts)
-    record["train/global_valid_seqs"] = sum(seqs for _, seqs in counts) / len(counts)
-    return record
-
-
-def log_step(record: dict, cfg: Config) -> None:
-    with open(cfg.run_dir / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(record) + "\n")
-    r = lambda name: record[f"train/{name}"]
-    t = lambda name: record[f"timing/train/{name}"]
-    say(f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  "
-        f"ratio {r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl {r('gen_kl_error'):.1e}  "
-        f"age {r('avg_trajectory_age'):.1f}  grad {r('grad_norm'):.2f}  "
-        f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})")  # fmt: skip
-
-
-def finish(cfg: Config) -> None:
-    """The picture and the last lines."""
-    records = watch.read_metrics(cfg.run_dir)
-    first, last = ([r["train/reward"] for r in part] for part in (records[:5], records[-5:]))
-    say(f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
-        f"of the last {len(last)} {sum(last) / len(last):.3f}")  # fmt: skip
-    say(f"weights: {cfg.run_dir / 'weights' / f'v{len(records)}'} (opens in transformers and vLLM as it is)")
-    say(f"curves: {watch.plot(cfg.run_dir)}")
-
-
 def train(cfg: Config, checkpoint: Path) -> None:
     # ---- processes and seeds
     mesh = init_mesh(cfg.batch_timeout_s + 120)  # a collective may wait for rank 0, and rank 0 for a batch
@@ -413,7 +327,7 @@ def train(cfg: Config, checkpoint: Path) -> None:
     if rank == 0:
         hub, publisher = start_hub(cfg, checkpoint, model_cfg.vocab_size, mesh.device)
         publisher.publish(0, model)
-        if cfg.rollout_nodes == 0:
+        if cfg.local_rollout:
             rollout = start_local_rollout(cfg, hub)
         say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world_size} rank(s), "
             f"hub at {hub.url}, weight clamped to [{1 - cfg.algorithm.ratio_clip_min:g}, "
@@ -423,22 +337,26 @@ def train(cfg: Config, checkpoint: Path) -> None:
                 "lower --train-global-batch-size for several")  # fmt: skip
 
     # ---- loop
+    step, clock, done = 0, Clock(), threading.Event()
+    if rank == 0:
+        now = lambda: f"step {step}, {clock.doing} for {clock.since():.0f} s; {last_line(cfg.run_dir / 'rollout.log')}"
+        threading.Thread(target=say_something, args=(now, done), daemon=True).start()
     try:
         hide_bar = True if rank != 0 else None  # None: tqdm shows a bar on a terminal only; the lines come anyway
         for step in tqdm(range(cfg.max_num_steps), desc="steps", disable=hide_bar, dynamic_ncols=True):
-            clock = Clock()
+            clock = Clock("exposed_generation")
             lr = learning_rate(step, cfg)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
 
             # 1 wait for a batch: rank 0 has it, every rank gets it
             groups = wait_for_batch(hub, step, cfg, rollout) if rank == 0 else None
-            clock.lap("exposed_generation")
+            clock.begin("data_processing")
             blob = broadcast_bytes(pack_batch(groups, cfg) if rank == 0 else None, mesh)
             updates, counts = unpack_batch(blob, cfg, rank, world_size, mesh.device)
-            clock.lap("data_processing")
 
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
+            clock.begin("policy_and_reference_logprobs")
             drift: dict[str, torch.Tensor] = {}
             with torch.no_grad():
                 for mb in (mb for micro_batches in updates for mb in micro_batches):
@@ -447,9 +365,9 @@ def train(cfg: Config, checkpoint: Path) -> None:
                         mb.prev_logprobs, mb.gen_logprobs, mb.mask, step - mb.versions, cfg.max_trajectory_age_steps
                     )
                     drift = merge(drift, ages)
-            clock.lap("policy_and_reference_logprobs")
 
             # 3, 4 the updates: forward, loss, backward, reduce, step
+            clock.begin("policy_training")
             metrics: dict[str, torch.Tensor] = {}
             grad_norms = []
             for micro_batches, update_counts in zip(updates, counts):
@@ -457,12 +375,11 @@ def train(cfg: Config, checkpoint: Path) -> None:
                 metrics = merge(metrics, stats)
                 grad_norms.append(grad_norm)
             metrics = reduce_metrics({**metrics, **drift}, mesh)
-            clock.lap("policy_training")
 
             # 5 publish: copies the weights; writing, fetching and loading go on while the next step runs
+            clock.begin("publish_copy")
             if rank == 0:
                 publisher.publish(step + 1, model)
-            clock.lap("publish_copy")
 
             # 6 log
             if rank == 0:
@@ -473,17 +390,18 @@ def train(cfg: Config, checkpoint: Path) -> None:
                     **rollout_metrics(groups, step), **update_metrics(values, counts), **clock.seconds(),
                     "timing/train/publish_write": publisher.write_s, **hub.take_timing(), "hub": hub.status(),
                 }  # fmt: skip
-                log_step(record, cfg)
+                log_step(record, cfg.run_dir)
         if rank == 0:
             publisher.close()
     finally:
+        done.set()
         if rollout is not None:
             rollout.terminate()
             rollout.wait(60)
         if hub is not None:
-            hub.close()
+            hub.close(patience_s=0.0 if cfg.local_rollout else 5.0)
     if rank == 0:
-        finish(cfg)
+        sum_up(cfg.run_dir)
     torch.distributed.destroy_process_group()
 
 

@@ -44,7 +44,7 @@ def hub(tmp_path):
     receipt = {"node": "n", "version": 0, "digest": digest(hub.manifest), "timing": {}}
     assert call(hub, "POST", "/receipts", json=receipt)[0] == 200
     yield hub
-    hub.close()
+    hub.close(patience_s=0.0)
 
 
 def call(hub, method, route, token=TOKEN, **kwargs):

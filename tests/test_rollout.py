@@ -1,7 +1,9 @@
 """rollout.py between a real hub and a stand-in for vLLM that fails on demand; tests/test_vllm.py has the real one."""
 
 import asyncio
+import json
 import math
+import socket
 
 import aiohttp
 import pytest
@@ -10,7 +12,7 @@ import torch
 import weights
 from hub import Hub, Ledger
 from model import ModelConfig, Qwen3MoE
-from rollout import Node, RolloutConfig
+from rollout import Node, RolloutConfig, RunOver, ask
 from task import Codec, exact_match
 
 SAMPLES = 4
@@ -67,7 +69,8 @@ def hub(tmp_path, tiny_checkpoint):
     hub.start("127.0.0.1", 0)
     hub.set_published(0)
     yield hub
-    hub.close()
+    if not hub.over:
+        hub.close(patience_s=0.0)
 
 
 def run_node(hub, tmp_path, stand_in, scenario):
@@ -76,7 +79,7 @@ def run_node(hub, tmp_path, stand_in, scenario):
     async def run():
         headers = {"Authorization": "Bearer t"}
         async with aiohttp.ClientSession(hub.url, headers=headers) as session:
-            node = Node(RolloutConfig(dir=str(tmp_path / "node")), session, hub.run, exact_match)
+            node = Node(RolloutConfig(hub.url, dir=str(tmp_path / "node")), session, hub.run, exact_match)
             node.vllm = stand_in
             tasks = [asyncio.create_task(t) for t in (node.follow_weights(), node.answer_prompts())]
             done = asyncio.create_task(scenario(node))
@@ -112,6 +115,37 @@ def test_a_generation_that_fails_is_repeated_for_the_same_lease(hub, tmp_path):
     stand_in = StandIn(replies=[aiohttp.ServerDisconnectedError(), RuntimeError("vLLM answered 500")])
     (group,) = run_node(hub, tmp_path, stand_in, lambda node: next_batch(hub, 0))
     assert group.ordinal in (0, 1) and hub.status()["counts"].get("leases_expired", 0) == 0
+
+
+def test_the_end_of_the_run_is_told_to_a_waiting_node(hub, tmp_path):
+    """The node exits on its own; the hub need not be looked for until a timeout."""
+
+    async def run():
+        async with aiohttp.ClientSession(hub.url, headers={"Authorization": "Bearer t"}) as session:
+            node = Node(RolloutConfig(hub.url, dir=str(tmp_path / "node")), session, hub.run, exact_match)
+            node.vllm = StandIn()
+            tasks = [asyncio.create_task(t) for t in (node.follow_weights(), node.answer_prompts())]
+            await next_batch(hub, 0)
+            await asyncio.to_thread(hub.close, 30.0)
+            with pytest.raises(RunOver):
+                await asyncio.wait_for(tasks[1], 30)
+            tasks[0].cancel()
+
+    asyncio.run(run())
+    assert hub.told == hub.nodes.keys()
+
+
+def test_a_hub_that_is_not_there_yet_is_waited_for_and_one_that_never_comes_is_an_error(hub):
+    async def run(url, patience_s):
+        async with aiohttp.ClientSession(url, headers={"Authorization": "Bearer t"}) as session:
+            return await ask(session, "GET", "/run", patience_s)
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{s.getsockname()[1]}"
+        with pytest.raises(RuntimeError, match="hub does not answer /run for 0 s"):
+            asyncio.run(run(nowhere, 0.4))
+    assert json.loads(asyncio.run(run(hub.url, 0.5))) == hub.run
 
 
 async def until(condition):

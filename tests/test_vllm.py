@@ -32,7 +32,7 @@ def loop():
 def server(loop, tiny_checkpoint, tmp_path_factory):
     """A vLLM on the tiny checkpoint, loaded as version 0."""
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    vllm = VLLM(RolloutConfig(), RUN, log)
+    vllm = VLLM(RolloutConfig(hub=""), RUN, log)
     loop.run_until_complete(vllm.start(tiny_checkpoint))
     loop.run_until_complete(vllm.load(tiny_checkpoint, 0))
     yield vllm

@@ -134,7 +134,7 @@ def hub(tmp_path, tiny_checkpoint, model):
     hub.start("127.0.0.1", 0)
     hub.set_published(0)
     yield hub
-    hub.close()
+    hub.close(patience_s=0.0)
 
 
 def fetch_from(hub, manifest, root, have=None):

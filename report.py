@@ -1,0 +1,118 @@
+"""What a run says of itself: lines on the console, a record a step in metrics.jsonl, the picture at the end.
+
+Metrics stay tensors on the device until a step is over; names ending in _min or _max reduce by that over updates,
+micro-batches and ranks, all others by sum. Their meaning and healthy ranges are in the README.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import watch
+from hub import Group
+
+
+# ---- console -------------------------------------------------------------------------------------------------
+def say(message: str) -> None:
+    tqdm.write(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stdout)
+    sys.stdout.flush()
+    say.last = time.monotonic()
+
+
+def say_something(describe: Callable[[], str], stop: threading.Event) -> None:
+    """A thread: a sign of life whenever nothing was said for 9 s, as while vLLM starts or the loss is compiled."""
+    while not stop.wait(0.5):
+        if time.monotonic() - say.last > 9:
+            say(describe())
+
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1] if lines else "no word from a rollout node yet"
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------
+class Clock:
+    """Seconds of each part of a step, on the host's clock. `begin` a part; it ends where the next begins."""
+
+    def __init__(self, part: str = "start"):
+        self.start = self.last = time.perf_counter()
+        self.doing, self.parts = part, {}
+
+    def begin(self, part: str) -> None:
+        now = time.perf_counter()
+        self.parts[self.doing] = now - self.last
+        self.doing, self.last = part, now
+
+    def since(self) -> float:
+        return time.perf_counter() - self.last
+
+    def seconds(self) -> dict[str, float]:
+        self.begin("log")
+        parts = {**self.parts, "total_step_time": self.last - self.start}
+        return {f"timing/train/{name}": s for name, s in parts.items()}
+
+
+def merge(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Two sets of partial metrics as one: names ending in _min and _max by that, the others added up."""
+    if not (a and b):
+        return {**a, **b}
+    ops = {"_min": torch.minimum, "_max": torch.maximum}
+    return {n: ops.get(n[-4:], torch.add)(a[n], b[n]) for n in b}
+
+
+def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
+    """Of the samples as they came: rewards, lengths, ages."""
+    rewards, lengths = (torch.cat([getattr(g, n) for g in groups]).double() for n in ("rewards", "lengths"))
+    ages = torch.tensor([step - g.oldest_version for g in groups]).double()
+    return {
+        "train/reward": rewards.mean().item(),
+        "train/groups_without_signal": sum(g.rewards.unique().numel() == 1 for g in groups) / len(groups),
+        "train/num_valid_samples": len(rewards), "train/mean_gen_tokens_per_sample": lengths.mean().item(),
+        "train/truncation_rate": torch.cat([g.truncated for g in groups]).double().mean().item(),
+        "train/avg_trajectory_age": ages.mean().item(), "train/max_trajectory_age": ages.max().item(),
+    }  # fmt: skip
+
+
+def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> dict:
+    """Means over the updates of a step; the drift values are sums over tokens, divided by their own counts here."""
+    record = {}
+    for name, value in values.items():
+        if name.startswith("tokens_"):
+            record[f"train/{name}"] = int(value)
+        elif name.endswith("_version"):  # null where no token is of that kind
+            tokens = values["tokens_" + name.split("_error_")[1]]
+            record[f"train/{name}"] = value / tokens if tokens else None
+        else:
+            record[f"train/{name}"] = value if name.endswith(("_min", "_max")) else value / len(counts)
+    record["train/global_valid_toks"] = sum(tokens for tokens, _ in counts) / len(counts)
+    record["train/global_valid_seqs"] = sum(seqs for _, seqs in counts) / len(counts)
+    return record
+
+
+def log_step(record: dict, run_dir: Path) -> None:
+    """Append the record of a step to metrics.jsonl, and say the gist of it."""
+    with open(run_dir / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
+    r = lambda name: record[f"train/{name}"]
+    t = lambda name: record[f"timing/train/{name}"]
+    say(f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  "
+        f"ratio {r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl {r('gen_kl_error'):.1e}  "
+        f"age {r('avg_trajectory_age'):.1f}  grad {r('grad_norm'):.2f}  "
+        f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})")  # fmt: skip
+
+
+def sum_up(run_dir: Path) -> None:
+    """The picture and the last lines."""
+    records = watch.read_metrics(run_dir)
+    first, last = ([r["train/reward"] for r in part] for part in (records[:5], records[-5:]))
+    say(f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
+        f"of the last {len(last)} {sum(last) / len(last):.3f}")  # fmt: skip
+    say(f"weights: {run_dir / 'weights' / f'v{len(records)}'} (opens in transformers and vLLM as it is)")
+    say(f"curves: {watch.plot(run_dir)}")
