@@ -26,7 +26,8 @@ with_progress() {
   local what=$1 log=.venv/install.log start=$SECONDS status=0
   shift
   "$@" >"$log" 2>&1 &
-  child=$!
+  local child=$! timer=""
+  trap 'kill $child $timer 2>/dev/null || true' EXIT
   while kill -0 "$child" 2>/dev/null; do
     # `wait -n` with a timer in the background: returns as soon as either ends.
     sleep 10 & timer=$!
@@ -37,7 +38,7 @@ with_progress() {
     fi
   done
   wait "$child" || status=$?
-  child=""
+  trap - EXIT
   if [ "$status" -ne 0 ]; then
     tail -n 20 "$log" >&2
     say "$what failed with status $status; the whole output is in $log" >&2
@@ -65,39 +66,19 @@ install() {
   say "installed in $SECONDS s"
 }
 
-# Whatever ends this script ends what it started, and nothing else.
-child=""
-cleanup() {
-  if [ -n "$child" ] && kill -0 "$child" 2>/dev/null; then
-    kill -TERM "$child" 2>/dev/null || true
-    wait "$child" 2>/dev/null || true
-  fi
-}
-trap cleanup EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-run() {
-  "$@" &
-  child=$!
-  local status=0
-  wait "$child" || status=$?
-  child=""
-  exit "$status"
-}
-
+# exec: what runs takes this script's place, so Ctrl-C, kill and the exit status are its own.
 case "${1:-}" in
   -h | --help) usage ;;
-  --flags) install; run .venv/bin/python train_cispo.py --help ;;
+  --flags) install; exec .venv/bin/python train_cispo.py --help ;;
   install) install ;;
-  test) shift; install; run .venv/bin/python -m pytest "$@" ;;
+  test) shift; install; exec .venv/bin/python -m pytest "$@" ;;
   *)
     install
     [ $# -gt 0 ] || set -- --use-cispo
     say "training: train_cispo.py $*"
     if [ "${NPROC:-1}" = 1 ]; then  # one process needs no launcher, and its exit status comes through as it is
-      run .venv/bin/python train_cispo.py "$@"
+      exec .venv/bin/python train_cispo.py "$@"
     fi
-    run .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" train_cispo.py "$@"
+    exec .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" train_cispo.py "$@"
     ;;
 esac

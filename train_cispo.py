@@ -406,7 +406,8 @@ def train(cfg: Config, checkpoint: Path) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that what was started is ended
+    for number in (signal.SIGINT, signal.SIGTERM):  # as an exception, so that what was started is ended
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     rank, local_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         cfg = parse_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
