@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 
 from hub import Group
-from loss import group_advantages
+from loss import group_advantages, row_weights
 
 
 def pack_batch(groups: list[Group], cfg) -> bytes:
@@ -19,10 +19,15 @@ def pack_batch(groups: list[Group], cfg) -> bytes:
     which optimizer update a row belongs to, so a dropped sample shifts nobody into another update."""
     P, S = len(groups), cfg.num_generations_per_prompt
     rewards_PS, valid_PS = torch.zeros(P, S), torch.zeros(P, S, dtype=torch.bool)
-    for p, group in enumerate(groups):
-        rewards_PS[p, : len(group.rewards)] = group.rewards
-        valid_PS[p, : len(group.rewards)] = True
-    advantages_PS = group_advantages(rewards_PS, valid_PS, cfg.use_leave_one_out_baseline, cfg.normalize_rewards)
+    # A group of equal rewards teaches nothing, but its tokens count in every mean; if all are so, they stay.
+    kept = [p for p, g in enumerate(groups) if not cfg.drop_zero_variance or g.rewards.unique().numel() > 1]
+    kept = kept or list(range(P))
+    for p in kept:
+        rewards_PS[p, : len(groups[p].rewards)] = groups[p].rewards
+        valid_PS[p, : len(groups[p].rewards)] = True
+    std = cfg.advantage_std if cfg.normalize_rewards else None
+    advantages_PS = group_advantages(rewards_PS, valid_PS, cfg.use_leave_one_out_baseline, std)
+    groups = [groups[p] for p in kept]
     return save({
         "prompt_ids": torch.tensor([t for g in groups for _ in g.rewards for t in g.prompt_ids]),
         "prompt_lengths": torch.tensor([len(g.prompt_ids) for g in groups for _ in g.rewards]),
@@ -31,6 +36,8 @@ def pack_batch(groups: list[Group], cfg) -> bytes:
         "gen_logprobs": torch.cat([g.logprobs for g in groups]),
         "versions": torch.cat([g.versions for g in groups]),
         "advantages": advantages_PS[valid_PS],
+        "positive": rewards_PS[valid_PS] > 0,
+        "prompt": torch.arange(P)[:, None].expand(P, S)[valid_PS],
         "update": (torch.arange(P * S) // cfg.train_global_batch_size).view(P, S)[valid_PS],
     })  # fmt: skip
 
@@ -48,7 +55,12 @@ class MicroBatch:
     gen_logprobs: torch.Tensor
     advantages: torch.Tensor
     versions: torch.Tensor
+    weights: torch.Tensor  # what a token counts for in the mean that is the loss
+    nll_weights: torch.Tensor  # and in the mean over tokens of rewarded samples
+    sequence: torch.Tensor  # which sequence of the micro-batch a token is of
+    age: torch.Tensor | None = None  # and these are filled in by the step
     prev_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
 
 
 def assign_rows(row_lengths: list[int], world_size: int, max_tokens: int) -> list[list[list[int]]]:
@@ -94,10 +106,15 @@ def unpack_batch(blob: bytes, cfg, rank: int, world_size: int, device):
         rows = (batch["update"] == update).nonzero().flatten().tolist()
         if not rows:
             continue  # every sample of it was dropped
+        lengths, prompt, positive = (batch[name][rows] for name in ("lengths", "prompt", "positive"))
+        units = prompt if cfg.prompt_level_loss else torch.zeros_like(prompt)
+        weights = row_weights(lengths, units if cfg.token_level_loss else torch.arange(len(rows)))
+        nll_weights = positive / (lengths * positive).sum().clamp(min=1)
         mine = assign_rows([row_lengths[r] for r in rows], world_size, cfg.max_tokens_per_micro_batch)[rank]
         idle = not mine  # more ranks than samples left: a masked one keeps this rank's collectives in step
         micro_batches = []
-        for chosen in ([rows[i] for i in picked] for picked in mine or [[0]]):
+        for picked in mine or [[0]]:
+            chosen = [rows[i] for i in picked]
             ends = torch.tensor([row_lengths[r] for r in chosen]).cumsum(0)
             lengths_B = batch["lengths"][chosen]
             rows_N = torch.cat([torch.arange(end - n, end) - 1 for end, n in zip(ends, lengths_B)])
@@ -112,6 +129,9 @@ def unpack_batch(blob: bytes, cfg, rank: int, world_size: int, device):
                     gen_logprobs=pad([per_token[0][r] for r in chosen]),
                     advantages=pad([batch["advantages"][chosen].repeat_interleave(lengths_B)]),
                     versions=pad([per_token[1][r] for r in chosen]),
+                    weights=pad([(weights[picked] * (not idle)).repeat_interleave(lengths_B)]),
+                    nll_weights=pad([(nll_weights[picked] * (not idle)).repeat_interleave(lengths_B)]),
+                    sequence=pad([torch.arange(len(chosen)).repeat_interleave(lengths_B)]),
                 )
             )
         updates.append(micro_batches)

@@ -12,6 +12,9 @@ Everything below is a function of log-probs. `Algorithm` holds the numbers, `pol
 a fork that wants another loss writes another function like `cispo_loss`.
 """
 
+import bisect
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,23 +25,48 @@ LOG_RATIO_MAX = 20.0  # exp(20) = 4.9e8: far outside any clip, far inside fp32
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The seed system's loss_fn keys, resolved. Bounds are offsets from 1, as there: the ratio is clamped to
-    [1 - ratio_clip_min, 1 + ratio_clip_max]."""
+    """The seed system's loss_fn keys, resolved; their meaning is beside the flags in train_cispo.py. Bounds are
+    offsets from 1, as there: the ratio is clamped to [1 - ratio_clip_min, 1 + ratio_clip_max]."""
 
     use_cispo: bool = True
     ratio_clip_min: float = 1.0
     ratio_clip_max: float = 5.0
     ratio_clip_c: float | None = None
+    ratio_anchor: str = "prev"
+    disable_ppo_ratio: bool = False
+    force_on_policy_ratio: bool = False
+    sequence_level_importance_ratios: bool = False
     use_importance_sampling_correction: bool = True
+    truncated_importance_sampling_type: str | None = None
+    truncated_importance_sampling_ratio: float | None = None
+    truncated_importance_sampling_ratio_min: float | None = None
+    reference_policy_kl_penalty: float = 0.0
+    reference_policy_kl_type: str = "k3"
+    kl_input_clamp_value: float = 20.0
+    kl_output_clamp_value: float = 10.0
+    use_on_policy_kl_approximation: bool = False
+    use_kl_in_reward: bool = False
+    positive_example_nll_weight: float = 0.0
+
+    @property
+    def needs_prev(self) -> bool:
+        """Whether the trainer's log-probs at the start of the step are read; else the current ones, detached, are."""
+        return not self.force_on_policy_ratio and self.ratio_anchor == "prev"
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether a token's loss depends on the other tokens of its sequence. Else `token_loss` is elementwise."""
+        return self.sequence_level_importance_ratios or self.truncated_importance_sampling_type == "seq-mask-tis"
 
 
 # ---- advantages ----------------------------------------------------------------------------------------------
-def group_advantages(rewards_PS, valid_PS, leave_one_out: bool, normalize: bool, eps: float = 1e-6):
+def group_advantages(rewards_PS, valid_PS, leave_one_out: bool, std: str | None, eps: float = 1e-6):
     """How much better a sample did than its siblings.
 
     The baseline of a sample is the mean reward of its group (with `leave_one_out`: of the group's other samples);
-    with `normalize` the difference is divided by the standard deviation (n-1) of the same samples, where that is
-    not zero. Invalid samples take no part and get 0; so does a sample without a sibling.
+    with std "group" the difference is divided by the standard deviation (n-1) of the same samples, where that is
+    not zero; with "batch" by the one of all differences of the step (ScaleRL). Invalid samples take no part and get
+    0; so does a sample without a sibling.
 
     Shapes: rewards_PS (P, S) float, valid_PS (P, S) bool -> (P, S).
     Source: NeMo RL's leave-one-out baseline and std (facts checked in tests against its numbers).
@@ -50,13 +78,15 @@ def group_advantages(rewards_PS, valid_PS, leave_one_out: bool, normalize: bool,
     rewards_PSS = rewards_PS.double()[:, None, :].expand(P, S, S)  # fp64: a constant group has exactly zero spread
     mean_PS = torch.where(used_PSS, rewards_PSS, 0).sum(-1) / count_PS.clamp(min=1)
     advantages_PS = rewards_PS.double() - mean_PS
-    if normalize:
+    if std == "group":
         deviation_PSS = torch.where(used_PSS, rewards_PSS - mean_PS[..., None], 0)
         std_PS = (deviation_PSS.square().sum(-1) / (count_PS - 1).clamp(min=1)).sqrt()
         # A spread below the rounding of the mean is no spread: 16 x 0.3 must count as a constant group.
         advantages_PS = torch.where(std_PS > 1e-12, advantages_PS / (std_PS + eps), advantages_PS)
-    alone = valid_PS.sum(-1, keepdim=True) < 2
-    return torch.where(valid_PS & ~alone, advantages_PS, 0).to(rewards_PS.dtype)
+    compared_PS = valid_PS & (valid_PS.sum(-1, keepdim=True) > 1)
+    if std == "batch" and compared_PS.any() and (spread := advantages_PS[compared_PS].std()) > 1e-12:
+        advantages_PS = advantages_PS / (spread + eps)
+    return torch.where(compared_PS, advantages_PS, 0).to(rewards_PS.dtype)
 
 
 # ---- losses, per token ---------------------------------------------------------------------------------------
@@ -85,47 +115,125 @@ def ppo_clip_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
     return loss, ratio.detach(), clamped.detach()
 
 
-# ---- the loss of a micro-batch -------------------------------------------------------------------------------
-def token_weights(lengths_B, mask_T, num_tokens, num_seqs, token_level: bool):
-    """What each token's loss counts for; summed over the whole optimizer batch (all ranks) these are 1.
+def reinforce_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
+    """-A * log pi, without a ratio; as in the seed system, log pi is what the ratio metrics then show."""
+    return -advantages * logprobs, logprobs.detach(), logprobs.detach()
 
-    token_level: 1 / num_tokens. Otherwise the mean over sequences of each one's token mean, 1 / (num_seqs * length).
-    Both counts are global, so the sum of micro-batch losses over micro-batches and ranks is the loss, and no
-    averaging is needed anywhere. The loss tokens come first in mask_T, then the padding.
 
-    Shapes: lengths_B (B,) loss tokens of each sequence -> (T,), 0 where masked.
+def correction_weight(own, gen, mask, alg: Algorithm, sequence):
+    """Weight of trainer against sampler: raw, as it is used, and where it is out of bounds, all (T,) and detached.
+
+    tis clamps it to the bounds; icepop zeroes the tokens outside; seq-mask-tis zeroes the sequences whose geometric
+    mean is outside. With sequence-level ratios it is the product over the sequence, as in the seed system.
     """
-    if token_level:
-        return torch.where(mask_T, 1.0 / max(num_tokens, 1), 0.0)
-    per_seq_B = 1.0 / (lengths_B.clamp(min=1) * max(num_seqs, 1))
-    per_token = per_seq_B.repeat_interleave(lengths_B)
-    return torch.where(mask_T, torch.nn.functional.pad(per_token, (0, len(mask_T) - len(per_token))), 0.0)
+    kind, low, high = (getattr(alg, f"truncated_importance_sampling_{n}") for n in ("type", "ratio_min", "ratio"))
+    whole = alg.sequence_level_importance_ratios
+    raw = bounded_exp(sequence_sum(own - gen, sequence) if whole else own - gen)
+    if kind is None:
+        return raw, raw, torch.zeros_like(mask)
+    judged = bounded_exp(sequence_mean(own - gen, mask, sequence)) if kind == "seq-mask-tis" else raw
+    outside = (judged < (low or 0.0)) | (judged > high)
+    return raw, raw.clamp(low or 0.0, high) if kind == "tis" else torch.where(outside, 0.0, raw), outside
 
 
-def policy_loss(logprobs, prev_logprobs, gen_logprobs, advantages, mask, weights, num_tokens, alg: Algorithm):
+def kl_estimate(logprobs, ref_logprobs, alg: Algorithm, weight=None):
+    """Per-token estimate of KL(pi || pi_ref): k1 -d, k2 d^2 / 2, k3 e^d - 1 - d, where d = ref - log pi is clamped
+    first and the result last. `weight` multiplies it, without gradient where the clamp of d has taken that away.
+
+    Shapes: all (T,). Source: Schulman's note on approximating KL; arXiv:2506.09477 for the weight's gradient.
+    """
+    d = ref_logprobs - logprobs
+    clamped = d.clamp(-alg.kl_input_clamp_value, alg.kl_input_clamp_value)
+    kind = alg.reference_policy_kl_type
+    kl = -clamped if kind == "k1" else clamped.square() / 2 if kind == "k2" else torch.expm1(clamped) - clamped
+    if weight is not None:
+        kl = kl * torch.where(d == clamped, weight, weight.detach())
+    return kl.clamp(-alg.kl_output_clamp_value, alg.kl_output_clamp_value)
+
+
+# ---- the loss of a micro-batch -------------------------------------------------------------------------------
+def row_weights(lengths_R, units_R):
+    """What each token of a row counts for: tokens are averaged within their unit, then the units are averaged.
+
+    A unit is the whole optimizer batch (token mean), a prompt, or a row (sequence mean). Counts are of the optimizer
+    batch on all ranks, so the sum of micro-batch losses over micro-batches and ranks is the loss, and no averaging
+    is needed anywhere. Shapes: all (R,), over all rows of the batch.
+    """
+    units, unit_R = units_R.unique(return_inverse=True)
+    tokens_U = torch.zeros(len(units)).index_add(0, unit_R, lengths_R.float())
+    return 1 / (len(units) * tokens_U[unit_R]).clamp(min=1)
+
+
+def sequence_sum(x, sequence):
+    """Sum over each token's sequence, at every token. Shapes: (T,), 0 where masked; sequence (T,) indices below T."""
+    return torch.zeros_like(x).index_add(0, sequence, x)[sequence]
+
+
+def sequence_mean(x, mask, sequence):
+    return sequence_sum(x, sequence) / sequence_sum(mask.to(x.dtype), sequence).clamp(min=1)
+
+
+def token_loss(
+    logprobs, prev, gen, advantages, mask, weights, alg: Algorithm, ref=None, nll_weights=None, sequence=None
+):
+    """The loss of every token, times what it counts for; the sum is the loss. The gradient flows to logprobs alone.
+
+    Elementwise unless `alg.needs_sequences`: token t of the result depends on token t of the arguments, so a head
+    may call this on any piece of the tokens. Masked positions may hold anything, inf and NaN included: they are
+    replaced before any arithmetic, since 0 * inf would be NaN in value or gradient.
+
+    Shapes: all (T,). Arguments as in `policy_loss`. Returns: loss (T,) and what `policy_loss` makes its metrics of.
+    """
+    curr, prev, gen, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, prev, gen, advantages))
+    own = prev if alg.needs_prev else curr.detach()
+    anchor = token_anchor = gen if alg.ratio_anchor == "sampler" else own
+    if alg.sequence_level_importance_ratios and not alg.force_on_policy_ratio:  # GSPO, arXiv:2507.18071
+        anchor = curr - sequence_mean(curr - anchor, mask, sequence)  # so the ratio is the sequence's, at each token
+    # FORK HERE: another algorithm is another function of these log-probs.
+    term = cispo_loss if alg.use_cispo else reinforce_loss if alg.disable_ppo_ratio else ppo_clip_loss
+    loss_T, ratio, clamped = term(curr, anchor, advantages, alg)
+    raw, used, outside = correction_weight(own, gen, mask, alg, sequence)
+    if alg.use_importance_sampling_correction:
+        loss_T = loss_T * used
+    kl = torch.zeros_like(curr)
+    if alg.reference_policy_kl_penalty:
+        # The samples come from the policy itself, so their probability has a gradient too, though its value is 1.
+        weight = bounded_exp(curr - (gen if alg.use_on_policy_kl_approximation else curr.detach()))
+        kl = kl_estimate(curr, torch.where(mask, ref, 0.0), alg, weight)
+        if not alg.use_kl_in_reward:
+            loss_T = loss_T + alg.reference_policy_kl_penalty * kl
+    loss_T = loss_T * weights
+    if alg.positive_example_nll_weight:
+        loss_T = loss_T - alg.positive_example_nll_weight * nll_weights * curr
+    return loss_T, (curr.detach(), own, token_anchor, gen, advantages, ratio, clamped, raw, outside, kl.detach())
+
+
+def policy_loss(
+    logprobs, prev_logprobs, gen_logprobs, advantages, mask, weights, num_tokens, alg: Algorithm,
+    ref_logprobs=None, nll_weights=None, sequence=None, num_seqs=1, age=None, max_age=0,
+):  # fmt: skip
     """Loss and metrics of one micro-batch, as its share of the optimizer batch.
 
     logprobs: log pi of the sampled tokens under the weights being trained (with gradient); prev_logprobs: the
-    trainer's own at the start of the step; gen_logprobs: the sampler's. Masked positions may hold anything, inf and
-    NaN included: they are replaced before any arithmetic, since 0 * inf would be NaN in value or gradient.
+    trainer's own at the start of the step; gen_logprobs: the sampler's; ref_logprobs: the starting model's, for the
+    KL penalty; weights: `row_weights` of each token, 0 where masked; nll_weights: the same for the mean over tokens
+    of rewarded samples; sequence: which sequence of the micro-batch a token is of; age: in steps, 0 is current.
 
-    Shapes: all (T,); weights from `token_weights`; num_tokens the global count of loss tokens, 0-D or int.
-    Returns: loss (0-D) and metrics, a dict of 0-D tensors. Names ending in _min or _max reduce by that, all others
-    by sum, over micro-batches and ranks; a sum over the whole batch is a mean over its tokens.
-    Source of names and definitions: NeMo RL's clipped policy-gradient loss.
+    Shapes: all (T,); num_tokens, num_seqs: global counts of loss tokens and sequences, 0-D or int.
+    Returns: loss (0-D) and metrics, a dict of 0-D tensors and one histogram. Names ending in _min or _max reduce by
+    that, all others by sum, over micro-batches and ranks; a sum over the whole batch is a mean over its tokens.
+    Source of names and definitions: NeMo RL's clipped policy-gradient loss. sampling_importance_ratio is the weight
+    before truncation, since the truncated one hides what it is there to show.
     """
-    curr, prev, gen, advantages = (
-        torch.where(mask, x, 0.0) for x in (logprobs, prev_logprobs, gen_logprobs, advantages)
+    loss_T, parts = token_loss(
+        logprobs, prev_logprobs, gen_logprobs, advantages, mask, weights, alg, ref_logprobs, nll_weights, sequence
     )
-    # FORK HERE: another algorithm is another function of these log-probs.
-    loss_T, ratio, clamped = (cispo_loss if alg.use_cispo else ppo_clip_loss)(curr, prev, advantages, alg)
-    is_weight = bounded_exp(prev - gen)  # trainer against sampler: numerics, and the policies between the two
-    if alg.use_importance_sampling_correction:
-        loss_T = loss_T * is_weight
-    loss = (loss_T * weights).sum()
+    loss = loss_T.sum()
 
     with torch.no_grad():
+        curr, own, anchor, gen, advantages, ratio, clamped, raw, outside, kl = parts
         mean = lambda x: torch.where(mask, x, 0.0).sum() / max(num_tokens, 1)
+        seq_mean = lambda x: mean(x / sequence_sum(mask.float(), sequence).clamp(min=1)) * num_tokens / max(num_seqs, 1)
         low = lambda x: torch.where(mask, x, torch.inf).amin()
         high = lambda x: torch.where(mask, x, -torch.inf).amax()
         metrics = {
@@ -133,11 +241,48 @@ def policy_loss(logprobs, prev_logprobs, gen_logprobs, advantages, mask, weights
             "probs_ratio": mean(ratio), "probs_ratio_min": low(ratio), "probs_ratio_max": high(ratio),
             "probs_ratio_clamped": mean(clamped),
             "probs_ratio_clamped_min": low(clamped), "probs_ratio_clamped_max": high(clamped),
-            "sampling_importance_ratio": mean(is_weight),
+            "sampling_importance_ratio": (seq_mean if alg.sequence_level_importance_ratios else mean)(raw),
             "approx_entropy": -mean(bounded_exp(curr - gen) * curr),
-            **{name: mean(x) for name, x in mismatch(prev, gen).items()},
+            "kl_penalty": (kl * weights).sum(),
+            "positive_nll_loss": torch.zeros_like(loss) if nll_weights is None else -(nll_weights * curr).sum(),
+            **{name: mean(x) for name, x in mismatch(own, gen).items()},
+            **clip_diagnostics(curr, anchor, advantages, mask, mean),
         }  # fmt: skip
+        if alg.truncated_importance_sampling_type:
+            over = seq_mean if alg.truncated_importance_sampling_type == "seq-mask-tis" else mean
+            metrics["is_oob_ratio"] = over(outside.float())
+        if age is not None:
+            metrics.update(mismatch_by_age(own, gen, mask, age, max_age))
     return loss, metrics
+
+
+# Log-ratios are counted in bins of 0.02 nats from -4 to 4, the ends included: a quantile read from the counts is
+# within 1 % of the ratio for ratios in 0.018..54, and counts add up over micro-batches, ranks and updates.
+BIN_NATS, BINS = 0.02, 401
+
+
+def clip_diagnostics(curr, anchor, advantages, mask, mean):
+    """Whose gradient PPO's clip at 0.2 would have taken away, as shares of all tokens; how many tokens are rare
+    (p < 0.05 under the anchor), alone and among those; and the histogram of the token-level ratio."""
+    log_ratio = curr - anchor
+    dropped_pos = (advantages > 0) & (log_ratio > math.log(1.2))
+    dropped_neg = (advantages < 0) & (log_ratio < math.log(0.8))
+    rare = anchor < math.log(0.05)
+    bins = (log_ratio / BIN_NATS).round().clamp(-(BINS // 2), BINS // 2).long() + BINS // 2
+    shares = {"would_clip": dropped_pos | dropped_neg, "would_clip_pos": dropped_pos, "would_clip_neg": dropped_neg,
+              "low_prob": rare, "low_prob_would_clip": rare & (dropped_pos | dropped_neg)}  # fmt: skip
+    return {
+        **{name: mean(x.float()) for name, x in shares.items()},
+        "ratio_histogram": torch.zeros(BINS, device=curr.device).index_add(0, bins, mask.float()),
+    }
+
+
+def ratio_quantile(histogram: list[float], q: float) -> float | None:
+    """The ratio below which a share q of the tokens lies, to 1 %; None without tokens."""
+    cumulative = list(itertools.accumulate(histogram))
+    if not cumulative[-1]:
+        return None
+    return math.exp(BIN_NATS * (bisect.bisect_left(cumulative, q * cumulative[-1]) - BINS // 2))
 
 
 def mismatch(prev, gen):

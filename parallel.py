@@ -65,12 +65,13 @@ def reduce_gradients(parameters: list[torch.nn.Parameter], mesh: Mesh) -> None:
 
 
 def reduce_metrics(metrics: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.Tensor]:
-    """Add up 0-D metrics over ranks; names ending in _min and _max reduce by that."""
+    """Add up metrics over ranks; names ending in _min and _max reduce by that."""
     reduced = {}
     for suffix, op in (("_min", dist.ReduceOp.MIN), ("_max", dist.ReduceOp.MAX), ("", dist.ReduceOp.SUM)):
         names = [n for n in metrics if n.endswith(suffix) and n not in reduced]
         if names:
-            packed = torch.stack([metrics[n].double() for n in names])
+            packed = torch.cat([metrics[n].double().flatten() for n in names])
             dist.all_reduce(packed, op, group=mesh.dp_group)
-            reduced.update(zip(names, packed))
+            parts = packed.split([metrics[n].numel() for n in names])
+            reduced.update((n, part.view(metrics[n].shape)) for n, part in zip(names, parts))
     return reduced

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import watch
 from hub import Group
+from loss import ratio_quantile
 
 
 # ---- console -------------------------------------------------------------------------------------------------
@@ -86,11 +87,15 @@ def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> d
     for name, value in values.items():
         if name.startswith("tokens_"):
             record[f"train/{name}"] = int(value)
+        elif name == "ratio_histogram":
+            record.update({f"train/ratio_p{q}": ratio_quantile(value, q / 100) for q in (50, 95, 99)})
         elif name.endswith("_version"):  # null where no token is of that kind
             tokens = values["tokens_" + name.split("_error_")[1]]
             record[f"train/{name}"] = value / tokens if tokens else None
         else:
             record[f"train/{name}"] = value if name.endswith(("_min", "_max")) else value / len(counts)
+    clipped = values["would_clip"]
+    record["train/low_prob_share_of_would_clip"] = values["low_prob_would_clip"] / clipped if clipped else None
     record["train/global_valid_toks"] = sum(tokens for tokens, _ in counts) / len(counts)
     record["train/global_valid_seqs"] = sum(seqs for _, seqs in counts) / len(counts)
     return record

@@ -8,7 +8,7 @@
 
 One step:
     1. wait for num_prompts_per_step groups of num_generations_per_prompt samples; vLLM is already on the next ones
-    2. the trainer's own log-probs of all samples ("prev"), fixed for the step
+    2. the trainer's own log-probs of all samples ("prev"), fixed for the step; with a KL penalty the reference's too
     3. for each batch of train_global_batch_size samples: forward, CISPO loss, backward
     4. sum of gradients over ranks, clip, AdamW
     5. publish the weights: written in the background, fetched, verified and loaded by every rollout node
@@ -17,6 +17,7 @@ One step:
 CISPO: MiniMax-M1, arXiv:2506.13585. Flag and metric names are NeMo RL's where it has one.
 """
 
+import copy
 import dataclasses
 import difflib
 import itertools
@@ -82,10 +83,27 @@ class Config:
     ratio_clip_min: float | None = None  # ratio is clamped from 1 - this; unset: 1.0 with CISPO, else 0.2
     ratio_clip_max: float | None = None  # ratio is clamped to 1 + this; unset: 5.0 with CISPO, else 0.2
     ratio_clip_c: float | None = None  # PPO dual clip: where the advantage is negative, ratio at most this
+    ratio_anchor: Literal["prev", "sampler"] = "prev"  # ratio against: trainer at the step's start, or vLLM (no pass)
+    disable_ppo_ratio: bool = False  # REINFORCE: -A * log pi, no ratio
+    force_on_policy_ratio: bool = False  # ratio 1 with PPO's gradient and no prev pass: one update per rollout batch
+    sequence_level_importance_ratios: bool = False  # GSPO: geometric mean of the sequence's ratios, at each token
     use_importance_sampling_correction: bool = True  # weigh tokens by exp(prev - gen), trainer against sampler
+    truncated_importance_sampling_type: Literal["tis", "icepop", "seq-mask-tis"] | None = None  # bound it
+    truncated_importance_sampling_ratio: float | None = None  # tis: clamp to it; icepop: drop tokens above
+    truncated_importance_sampling_ratio_min: float | None = None  # below; seq-mask-tis: sequences, by their mean
+    reference_policy_kl_penalty: float = 0.0  # times KL to the starting model; as in the recipe (the seed's code: 0.01)
+    reference_policy_kl_type: Literal["k1", "k2", "k3"] = "k3"  # estimator of it
+    kl_input_clamp_value: float = 20.0  # bound of the log-ratio in it
+    kl_output_clamp_value: float = 10.0  # bound of its value
+    use_on_policy_kl_approximation: bool = False  # weigh it by exp(logprob - gen)
+    use_kl_in_reward: bool = False  # take it from each token's advantage, once a step, rather than add it to the loss
+    positive_example_nll_weight: float = 0.0  # times -log pi, a mean over the tokens of samples with reward above 0
     token_level_loss: bool = True  # mean over the batch's tokens; else mean over samples of their token mean
+    prompt_level_loss: bool = False  # mean over prompts of their token mean (ScaleRL)
     use_leave_one_out_baseline: bool = True  # compare a sample with its siblings only
-    normalize_rewards: bool = True  # divide advantages by the group's standard deviation
+    normalize_rewards: bool = True  # divide advantages by a standard deviation
+    advantage_std: Literal["group", "batch"] = "group"  # which: of the sample's group, or of the step's advantages
+    drop_zero_variance: bool = False  # groups of equal rewards leave the batch, its denominators too (unless all are)
     # training
     train_global_batch_size: int = 64  # samples of an optimizer update
     max_tokens_per_micro_batch: int = 4096  # packed into one forward
@@ -105,14 +123,12 @@ class Config:
 
     @property
     def algorithm(self) -> loss.Algorithm:
+        """The loss's part of the flags, with the clip's bounds resolved."""
         low, high = (1.0, 5.0) if self.use_cispo else (0.2, 0.2)
-        return loss.Algorithm(
-            use_cispo=self.use_cispo,
-            ratio_clip_min=low if self.ratio_clip_min is None else self.ratio_clip_min,
-            ratio_clip_max=high if self.ratio_clip_max is None else self.ratio_clip_max,
-            ratio_clip_c=self.ratio_clip_c,
-            use_importance_sampling_correction=self.use_importance_sampling_correction,
-        )
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(loss.Algorithm)}
+        values["ratio_clip_min"] = low if self.ratio_clip_min is None else self.ratio_clip_min
+        values["ratio_clip_max"] = high if self.ratio_clip_max is None else self.ratio_clip_max
+        return loss.Algorithm(**values)
 
     @property
     def samples_per_step(self) -> int:
@@ -122,10 +138,69 @@ class Config:
     def run_dir(self) -> Path:
         return Path("runs") / self.name
 
+    def warnings(self) -> list[str]:
+        """What is allowed, and hardly meant."""
+        alg, found = self.algorithm, []
+        if alg.use_cispo and alg.ratio_anchor == "prev" and self.samples_per_step == self.train_global_batch_size:
+            found.append("one update per rollout batch, so every CISPO weight is exactly 1; "
+                         "lower --train-global-batch-size for several, or use --ratio-anchor sampler")  # fmt: skip
+        if alg.use_cispo and (alg.ratio_clip_min, alg.ratio_clip_max) == (0.2, 0.2):
+            found.append("CISPO with PPO's bounds 0.2/0.2 weighs no token below 0.8 or above 1.2; "
+                         "its own are --ratio-clip-min 1 --ratio-clip-max 5")  # fmt: skip
+        return found
+
     def validate(self, world_size: int) -> None:
         """Raises: ValueError with one line that names the value, the limit and the flag."""
         batch, alg = self.train_global_batch_size, self.algorithm
+        kind = self.truncated_importance_sampling_type
+        low, high = self.truncated_importance_sampling_ratio_min, self.truncated_importance_sampling_ratio
+        cispo, corrected = self.use_cispo, self.use_importance_sampling_correction
+        bounded = "--truncated-importance-sampling-"
         for wrong, why in [
+            (cispo and self.disable_ppo_ratio,
+             "--disable-ppo-ratio: CISPO's weight is that ratio; leave it out or use --no-use-cispo"),
+            (cispo and self.force_on_policy_ratio,
+             "--force-on-policy-ratio: CISPO's weight would be 1; leave it out or use --no-use-cispo"),
+            (cispo and self.sequence_level_importance_ratios,
+             "--sequence-level-importance-ratios: CISPO's weight is the token's; leave it out or use --no-use-cispo"),
+            (self.sequence_level_importance_ratios and self.token_level_loss,
+             "--sequence-level-importance-ratios: needs --no-token-level-loss"),
+            (self.prompt_level_loss and not self.token_level_loss,
+             "--prompt-level-loss: a mean over a prompt's tokens; it excludes --no-token-level-loss"),
+            (self.disable_ppo_ratio and (self.force_on_policy_ratio or self.ratio_clip_c is not None),
+             "--disable-ppo-ratio: leaves no ratio for --force-on-policy-ratio or --ratio-clip-c"),
+            (self.force_on_policy_ratio and self.samples_per_step != batch,
+             f"--force-on-policy-ratio: only the first update is on-policy; --train-global-batch-size {batch} must be "
+             f"the step's {self.samples_per_step} samples"),
+            (self.ratio_anchor == "sampler" and self.force_on_policy_ratio,
+             "--ratio-anchor sampler: a ratio that --force-on-policy-ratio sets to 1 has no anchor"),
+            (self.ratio_anchor == "sampler" and corrected,
+             "--ratio-anchor sampler: its ratio holds exp(prev - gen) already; use "
+             "--no-use-importance-sampling-correction, or it counts twice"),
+            (self.max_trajectory_age_steps > 0 and self.ratio_anchor == "prev" and not corrected,
+             f"--max-trajectory-age-steps {self.max_trajectory_age_steps}: tokens of older weights need "
+             "--use-importance-sampling-correction or --ratio-anchor sampler; without them it must be 0"),
+            (kind is not None and not corrected,
+             f"{bounded}type {kind}: bounds a weight that --no-use-importance-sampling-correction turns off"),
+            (kind is None and (low, high) != (None, None),
+             f"{bounded}ratio {high}, {bounded}ratio-min {low}: without {bounded}type they do nothing"),
+            (kind is not None and (high is None or high <= 0), f"{bounded}ratio {high}: must be above 0 with a type"),
+            (kind in ("icepop", "seq-mask-tis") and low is None, f"{bounded}ratio-min: {kind} needs one"),
+            (None not in (kind, low, high) and not 0 <= low <= high,
+             f"{bounded}ratio-min {low}: must be in 0..{bounded}ratio {high}"),
+            (kind == "seq-mask-tis" and self.sequence_level_importance_ratios,
+             f"{bounded}type seq-mask-tis: weighs tokens; it excludes --sequence-level-importance-ratios"),
+            (self.reference_policy_kl_penalty < 0,
+             f"--reference-policy-kl-penalty {self.reference_policy_kl_penalty}: must be at least 0"),
+            (not 0 < self.kl_input_clamp_value <= loss.LOG_RATIO_MAX,
+             f"--kl-input-clamp-value {self.kl_input_clamp_value}: must be above 0 and at most "
+             f"{loss.LOG_RATIO_MAX:g}, or exp of it overflows"),
+            (self.kl_output_clamp_value <= 0,
+             f"--kl-output-clamp-value {self.kl_output_clamp_value}: must be above 0"),
+            (self.positive_example_nll_weight < 0,
+             f"--positive-example-nll-weight {self.positive_example_nll_weight}: must be at least 0"),
+            (self.advantage_std == "batch" and not self.normalize_rewards,
+             "--advantage-std batch: --no-normalize-rewards divides by none"),
             (self.use_cispo and self.ratio_clip_c is not None,
              f"--ratio-clip-c {self.ratio_clip_c}: CISPO has no dual clip; leave it out or use --no-use-cispo"),
             (self.use_cispo and not self.token_level_loss,
@@ -232,10 +307,10 @@ def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg:
     optimizer.zero_grad()
     for mb in micro_batches:
         logprobs, entropy = micro_batch_logprobs(model, mb, cfg)
-        weights = loss.token_weights(mb.lengths_B, mb.mask, num_tokens, num_seqs, cfg.token_level_loss)
         value, stats = policy_loss(
-            logprobs, mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, weights, num_tokens, cfg.algorithm
-        )
+            logprobs, mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, mb.weights, num_tokens, cfg.algorithm,
+            mb.ref_logprobs, mb.nll_weights, mb.sequence, num_seqs, mb.age, cfg.max_trajectory_age_steps,
+        )  # fmt: skip
         value.backward()
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
         metrics = merge(metrics, stats)
@@ -320,6 +395,8 @@ def train(cfg: Config, checkpoint: Path) -> None:
         [p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
         eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True,
     )  # fmt: skip
+    # The KL penalty's reference is a frozen copy of the model that the run starts from.
+    reference = copy.deepcopy(model).requires_grad_(False) if cfg.reference_policy_kl_penalty else None
     policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
 
     # ---- hub and rollout
@@ -332,9 +409,8 @@ def train(cfg: Config, checkpoint: Path) -> None:
         say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world_size} rank(s), "
             f"hub at {hub.url}, weight clamped to [{1 - cfg.algorithm.ratio_clip_min:g}, "
             f"{1 + cfg.algorithm.ratio_clip_max:g}], results in {cfg.run_dir}")  # fmt: skip
-        if cfg.use_cispo and cfg.samples_per_step == cfg.train_global_batch_size:
-            say("warning: one update per rollout batch, so every CISPO weight is exactly 1; "
-                "lower --train-global-batch-size for several")  # fmt: skip
+        for warning in cfg.warnings():
+            say(f"warning: {warning}")
 
     # ---- loop
     step, clock, done = 0, Clock(), threading.Event()
@@ -357,14 +433,17 @@ def train(cfg: Config, checkpoint: Path) -> None:
 
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
             clock.begin("policy_and_reference_logprobs")
-            drift: dict[str, torch.Tensor] = {}
             with torch.no_grad():
                 for mb in (mb for micro_batches in updates for mb in micro_batches):
-                    mb.prev_logprobs, _ = micro_batch_logprobs(model, mb, cfg)
-                    ages = loss.mismatch_by_age(
-                        mb.prev_logprobs, mb.gen_logprobs, mb.mask, step - mb.versions, cfg.max_trajectory_age_steps
-                    )
-                    drift = merge(drift, ages)
+                    mb.age = step - mb.versions
+                    # Where the loss has no use for prev, the pass is spared; gen keeps its place.
+                    needs_prev = cfg.algorithm.needs_prev
+                    mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] if needs_prev else mb.gen_logprobs
+                    if reference is not None:
+                        mb.ref_logprobs, _ = micro_batch_logprobs(reference, mb, cfg)
+                        if cfg.use_kl_in_reward:
+                            kl = loss.kl_estimate(mb.prev_logprobs, mb.ref_logprobs, cfg.algorithm)
+                            mb.advantages = mb.advantages - cfg.reference_policy_kl_penalty * kl
 
             # 3, 4 the updates: forward, loss, backward, reduce, step
             clock.begin("policy_training")
@@ -374,7 +453,7 @@ def train(cfg: Config, checkpoint: Path) -> None:
                 stats, grad_norm = train_update(model, optimizer, micro_batches, update_counts, cfg, mesh, policy_loss)
                 metrics = merge(metrics, stats)
                 grad_norms.append(grad_norm)
-            metrics = reduce_metrics({**metrics, **drift}, mesh)
+            metrics = reduce_metrics(metrics, mesh)
 
             # 5 publish: copies the weights; writing, fetching and loading go on while the next step runs
             clock.begin("publish_copy")
@@ -383,10 +462,11 @@ def train(cfg: Config, checkpoint: Path) -> None:
 
             # 6 log
             if rank == 0:
-                values = {name: value.item() for name, value in metrics.items()}  # sync: one per step
+                values = {name: value.tolist() for name, value in metrics.items()}  # sync: one per step
                 record = {
                     "step": step, "train/lr": lr, "train/grad_norm": torch.stack(grad_norms).mean().item(),
                     "train/grad_norms": torch.stack(grad_norms).tolist(),
+                    "train/zero_variance_dropped": sum(len(g.rewards) for g in groups) - sum(n for _, n in counts),
                     **rollout_metrics(groups, step), **update_metrics(values, counts), **clock.seconds(),
                     "timing/train/publish_write": publisher.write_s, **hub.take_timing(), "hub": hub.status(),
                 }  # fmt: skip

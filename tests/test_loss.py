@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from loss import Algorithm, cispo_loss, group_advantages, mismatch, policy_loss, token_logprobs, token_weights
+from loss import Algorithm, cispo_loss, group_advantages, mismatch, policy_loss, row_weights, token_logprobs
 
 torch.set_num_threads(1)
 
@@ -79,10 +79,13 @@ def test_cispo_gives_nemo_rls_numbers(case):
             "token_mult_prob_error": 1.506282, "gen_kl_error": 0.091328, "policy_kl_error": 0.092218,
             "js_divergence_error": 0.022284, "sampling_importance_ratio": 1.024661, "approx_entropy": 0.964112,
             "probs_ratio": 1.000002, "probs_ratio_min": 0.499999, "probs_ratio_max": 1.500007,
-            "loss": expected[0],
+            "loss": expected[0], "kl_penalty": 0.0, "positive_nll_loss": 0.0,
+            "would_clip": 1 / 3, "would_clip_pos": 1 / 3, "would_clip_neg": 0.0, "low_prob": 0.0,
+            "low_prob_would_clip": 0.0,
             **{"probs_ratio_clamped" + end: value for end, value in zip(("", "_min", "_max"), clamped[case])},
         }  # fmt: skip
-        assert metrics.keys() == wanted.keys()
+        histogram = metrics.pop("ratio_histogram")
+        assert metrics.keys() == wanted.keys() and histogram.sum() == 3
         for name, value in wanted.items():
             assert_close(metrics[name].item(), value, msg=name, **PRINTED)
 
@@ -161,7 +164,8 @@ def reduce_metrics(parts):
 def test_any_split_into_micro_batches_adds_up_to_the_whole(token_level, name):
     lengths = torch.tensor([5, 1, 13, 2, 8, 3])  # 32 loss tokens
     inputs, mask = batch(32), torch.ones(32, dtype=torch.bool)
-    weights = token_weights(lengths, mask, 32, 6, token_level)
+    rows = row_weights(lengths, torch.zeros(6) if token_level else torch.arange(6))
+    weights = rows.repeat_interleave(lengths)
     per_sequence = torch.stack([w.sum() for w in weights.split(lengths.tolist())])
     assert_close(per_sequence, lengths / 32 if token_level else torch.ones(6) / 6, rtol=1e-6, atol=0)  # fp32 additions
     whole = run(inputs, mask, weights, 32, ALGORITHMS[name])
@@ -169,11 +173,12 @@ def test_any_split_into_micro_batches_adds_up_to_the_whole(token_level, name):
         parts, start = [], 0
         for part in lengths.split(split):
             n = int(part.sum())
-            # A micro-batch is padded with junk, and knows its own lengths and the two global counts.
+            # A micro-batch is padded with junk, and knows what its own tokens count for in the whole.
+            part_weights = torch.nn.functional.pad(weights[start : start + n], (0, 4))
             rows = [torch.cat((x.detach()[start : start + n], torch.full((4,), math.nan))) for x in inputs]
             rows[0].requires_grad_()
             real = torch.arange(n + 4) < n
-            parts.append(run(rows, real, token_weights(part, real, 32, 6, token_level), 32, ALGORITHMS[name]))
+            parts.append(run(rows, real, part_weights, 32, ALGORITHMS[name]))
             assert (parts[-1][2][n:] == 0).all()
             start += n
         # 1e-6 of values near 1: the same 32 terms, added in another order.
@@ -192,22 +197,19 @@ def test_extreme_ratios_and_junk_under_the_mask_stay_finite(name):
     inputs[0].requires_grad_()
     mask = torch.arange(len(extreme + junk)) < len(extreme)
     loss, metrics, gradient = run(inputs, mask, mask / len(extreme), len(extreme), ALGORITHMS[name])
-    assert loss.isfinite() and gradient.isfinite().all() and all(m.isfinite() for m in metrics.values()), metrics
+    assert loss.isfinite() and gradient.isfinite().all() and all(m.isfinite().all() for m in metrics.values()), metrics
     assert (gradient[~mask] == 0).all() and (gradient[mask] != 0).any()
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("token_level", [True, False])
 @pytest.mark.parametrize("num_tokens", [10, 0])  # tokens elsewhere; not a token in the whole batch
-def test_a_micro_batch_with_everything_masked_has_loss_zero(num_tokens, token_level, name):
+def test_a_micro_batch_with_everything_masked_has_loss_zero(num_tokens, name):
     inputs = [torch.full((6,), x) for x in (math.nan, -math.inf, math.inf, math.nan)]
     mask = torch.zeros(6, dtype=torch.bool)
-    weights = token_weights(torch.zeros(0, dtype=torch.int64), mask, num_tokens, 0, token_level)
-    loss, metrics, gradient = run(
-        (inputs[0].requires_grad_(), *inputs[1:]), mask, weights, num_tokens, ALGORITHMS[name]
-    )
+    inputs[0].requires_grad_()
+    loss, metrics, gradient = run(inputs, mask, torch.zeros(6), num_tokens, ALGORITHMS[name])
     neutral = {"min": math.inf, "max": -math.inf}  # of the reductions; of a sum it is 0
-    assert loss == 0 and (gradient == 0).all() and all(v == neutral.get(k[-3:], 0) for k, v in metrics.items())
+    assert loss == 0 and (gradient == 0).all() and all((v == neutral.get(k[-3:], 0)).all() for k, v in metrics.items())
 
 
 # ---- metrics near zero ---------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def test_equal_logprobs_have_no_mismatch_at_all():
 def advantages_of(*rewards, valid=None, leave_one_out=True, normalize=True):
     rewards_PS = torch.tensor([rewards])
     valid_PS = torch.ones_like(rewards_PS, dtype=torch.bool) if valid is None else torch.tensor([valid])
-    return group_advantages(rewards_PS, valid_PS, leave_one_out, normalize)[0].tolist()
+    return group_advantages(rewards_PS, valid_PS, leave_one_out, "group" if normalize else None)[0].tolist()
 
 
 def test_group_advantages_give_nemo_rls_numbers():
