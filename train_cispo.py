@@ -409,8 +409,6 @@ def train(cfg: Config, checkpoint: Path) -> None:
         say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world_size} rank(s), "
             f"hub at {hub.url}, weight clamped to [{1 - cfg.algorithm.ratio_clip_min:g}, "
             f"{1 + cfg.algorithm.ratio_clip_max:g}], results in {cfg.run_dir}")  # fmt: skip
-        for warning in cfg.warnings():
-            say(f"warning: {warning}")
 
     # ---- loop
     step, clock, done = 0, Clock(), threading.Event()
@@ -509,6 +507,8 @@ def main() -> None:
         text = json.dumps({**dataclasses.asdict(cfg), **dataclasses.asdict(cfg.algorithm)}, indent=1)
         (cfg.run_dir / "config.json").write_text(text)
         print(text)
+        for warning in cfg.warnings():
+            say(f"warning: {warning}")
     train(cfg, checkpoint)
 
 

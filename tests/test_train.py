@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import loss
+import train_cispo
 from batch import assign_rows, pack_batch, unpack_batch
 from hub import Group
 from model import ModelConfig, Qwen3MoE
@@ -42,6 +43,11 @@ def no_tokenizer(tmp_path):
     return str(tmp_path)
 
 
+PPO, GSPO = ["--no-use-cispo"], ["--sequence-level-importance-ratios", "--no-token-level-loss"]
+ANCHOR, UNCORRECTED = ["--ratio-anchor", "sampler"], ["--no-use-importance-sampling-correction"]
+TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type", "ratio", "ratio-min"))
+
+
 @pytest.mark.parametrize(("flags", "reason"), [
     (["--use-cispo", "--ratio-clip-c", "3"], "--ratio-clip-c 3.0: CISPO has no dual clip"),
     (["--no-token-level-loss"], "--no-token-level-loss: CISPO's loss is a mean over tokens"),
@@ -49,6 +55,33 @@ def no_tokenizer(tmp_path):
     (["--ratio-clip-min", "-0.1"], "--ratio-clip-min -0.1: must be in 0..1"),
     (["--ratio-clip-max", "-1"], "--ratio-clip-max -1.0: must be at least 0"),
     (["--no-use-cispo", "--ratio-clip-c", "1"], "--ratio-clip-c 1.0: must be above 1"),
+    (["--disable-ppo-ratio"], "--disable-ppo-ratio: CISPO's weight is that ratio"),
+    (["--force-on-policy-ratio"], "--force-on-policy-ratio: CISPO's weight would be 1"),
+    (["--sequence-level-importance-ratios", "--no-token-level-loss"], "ratios: CISPO's weight is the token's"),
+    ([*PPO, "--sequence-level-importance-ratios"], "ratios: needs --no-token-level-loss"),
+    ([*PPO, "--prompt-level-loss", "--no-token-level-loss"], "it excludes --no-token-level-loss"),
+    ([*PPO, "--disable-ppo-ratio", "--ratio-clip-c", "3"], "leaves no ratio for --force-on-policy-ratio or"),
+    ([*PPO, "--disable-ppo-ratio", "--force-on-policy-ratio"], "leaves no ratio for --force-on-policy-ratio or"),
+    ([*PPO, "--force-on-policy-ratio"], "--train-global-batch-size 64 must be the step's 256 samples"),
+    ([*PPO, "--force-on-policy-ratio", "--train-global-batch-size", "256", *ANCHOR], "that --force-on-policy-ratio"),
+    ([*ANCHOR], "--ratio-anchor sampler: its ratio holds exp(prev - gen) already"),
+    ([*UNCORRECTED], "--max-trajectory-age-steps 1: tokens of older weights need"),
+    ([*ANCHOR, *UNCORRECTED, *TIS, "tis"], "type tis: bounds a weight that --no-use-importance-sampling-correction"),
+    ([*HIGH, "2"], "ratio 2.0, --truncated-importance-sampling-ratio-min None: without"),
+    ([*LOW, "2"], "ratio None, --truncated-importance-sampling-ratio-min 2.0: without"),
+    ([*TIS, "tis"], "--truncated-importance-sampling-ratio None: must be above 0"),
+    ([*TIS, "tis", *HIGH, "0"], "--truncated-importance-sampling-ratio 0.0: must be above 0"),
+    ([*TIS, "icepop", *HIGH, "5"], "ratio-min: icepop needs one"),
+    ([*TIS, "seq-mask-tis", *HIGH, "5"], "ratio-min: seq-mask-tis needs one"),
+    ([*TIS, "tis", *HIGH, "1", *LOW, "2"], "ratio-min 2.0: must be in 0..--truncated-importance-sampling-ratio 1.0"),
+    ([*TIS, "icepop", *HIGH, "1", *LOW, "-1"], "ratio-min -1.0: must be in 0.."),
+    ([*PPO, *GSPO, *TIS, "seq-mask-tis", *HIGH, "1", *LOW, "1"], "it excludes --sequence-level-importance-ratios"),
+    (["--reference-policy-kl-penalty", "-1"], "--reference-policy-kl-penalty -1.0: must be at least 0"),
+    (["--kl-input-clamp-value", "0"], "--kl-input-clamp-value 0.0: must be above 0 and at most 20"),
+    (["--kl-input-clamp-value", "21"], "--kl-input-clamp-value 21.0: must be above 0 and at most 20"),
+    (["--kl-output-clamp-value", "0"], "--kl-output-clamp-value 0.0: must be above 0"),
+    (["--positive-example-nll-weight", "-1"], "--positive-example-nll-weight -1.0: must be at least 0"),
+    (["--advantage-std", "batch", "--no-normalize-rewards"], "--advantage-std batch: --no-normalize-rewards"),
     (["--ratio-clip-mx", "4"], "unknown flag '--ratio-clip-mx', did you mean --ratio-clip-max?"),
     (["--frobnicate"], "unknown flag '--frobnicate'"),
     (["--data", "nowhere.jsonl", "--model", "x"], "--data 'nowhere.jsonl': no such file"),
@@ -94,6 +127,27 @@ def test_a_prompt_without_room_for_an_answer_is_refused(tmp_path, tiny_checkpoin
         main()
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and "a prompt has 60 tokens, and --max-total-sequence-length 64 less" in line
+
+
+ONE_UPDATE, NARROW = ["--train-global-batch-size", "256"], ["--ratio-clip-min", "0.2", "--ratio-clip-max", "0.2"]
+
+
+@pytest.mark.parametrize(("flags", "warned"), [
+    ([], []),
+    (ONE_UPDATE, ["every CISPO weight is exactly 1"]),
+    (NARROW, ["CISPO with PPO's bounds 0.2/0.2"]),
+    ([*ONE_UPDATE, *NARROW], ["every CISPO weight is exactly 1", "CISPO with PPO's bounds 0.2/0.2"]),
+    ([*ONE_UPDATE, *ANCHOR, *UNCORRECTED], []),
+    ([*ONE_UPDATE, *NARROW, *PPO], []),
+])  # fmt: skip
+def test_what_is_hardly_meant_is_warned_of_once(flags, warned, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_cispo.py", "--cpu-threads", "1", *flags])
+    monkeypatch.setattr(train_cispo, "resolve_model", lambda cfg, rank: tiny_checkpoint)
+    monkeypatch.setattr(train_cispo, "train", lambda cfg, checkpoint: None)
+    main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
+    assert len(lines) == len(warned) and all(text in line for text, line in zip(warned, lines)), lines
 
 
 def test_unset_clips_are_those_of_the_algorithm():
@@ -202,6 +256,7 @@ def test_a_rank_without_samples_and_an_update_without_any_keep_the_ranks_in_step
     model.init_weights(torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     idle.prev_logprobs = micro_batch_logprobs(model, idle, cfg)[0].detach()
+    idle.age = 1 - idle.versions
     metrics, norm = train_update(model, optimizer, [idle], ranks[1][1][2], cfg, one_rank, loss.policy_loss)
     assert norm == 0 and metrics["loss"] == 0 and metrics.keys() == first_update(SMALL, 0, 1, one_rank)[0].keys()
 
@@ -216,6 +271,7 @@ def first_update(cfg, rank, world_size, mesh):
     with torch.no_grad():
         for mb in updates[0]:
             mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] + 0.5 * torch.sin(mb.gen_logprobs)
+            mb.ref_logprobs, mb.age = mb.prev_logprobs + 0.3 * torch.cos(mb.gen_logprobs), 1 - mb.versions
     stats, norm = train_update(model, optimizer, updates[0], counts[0], cfg, mesh, loss.policy_loss)
     from parallel import reduce_metrics
 
@@ -232,7 +288,11 @@ def one_rank():
     return Mesh(0, 1, torch.device("cpu"), torch.distributed.group.WORLD)
 
 
-ALGORITHMS = [{}, {"use_cispo": False}, {"use_cispo": False, "token_level_loss": False}]
+GSPO_FLAGS = {"use_cispo": False, "token_level_loss": False, "sequence_level_importance_ratios": True}
+ALGORITHMS = [
+    {}, {"use_cispo": False}, {"use_cispo": False, "token_level_loss": False}, GSPO_FLAGS,
+    {"prompt_level_loss": True, "positive_example_nll_weight": 0.5, "reference_policy_kl_penalty": 0.1},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
