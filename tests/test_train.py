@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -302,6 +303,53 @@ def test_micro_batches_are_invisible_in_the_update(one_rank, algorithm):
     (m1, n1, p1), (m2, n2, p2) = first_update(whole, 0, 1, one_rank), first_update(split, 0, 1, one_rank)
     assert m1 == pytest.approx(m2, rel=1e-5, abs=1e-6) and n1 == pytest.approx(n2, rel=1e-5)  # fp32 sums, reordered
     assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(p1, p2))
+
+
+class Standby:
+    """In place of hub and publisher: the loop runs, and nothing is served."""
+
+    url, write_s = "nowhere", 0.0
+    publish = close = lambda *args, **kwargs: None
+    take_timing = status = lambda self: {}
+
+
+@pytest.mark.parametrize("flags", [
+    {},
+    {"ratio_anchor": "sampler", "use_importance_sampling_correction": False},
+    {"reference_policy_kl_penalty": 0.1, "positive_example_nll_weight": 0.1},
+    {"reference_policy_kl_penalty": 0.1, "use_kl_in_reward": True, "drop_zero_variance": True},
+    {**GSPO_FLAGS, "truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 2.0},
+    {"use_cispo": False, "force_on_policy_ratio": True, "train_global_batch_size": 16},
+    {"use_cispo": False, "disable_ppo_ratio": True, "advantage_std": "batch", "prompt_level_loss": True},
+])  # fmt: skip
+def test_every_mode_runs_through_the_training_loop(flags, one_rank, tiny_checkpoint, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(SMALL, max_num_steps=3, local_rollout=False, lr=1e-2, **flags)
+    cfg.validate(1)
+    groups = [dataclasses.replace(g, versions=torch.zeros_like(g.versions)) for g in random_groups()]
+    for token_ids in (g.token_ids for g in groups):
+        token_ids %= 16  # the tiny model's vocabulary is smaller than TINY's
+    groups = [dataclasses.replace(g, prompt_ids=[t % 16 for t in g.prompt_ids]) for g in groups]
+    groups[0] = dataclasses.replace(groups[0], rewards=torch.ones(4))  # no variance
+    monkeypatch.chdir(tmp_path)
+    cfg.run_dir.mkdir(parents=True)
+    passes = []
+    counted = lambda model, mb, cfg: passes.append(torch.is_grad_enabled()) or micro_batch_logprobs(model, mb, cfg)
+    for name, stand_in in {
+        "init_mesh": lambda timeout_s: one_rank, "start_hub": lambda *args: (Standby(), Standby()),
+        "wait_for_batch": lambda *args: groups, "sum_up": lambda run_dir: None, "micro_batch_logprobs": counted,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(train_cispo, name, stand_in)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    train_cispo.train(cfg, tiny_checkpoint)
+    records = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 3 and all(math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in records)
+    assert [r["train/tokens_age_0"] > 0 for r in records] == [True, False, False]
+    # A pass without gradient for prev and one for the reference, where the mode reads them, and none elsewhere.
+    wanted = cfg.algorithm.needs_prev + bool(cfg.reference_policy_kl_penalty)
+    assert passes.count(False) == wanted * passes.count(True)
+    assert [r["train/zero_variance_dropped"] for r in records] == [4 if cfg.drop_zero_variance else 0] * 3
+    if cfg.reference_policy_kl_penalty:
+        assert records[0]["train/kl_penalty"] < records[2]["train/kl_penalty"]  # it starts as its own reference
 
 
 def _two_ranks(rank, port, queue, algorithm, skip_reduce):
