@@ -12,15 +12,12 @@ Everything below is a function of log-probs. `Algorithm` holds the numbers, `pol
 a fork that wants another loss writes another function like `cispo_loss`.
 """
 
-import bisect
-import itertools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-LOG_RATIO_MAX = 20.0  # exp(20) = 4.9e8: far outside any clip, far inside fp32
+from metrics import Parts, bounded_exp, mismatch_by_age, sequence_mean, sequence_sum, token_metrics
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,6 @@ def group_advantages(rewards_PS, valid_PS, leave_one_out: bool, std: str | None,
 
 
 # ---- losses, per token ---------------------------------------------------------------------------------------
-def bounded_exp(log_ratio):
-    return log_ratio.clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp()
-
-
 def cispo_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
     """-A * sg(clip(ratio)) * log pi; the gradient is -A * clip(ratio) for every token, clipped or not.
 
@@ -164,15 +157,6 @@ def row_weights(lengths_R, units_R):
     return 1 / (len(units) * tokens_U[unit_R]).clamp(min=1)
 
 
-def sequence_sum(x, sequence):
-    """Sum over each token's sequence, at every token. Shapes: (T,), 0 where masked; sequence (T,) indices below T."""
-    return torch.zeros_like(x).index_add(0, sequence, x)[sequence]
-
-
-def sequence_mean(x, mask, sequence):
-    return sequence_sum(x, sequence) / sequence_sum(mask.to(x.dtype), sequence).clamp(min=1)
-
-
 def token_loss(
     logprobs, prev, gen, advantages, mask, weights, alg: Algorithm, ref=None, nll_weights=None, sequence=None
 ):
@@ -182,7 +166,7 @@ def token_loss(
     may call this on any piece of the tokens. Masked positions may hold anything, inf and NaN included: they are
     replaced before any arithmetic, since 0 * inf would be NaN in value or gradient.
 
-    Shapes: all (T,). Arguments as in `policy_loss`. Returns: loss (T,) and what `policy_loss` makes its metrics of.
+    Shapes: all (T,). Arguments as in `policy_loss`. Returns: loss (T,) and the parts that metrics are made of.
     """
     curr, prev, gen, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, prev, gen, advantages))
     own = prev if alg.needs_prev else curr.detach()
@@ -205,7 +189,8 @@ def token_loss(
     loss_T = loss_T * weights
     if alg.positive_example_nll_weight:
         loss_T = loss_T - alg.positive_example_nll_weight * nll_weights * curr
-    return loss_T, (curr.detach(), own, token_anchor, gen, advantages, ratio, clamped, raw, outside, kl.detach())
+    parts = Parts(curr.detach(), own, token_anchor, gen, advantages, ratio, clamped, raw, outside, kl.detach())
+    return loss_T, parts
 
 
 def policy_loss(
@@ -231,89 +216,10 @@ def policy_loss(
     loss = loss_T.sum()
 
     with torch.no_grad():
-        curr, own, anchor, gen, advantages, ratio, clamped, raw, outside, kl = parts
-        mean = lambda x: torch.where(mask, x, 0.0).sum() / max(num_tokens, 1)
-        seq_mean = lambda x: mean(x / sequence_sum(mask.float(), sequence).clamp(min=1)) * num_tokens / max(num_seqs, 1)
-        low = lambda x: torch.where(mask, x, torch.inf).amin()
-        high = lambda x: torch.where(mask, x, -torch.inf).amax()
-        metrics = {
-            "loss": loss.detach(),
-            "probs_ratio": mean(ratio), "probs_ratio_min": low(ratio), "probs_ratio_max": high(ratio),
-            "probs_ratio_clamped": mean(clamped),
-            "probs_ratio_clamped_min": low(clamped), "probs_ratio_clamped_max": high(clamped),
-            "sampling_importance_ratio": (seq_mean if alg.sequence_level_importance_ratios else mean)(raw),
-            "approx_entropy": -mean(bounded_exp(curr - gen) * curr),
-            "kl_penalty": (kl * weights).sum(),
-            "positive_nll_loss": torch.zeros_like(loss) if nll_weights is None else -(nll_weights * curr).sum(),
-            **{name: mean(x) for name, x in mismatch(own, gen).items()},
-            **clip_diagnostics(curr, anchor, advantages, mask, mean),
-        }  # fmt: skip
-        if alg.truncated_importance_sampling_type:
-            over = seq_mean if alg.truncated_importance_sampling_type == "seq-mask-tis" else mean
-            metrics["is_oob_ratio"] = over(outside.float())
+        metrics = token_metrics(parts, mask, weights, nll_weights, num_tokens, num_seqs, sequence, alg)
         if age is not None:
-            metrics.update(mismatch_by_age(own, gen, mask, age, max_age))
-    return loss, metrics
-
-
-# Log-ratios are counted in bins of 0.02 nats from -4 to 4, the ends included: a quantile read from the counts is
-# within 1 % of the ratio for ratios in 0.018..54, and counts add up over micro-batches, ranks and updates.
-BIN_NATS, BINS = 0.02, 401
-
-
-def clip_diagnostics(curr, anchor, advantages, mask, mean):
-    """Whose gradient PPO's clip at 0.2 would have taken away, as shares of all tokens; how many tokens are rare
-    (p < 0.05 under the anchor), alone and among those; and the histogram of the token-level ratio."""
-    log_ratio = curr - anchor
-    dropped_pos = (advantages > 0) & (log_ratio > math.log(1.2))
-    dropped_neg = (advantages < 0) & (log_ratio < math.log(0.8))
-    rare = anchor < math.log(0.05)
-    bins = (log_ratio / BIN_NATS).round().clamp(-(BINS // 2), BINS // 2).long() + BINS // 2
-    shares = {"would_clip": dropped_pos | dropped_neg, "would_clip_pos": dropped_pos, "would_clip_neg": dropped_neg,
-              "low_prob": rare, "low_prob_would_clip": rare & (dropped_pos | dropped_neg)}  # fmt: skip
-    return {
-        **{name: mean(x.float()) for name, x in shares.items()},
-        "ratio_histogram": torch.zeros(BINS, device=curr.device).index_add(0, bins, mask.float()),
-    }
-
-
-def ratio_quantile(histogram: list[float], q: float) -> float | None:
-    """The ratio below which a share q of the tokens lies, to 1 %; None without tokens."""
-    cumulative = list(itertools.accumulate(histogram))
-    if not cumulative[-1]:
-        return None
-    return math.exp(BIN_NATS * (bisect.bisect_left(cumulative, q * cumulative[-1]) - BINS // 2))
-
-
-def mismatch(prev, gen):
-    """How far the trainer's log-probs (prev) are from the sampler's (gen), per token, in nats but for the first.
-
-    The KL terms are the k3 estimator e^d - d - 1. Source: NeMo RL's metrics of the same names.
-    """
-    d = (prev - gen).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
-    k3 = lambda x: torch.expm1(x) - x  # expm1, log1p: where numerics agree the result is 1e-10, and 0 at equality
-    to_mix = lambda x: -torch.log1p(torch.expm1(x) / 2)  # log q - log((p + q) / 2), where x = log p - log q
-    return {
-        "token_mult_prob_error": (gen - prev).abs().clamp(max=LOG_RATIO_MAX).exp(),
-        "gen_kl_error": k3(d),
-        "policy_kl_error": k3(-d),
-        "js_divergence_error": 0.5 * (k3(to_mix(d)) + k3(to_mix(-d))),
-    }
-
-
-def mismatch_by_age(prev, gen, mask, age, max_age: int):
-    """The mismatch of tokens that the current weights sampled (numerics alone) apart from that of older ones
-    (policy lag as well). Sums over tokens, with their counts; and the number of tokens of each age in steps.
-
-    Shapes: all (T,); age in steps, 0 is the current version.
-    """
-    values = mismatch(torch.where(mask, prev, 0.0), torch.where(mask, gen, 0.0))
-    sums = {f"tokens_age_{a}": (mask & (age == a)).sum() for a in range(max_age + 1)}
-    for kind, chosen in (("same_version", mask & (age == 0)), ("older_version", mask & (age > 0))):
-        sums[f"tokens_{kind}"] = chosen.sum()
-        for name in ("token_mult_prob_error", "gen_kl_error"):
-            sums[f"{name}_{kind}"] = torch.where(chosen, values[name], 0.0).sum()
-    return sums
+            metrics.update(mismatch_by_age(parts.own, parts.gen, mask, age, max_age))
+    return loss, {"loss": loss.detach(), **metrics}
 
 
 # ---- log-probs of a large vocabulary -------------------------------------------------------------------------

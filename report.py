@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import watch
 from hub import Group
-from loss import ratio_quantile
+from metrics import ratio_quantile
 
 
 # ---- console -------------------------------------------------------------------------------------------------

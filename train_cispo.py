@@ -42,6 +42,7 @@ import loss
 import task
 from batch import MicroBatch, pack_batch, unpack_batch
 from hub import Group, Hub, Ledger
+from metrics import LOG_RATIO_MAX
 from model import ModelConfig, Qwen3MoE
 from parallel import broadcast_bytes, init_mesh, reduce_gradients, reduce_metrics
 from report import Clock, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
@@ -192,9 +193,9 @@ class Config:
              f"{bounded}type seq-mask-tis: weighs tokens; it excludes --sequence-level-importance-ratios"),
             (self.reference_policy_kl_penalty < 0,
              f"--reference-policy-kl-penalty {self.reference_policy_kl_penalty}: must be at least 0"),
-            (not 0 < self.kl_input_clamp_value <= loss.LOG_RATIO_MAX,
+            (not 0 < self.kl_input_clamp_value <= LOG_RATIO_MAX,
              f"--kl-input-clamp-value {self.kl_input_clamp_value}: must be above 0 and at most "
-             f"{loss.LOG_RATIO_MAX:g}, or exp of it overflows"),
+             f"{LOG_RATIO_MAX:g}, or exp of it overflows"),
             (self.kl_output_clamp_value <= 0,
              f"--kl-output-clamp-value {self.kl_output_clamp_value}: must be above 0"),
             (self.positive_example_nll_weight < 0,

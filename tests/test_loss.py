@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from loss import Algorithm, cispo_loss, group_advantages, mismatch, policy_loss, row_weights, token_logprobs
+from loss import Algorithm, cispo_loss, group_advantages, policy_loss, row_weights, token_logprobs
+from metrics import mismatch
 
 torch.set_num_threads(1)
 

@@ -8,10 +8,10 @@ import torch
 from test_loss import INPUTS, NARROW, PRINTED
 from torch.testing import assert_close
 
-import loss
 from batch import pack_batch
 from hub import Group
-from loss import Algorithm, group_advantages, kl_estimate, policy_loss, ratio_quantile, row_weights, token_loss
+from loss import Algorithm, group_advantages, kl_estimate, policy_loss, row_weights, token_loss
+from metrics import BINS, ratio_quantile
 from report import update_metrics
 from train_cispo import Config
 
@@ -331,7 +331,7 @@ def test_ratio_quantiles_are_within_one_percent_and_add_up_over_micro_batches():
     for q in (0.5, 0.95, 0.99):
         exact = log_ratio.sort().values[math.ceil(q * 4000) - 1].exp().item()
         assert ratio_quantile(histogram.tolist(), q) == pytest.approx(exact, rel=0.0101)  # half of a 0.02 nat bin
-    assert ratio_quantile([0.0] * loss.BINS, 0.5) is None
+    assert ratio_quantile([0.0] * BINS, 0.5) is None
 
 
 def test_the_record_of_a_step_holds_quantiles_and_no_histogram():
