@@ -4,6 +4,7 @@ Metrics stay tensors on the device until a step is over; names ending in _min or
 micro-batches and ranks, all others by sum. Their meaning and healthy ranges are in the README.
 """
 
+import itertools
 import json
 import sys
 import threading
@@ -66,6 +67,12 @@ def merge(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, t
         return {**a, **b}
     ops = {"_min": torch.minimum, "_max": torch.maximum}
     return {n: ops.get(n[-4:], torch.add)(a[n], b[n]) for n in b}
+
+
+def fetch(metrics: dict[str, torch.Tensor]) -> dict[str, float | list[float]]:
+    """All values at once: the one time in a step that the host waits for the device."""
+    values = iter(torch.cat([x.flatten().double() for x in metrics.values()]).tolist())
+    return {n: list(itertools.islice(values, x.numel())) if x.ndim else next(values) for n, x in metrics.items()}
 
 
 def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:

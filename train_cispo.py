@@ -45,12 +45,15 @@ from hub import Group, Hub, Ledger
 from metrics import LOG_RATIO_MAX
 from model import ModelConfig, Qwen3MoE
 from parallel import broadcast_bytes, init_mesh, reduce_gradients, reduce_metrics
-from report import Clock, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
+from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
 from rollout import die_with_parent
 from weights import Publisher, load_hf
 
 
 # ---- config --------------------------------------------------------------------------------------------------
+Truncation = Literal["tis", "icepop", "seq-mask-tis"]
+
+
 @dataclass(frozen=True)
 class Config:
     """Every flag. `--preset` gives the values below; other flags override it."""
@@ -89,9 +92,9 @@ class Config:
     force_on_policy_ratio: bool = False  # ratio 1 with PPO's gradient and no prev pass: one update per rollout batch
     sequence_level_importance_ratios: bool = False  # GSPO: geometric mean of the sequence's ratios, at each token
     use_importance_sampling_correction: bool = True  # weigh tokens by exp(prev - gen), trainer against sampler
-    truncated_importance_sampling_type: Literal["tis", "icepop", "seq-mask-tis"] | None = None  # bound it
-    truncated_importance_sampling_ratio: float | None = None  # tis: clamp to it; icepop: drop tokens above
-    truncated_importance_sampling_ratio_min: float | None = None  # below; seq-mask-tis: sequences, by their mean
+    truncated_importance_sampling_type: Truncation | None = None  # clamp that weight; drop tokens; drop sequences
+    truncated_importance_sampling_ratio: float | None = None  # whose weight (of sequences: geometric mean) is above
+    truncated_importance_sampling_ratio_min: float | None = None  # or below this; tis needs none
     reference_policy_kl_penalty: float = 0.0  # times KL to the starting model; as in the recipe (the seed's code: 0.01)
     reference_policy_kl_type: Literal["k1", "k2", "k3"] = "k3"  # estimator of it
     kl_input_clamp_value: float = 20.0  # bound of the log-ratio in it
@@ -461,10 +464,10 @@ def train(cfg: Config, checkpoint: Path) -> None:
 
             # 6 log
             if rank == 0:
-                values = {name: value.tolist() for name, value in metrics.items()}  # sync: one per step
+                values = fetch({**metrics, "grad_norms": torch.stack(grad_norms)})  # sync: one per step
+                norms = values.pop("grad_norms")
                 record = {
-                    "step": step, "train/lr": lr, "train/grad_norm": torch.stack(grad_norms).mean().item(),
-                    "train/grad_norms": torch.stack(grad_norms).tolist(),
+                    "step": step, "train/lr": lr, "train/grad_norm": sum(norms) / len(norms), "train/grad_norms": norms,
                     "train/zero_variance_dropped": sum(len(g.rewards) for g in groups) - sum(n for _, n in counts),
                     **rollout_metrics(groups, step), **update_metrics(values, counts), **clock.seconds(),
                     "timing/train/publish_write": publisher.write_s, **hub.take_timing(), "hub": hub.status(),

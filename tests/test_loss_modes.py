@@ -12,7 +12,7 @@ from batch import pack_batch
 from hub import Group
 from loss import Algorithm, group_advantages, kl_estimate, policy_loss, row_weights, token_loss
 from metrics import BINS, ratio_quantile
-from report import update_metrics
+from report import fetch, update_metrics
 from train_cispo import Config
 
 torch.set_num_threads(1)
@@ -41,6 +41,19 @@ def evaluate(curr, prev, gen, adv, alg, ref=None, positive=None, sequences=None,
     gradient = torch.autograd.grad(value, flat[0])[0]
     tokens = token_loss(*flat, mask, mask.to(dtype), alg, ref, nll, sequence)[0].detach()
     return value.item(), metrics, gradient, tokens
+
+
+def test_every_key_of_the_recipes_loss_block_is_a_flag_with_its_value():
+    recipe = dict(
+        reference_policy_kl_penalty=0.0, reference_policy_kl_type="k3", kl_input_clamp_value=20.0,
+        kl_output_clamp_value=10.0, ratio_clip_min=1.0, ratio_clip_max=5.0, ratio_clip_c=None, token_level_loss=True,
+        use_on_policy_kl_approximation=False, use_importance_sampling_correction=True, use_kl_in_reward=False,
+        truncated_importance_sampling_type=None, truncated_importance_sampling_ratio=None, use_cispo=True,
+        truncated_importance_sampling_ratio_min=None, sequence_level_importance_ratios=False, disable_ppo_ratio=False,
+        force_on_policy_ratio=False, positive_example_nll_weight=0.0,
+    )  # fmt: skip
+    resolved = {**dataclasses.asdict(Config()), **dataclasses.asdict(Config().algorithm)}
+    assert {name: resolved[name] for name in recipe} == recipe
 
 
 # ---- NeMo RL's literal numbers -------------------------------------------------------------------------------
@@ -336,7 +349,7 @@ def test_ratio_quantiles_are_within_one_percent_and_add_up_over_micro_batches():
 
 def test_the_record_of_a_step_holds_quantiles_and_no_histogram():
     _, metrics, *_ = evaluate(CURR, PREV, GEN, ADV, Algorithm())
-    record = update_metrics({name: value.tolist() for name, value in metrics.items()}, [(3, 1)])
+    record = update_metrics(fetch(metrics), [(3, 1)])
     assert record["train/ratio_p50"] == pytest.approx(1.0) and record["train/ratio_p99"] == pytest.approx(1.5, rel=0.01)
     assert record["train/low_prob_share_of_would_clip"] == 0 and "train/ratio_histogram" not in record
 
