@@ -49,7 +49,6 @@ from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, sa
 from rollout import die_with_parent
 from weights import Publisher, load_hf
 
-
 # ---- config --------------------------------------------------------------------------------------------------
 Truncation = Literal["tis", "icepop", "seq-mask-tis"]
 
