@@ -229,14 +229,20 @@ def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg:
     Returns metrics as 0-D tensors, partial over ranks but for grad_norm; nothing here waits for the device."""
     num_tokens, num_seqs = counts
     metrics: dict[str, torch.Tensor] = {}
+    alg, head = cfg.algorithm, model.head_weight
+    objective = lambda logprobs, *aux: loss.policy_loss(logprobs, *aux, 1, alg)[0]  # a count is for the metrics alone
     optimizer.zero_grad()
+    head.grad = head_grad = torch.zeros_like(head) if head.requires_grad else None
     for mb in micro_batches:
-        logprobs, entropy = micro_batch_logprobs(model, mb, cfg)
+        hidden_ND = model(mb.tokens_T, mb.cu_seqlens)[mb.rows_N]
         weights = loss.token_weights(mb.lengths_B, mb.mask, num_tokens, num_seqs, cfg.token_level_loss)
-        value, stats = policy_loss(
-            logprobs, mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, weights, num_tokens, cfg.algorithm
-        )
+        aux = (mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, weights)
+        value, logprobs, entropy = loss.fused_head_loss(
+            hidden_ND, head, mb.targets_N, objective, aux, cfg.temperature, cfg.logprob_chunk_size,
+            cfg.compile, weight_grad=head_grad,
+        )  # fmt: skip
         value.backward()
+        _, stats = policy_loss(logprobs, *aux, num_tokens, alg)
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
         metrics = merge(metrics, stats)
     trained = [p for p in model.parameters() if p.requires_grad]
