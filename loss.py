@@ -178,9 +178,9 @@ def mismatch_by_age(prev, gen, mask, age, max_age: int):
 IGNORED = -(2**31)  # target of a padding row; with a sharded vocabulary -1 can be a word of another rank
 
 
-def chunk_rows(vocab_rows: int, budget_bytes: int = 256 * 2**20) -> int:
-    """Tokens whose fp32 logits fit the budget: a power of two, so that batch sizes seldom leave much padding."""
-    return 1 << max(4, (budget_bytes // (4 * vocab_rows)).bit_length() - 1)
+def chunk_rows(vocab_rows: int, budget_bytes: int = 2**28) -> int:
+    """Tokens whose fp32 logits fit the budget: a power of two from 16 to 4096, as batches are multiples of such."""
+    return 1 << min(12, max(4, (budget_bytes // (4 * vocab_rows)).bit_length() - 1))
 
 
 def _all_reduce(x, op, tp_group):
@@ -225,7 +225,7 @@ _compiled_head_body = torch.compile(_head_body, dynamic=False, fullgraph=True)
 @torch.no_grad()
 def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=None):
     """Every chunk through the body. head: the arguments of `token_logprobs`; needs: whether hidden states, and weight,
-    want a gradient. Returns: loss, log-probs, entropies, (gradients)."""
+    want a gradient. Returns: loss, log-probs, entropy, (gradients)."""
     hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group = head
     N, (v, D), C = len(hidden_ND), weight_vD.shape, chunk_tokens or chunk_rows(len(weight_vD))
     body = _compiled_head_body if compiled else _head_body
@@ -241,17 +241,19 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
     dhidden_ND = new(N, D, dtype=narrow or dtype) if needs[0] else None
     dweight_vD = (new(v, D) if weight_grad is None else weight_grad) if needs[1] else None
     targets_N = targets_N - (v * dist.get_rank(tp_group) if tp_group is not None else 0)
-    losses, logprobs, entropies = [], [], []
-    for start in range(0, max(N, 1), C):  # one chunk at least: a rank without tokens takes part in the collectives
+    padded = -(-max(N, 1) // C) * C  # one chunk at least: a rank without tokens takes part in the collectives
+    loss, logprobs, entropy = new(1).zero_()[0], new(padded), new(padded)
+    for start in range(0, padded, C):
         rows = slice(start, start + C)
         pad = C - len(targets_N[rows])  # to whole chunks, so that one compiled graph serves every batch
         hidden = torch.nn.functional.pad(hidden_ND[rows], (0, 0, 0, pad)).to(weight.dtype)
         targets = torch.nn.functional.pad(targets_N[rows], (0, pad), value=IGNORED)
         chunk_aux = tuple(torch.nn.functional.pad(x[rows], (0, C - len(x[rows]))) for x in aux)
         torch.mm(hidden, weight.t(), **to_fp32, out=logits_Cv)
-        results = body(logits_Cv, dlogits_Cv, targets, chunk_aux, token_objective, temperature, tp_group)
-        for kept, value in zip((losses, logprobs, entropies), results):
-            kept.append(value)
+        arguments = (logits_Cv, dlogits_Cv, targets, chunk_aux, token_objective, temperature, tp_group)
+        chunk_loss, logprobs[rows], entropy[rows] = body(*arguments)
+        if token_objective:
+            loss += chunk_loss
         if needs[0]:
             torch.mm(dlogits_Cv[: C - pad], weight, out=dhidden_ND[rows])
         if needs[1]:
@@ -262,8 +264,7 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
         dhidden_ND = dhidden_ND.to(hidden_ND.dtype)
     if needs[1]:
         dweight_vD = dweight_vD.to(weight_vD.dtype) if weight_grad is None else None
-    loss = torch.stack(losses).sum() if token_objective else None
-    return loss, torch.cat(logprobs), torch.cat(entropies), (dhidden_ND, dweight_vD)
+    return loss, logprobs, entropy, (dhidden_ND, dweight_vD)
 
 
 class _WithGradients(torch.autograd.Function):
