@@ -193,8 +193,7 @@ def _head_body(logits_Cv, dlogits_Cv, targets_C, aux, token_objective, temperatu
     """From a chunk's logits to its loss (0-D), log-probs and entropies; d loss / d logits goes to dlogits_Cv, which
     may be logits_Cv. Targets count from this rank's first word. Without an objective: no loss, dlogits untouched."""
     z_Cv = logits_Cv / temperature
-    max_C = _all_reduce(z_Cv.amax(-1), dist.ReduceOp.MAX, tp_group)
-    z_Cv = z_Cv - max_C[:, None]
+    z_Cv = z_Cv - _all_reduce(z_Cv.amax(-1), dist.ReduceOp.MAX, tp_group)[:, None]
     sum64 = lambda x_Cv: x_Cv.sum(-1, dtype=torch.float64)  # 151,936 terms one by one in fp32 are wrong by 1e-5
     here_C = (targets_C >= 0) & (targets_C < z_Cv.shape[1])
     target_C = torch.where(here_C, z_Cv.gather(-1, torch.where(here_C, targets_C, 0)[:, None]).squeeze(-1), 0.0)
@@ -204,15 +203,14 @@ def _head_body(logits_Cv, dlogits_Cv, targets_C, aux, token_objective, temperatu
     entropy_C = (sum_C.log() - weighted_C / sum_C).to(z_Cv.dtype)
     if token_objective is None:
         return None, logprobs_C, entropy_C
-    real_C = targets_C != IGNORED
 
     def chunk_loss(logprobs_C):
         loss = token_objective(logprobs_C, *aux)
-        loss = torch.where(real_C, loss, 0.0).sum() if loss.ndim else loss
+        loss = torch.where(targets_C != IGNORED, loss, 0.0).sum() if loss.ndim else loss
         return loss, loss
 
     coef_C, loss = torch.func.grad(chunk_loss, has_aux=True)(logprobs_C)
-    coef_C = torch.where(real_C, coef_C, 0.0) / temperature
+    coef_C = torch.where(targets_C != IGNORED, coef_C, 0.0) / temperature
     onehot_Cv = torch.arange(z_Cv.shape[1], device=z_Cv.device, dtype=torch.int32) == targets_C.int()[:, None]
     softmax_Cv = (z_Cv - sum_C.log().to(z_Cv.dtype)[:, None]).exp()  # another exp: kept, the first would be a buffer
     dlogits_Cv.copy_(coef_C[:, None] * (onehot_Cv.to(z_Cv.dtype) - softmax_Cv))
@@ -228,7 +226,6 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
     want a gradient. Returns: loss, log-probs, entropy, (gradients)."""
     hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group = head
     N, (v, D), C = len(hidden_ND), weight_vD.shape, chunk_tokens or chunk_rows(len(weight_vD))
-    body = _compiled_head_body if compiled else _head_body
     # Logits are fp32 whatever the inputs: rounded to bf16 they are wrong by 0.06 nats. Only CUDA has a GEMM from bf16
     # to fp32; elsewhere (tests) the operands are made fp32. Gradients are rounded to bf16 just for the tensor cores.
     narrow = hidden_ND.dtype if hidden_ND.is_cuda and hidden_ND.dtype.itemsize < 4 else None
@@ -240,30 +237,27 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
     dlogits_Cv = new(C, v, dtype=narrow) if narrow and any(needs) else logits_Cv
     dhidden_ND = new(N, D, dtype=narrow or dtype) if needs[0] else None
     dweight_vD = (new(v, D) if weight_grad is None else weight_grad) if needs[1] else None
-    targets_N = targets_N - (v * dist.get_rank(tp_group) if tp_group is not None else 0)
     padded = -(-max(N, 1) // C) * C  # one chunk at least: a rank without tokens takes part in the collectives
+    pad = lambda x, value=0: torch.nn.functional.pad(x, (0, C - len(x)), value=value)
     loss, logprobs, entropy = new(1).zero_()[0], new(padded), new(padded)
-    for start in range(0, padded, C):
-        rows = slice(start, start + C)
-        pad = C - len(targets_N[rows])  # to whole chunks, so that one compiled graph serves every batch
-        hidden = torch.nn.functional.pad(hidden_ND[rows], (0, 0, 0, pad)).to(weight.dtype)
-        targets = torch.nn.functional.pad(targets_N[rows], (0, pad), value=IGNORED)
-        chunk_aux = tuple(torch.nn.functional.pad(x[rows], (0, C - len(x[rows]))) for x in aux)
+    targets_N = targets_N - (v * dist.get_rank(tp_group) if tp_group is not None else 0)
+    for start in range(0, padded, C):  # whole chunks, so that one compiled graph serves every batch
+        rows, real = slice(start, start + C), min(C, N - start)
+        hidden = torch.nn.functional.pad(hidden_ND[rows], (0, 0, 0, C - real)).to(dtype=weight.dtype)
         torch.mm(hidden, weight.t(), **to_fp32, out=logits_Cv)
-        arguments = (logits_Cv, dlogits_Cv, targets, chunk_aux, token_objective, temperature, tp_group)
-        chunk_loss, logprobs[rows], entropy[rows] = body(*arguments)
-        if token_objective:
-            loss += chunk_loss
+        chunk_loss, logprobs[rows], entropy[rows] = (_compiled_head_body if compiled else _head_body)(
+            logits_Cv, dlogits_Cv, pad(targets_N[rows], IGNORED), tuple(pad(x[rows]) for x in aux), token_objective,
+            temperature, tp_group,
+        )  # fmt: skip
+        loss += chunk_loss if token_objective else 0
         if needs[0]:
-            torch.mm(dlogits_Cv[: C - pad], weight, out=dhidden_ND[rows])
+            torch.mm(dlogits_Cv[:real], weight, out=dhidden_ND[rows])
         if needs[1]:
             beta = 0 if start == 0 and weight_grad is None else 1  # 0: the memory's old content counts for nothing
             torch.addmm(dweight_vD, dlogits_Cv.t(), hidden, **to_fp32, beta=beta, out=dweight_vD)
     if needs[0]:  # each rank has its words' share; with sequence parallelism this becomes a reduce-scatter
-        _all_reduce(dhidden_ND, dist.ReduceOp.SUM, tp_group)
-        dhidden_ND = dhidden_ND.to(hidden_ND.dtype)
-    if needs[1]:
-        dweight_vD = dweight_vD.to(weight_vD.dtype) if weight_grad is None else None
+        dhidden_ND = _all_reduce(dhidden_ND, dist.ReduceOp.SUM, tp_group).to(hidden_ND.dtype)
+    dweight_vD = dweight_vD.to(weight_vD.dtype) if needs[1] and weight_grad is None else None
     return loss, logprobs, entropy, (dhidden_ND, dweight_vD)
 
 
@@ -292,10 +286,8 @@ def fused_head_loss(
 ):  # fmt: skip
     """The loss of the tokens, its gradients with it, and their log-probs, in one pass over the vocabulary.
 
-    token_objective(logprobs_C, *aux_C): each token's loss, or their sum, from that token's numbers alone: pure torch
-    operations, differentiable. `aux` are its tensors, one number a token; on padding they are 0, and if it returns a
-    sum that must be 0 there too. A loss that needs whole sequences cannot go in here; write it with `token_logprobs`.
-
+    token_objective(logprobs_C, *aux_C): each token's loss, or their sum, from that token's own numbers; `aux` are its
+    tensors, and on padding they are 0 (so must be a sum). A loss of whole sequences is one of `token_logprobs`.
     chunk_tokens: rows of logits alive at a time; 0: as `chunk_rows` has it. tp_group: the vocabulary is sharded over
     it in rank order, equal parts; weight_vD is this rank's, everything else the same on all ranks.
     weight_grad (v, D), fp32: the weight's gradient is added to it at once, and autograd passes none on; the loss must
@@ -306,10 +298,9 @@ def fused_head_loss(
     """
     head = (hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_vD)]
-    aux = tuple(x.detach() for x in aux)
-    loss, logprobs, entropy, gradients = _head_pass(head, token_objective, aux, needs, weight_grad)
+    loss, *results, gradients = _head_pass(head, token_objective, tuple(x.detach() for x in aux), needs, weight_grad)
     added = weight_grad is not None and needs[1]
-    return _WithGradients.apply(loss, hidden_ND, weight_vD, gradients, added), logprobs, entropy
+    return _WithGradients.apply(loss, hidden_ND, weight_vD, gradients, added), *results
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -317,10 +308,10 @@ class _TokenLogprobs(torch.autograd.Function):
     the two-pass mode, 8*D*V FLOPs a token."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_vD, targets_N, *rest):
-        ctx.save_for_backward(hidden_ND, weight_vD, targets_N)
-        ctx.rest = rest
-        _, logprobs, entropy, _ = _head_pass((hidden_ND, weight_vD, targets_N, *rest), None, ())
+    def forward(ctx, *head):
+        ctx.save_for_backward(*head[:3])
+        ctx.rest = head[3:]
+        _, logprobs, entropy, _ = _head_pass(head, None, ())
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 

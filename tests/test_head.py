@@ -88,9 +88,9 @@ def assert_same(found, wanted, rel):
         assert (a is None) == (b is None), what
         if a is not None:
             assert a.shape == b.shape and a.dtype == b.dtype, what
-            # the loss is a sum of terms of size 1 to 20 that may cancel
-            scale = b.norm() if what != "loss" else b.abs().clamp(min=1)
-            assert (a - b).norm() <= rel * scale, f"{what}: {((a - b).norm() / scale).item():.2e}"
+            # the loss is a mean of terms as large as the log-probs, which cancel
+            scale = b.norm() if what != "loss" else wanted[1].abs().max() if len(wanted[1]) else 1
+            assert (a - b).norm() <= rel * scale, f"{what}: {(a - b).norm() / scale:.2e}"
 
 
 # ---- one pass = two passes = autograd --------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_compiled_equals_eager_and_fifty_lengths_need_one_compilation():
 PEAKS = """
 import torch, bench, loss
 torch.set_num_threads(1)
-V, D = 20_000, 16
+V, D = 10_000, 16
 for N in (512, 512, 2048, 8192):  # the first to warm up
     class x:
         weight_VD, hidden_ND = (torch.randn(n, D, requires_grad=True) for n in (V, N))
@@ -274,7 +274,7 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc keeps nothing of what was freed
     done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, check=True)
     _, *peaks = map(float, done.stdout.split())
-    full_logits = 4 * 8192 * 20_000 / 2**20
+    full_logits = 4 * 8192 * 10_000 / 2**20
     assert max(peaks) <= 1.1 * min(peaks) and max(peaks) < full_logits / 8, peaks
 
 
