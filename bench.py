@@ -51,19 +51,14 @@ def naive(x):
 
 
 def trl(x):
-    """Source: trl 0.24 trainer/utils.py, selective_log_softmax: log-sum-exp row by row in fp32, log_softmax in bf16."""
+    """As TRL's selective_log_softmax has it for fp32: log-sum-exp sequence by sequence."""
     import torch
 
     def run():
         logits_BTV = (x.hidden_ND @ x.weight_VD.t()).view(-1, SEQ, x.weight_VD.shape[0])
-        index = x.targets_N.view(-1, SEQ, 1)
-        if logits_BTV.dtype == torch.float32:
-            lse = torch.stack([torch.logsumexp(row, -1) for row in logits_BTV])
-            logprobs = logits_BTV.gather(-1, index).squeeze(-1) - lse
-        else:
-            pieces = zip(logits_BTV, index)
-            logprobs = torch.stack([row.log_softmax(-1).gather(-1, i).squeeze(-1) for row, i in pieces])
-        return cispo(logprobs.flatten().float(), x.prev_N, x.advantages_N)
+        lse_BT = torch.stack([torch.logsumexp(row, -1) for row in logits_BTV])
+        logprobs_BT = logits_BTV.gather(-1, x.targets_N.view(-1, SEQ, 1)).squeeze(-1) - lse_BT
+        return cispo(logprobs_BT.flatten().float(), x.prev_N, x.advantages_N)
 
     return run
 
@@ -85,13 +80,12 @@ def cce(x):
 
 
 def liger(x):
-    import torch
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     rows = dict(chunk_size=max(1, x.args.chunk // SEQ))
     head = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="cispo", epsilon_high=CLIP, **rows)
     per_sequence = lambda x_N: x_N.view(-1, SEQ)
-    mask_BT = torch.ones_like(per_sequence(x.targets_N))
+    mask_BT = per_sequence(x.targets_N >= 0).long()
     advantages_B = per_sequence(x.advantages_N)[:, 0].contiguous()
     hidden_BTD = lambda: x.hidden_ND.view(-1, SEQ, x.hidden_ND.shape[1])
     targets_BT, prev_BT = per_sequence(x.targets_N), per_sequence(x.prev_N)
@@ -246,9 +240,10 @@ def main():
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
-        return contender(args)
-    result = compare(args)
-    print(json.dumps(result)) if args.json else show(result)
+        contender(args)
+    else:
+        result = compare(args)
+        print(json.dumps(result)) if args.json else show(result)
 
 
 if __name__ == "__main__":

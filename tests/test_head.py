@@ -1,5 +1,6 @@
 """The fused head against autograd on full logits: in any chunking, over any number of vocabulary shards."""
 
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -50,7 +51,7 @@ def full_logprobs(c, hidden, weight):
 
 
 def objective_of(c):
-    alg = c["alg"]
+    alg = dataclasses.replace(c["alg"])  # as in train_update: another object and another function each time
     return lambda logprobs, *aux: policy_loss(logprobs, *aux, 1, alg)[0]
 
 
