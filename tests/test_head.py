@@ -70,8 +70,9 @@ def in_one_pass(c, hidden, weight, **kwargs):
     return fused_head_loss(hidden, weight, c["targets"], objective_of(c), c["aux"], **settings)[:2]
 
 
-def in_two_passes(c, hidden, weight):
-    logprobs, _ = token_logprobs(hidden, weight, c["targets"], c["temperature"], c["chunk"], False)
+def in_two_passes(c, hidden, weight, compiled=False, tp_group=None):
+    settings = c["temperature"], c["chunk"], compiled, tp_group
+    logprobs, _ = token_logprobs(hidden, weight, c["targets"], *settings)
     return objective_of(c)(logprobs, *(padded(x, len(logprobs)) for x in c["aux"])), logprobs
 
 
@@ -299,7 +300,8 @@ def _shard(rank, tp, port, queue, compiled, drop):
         results = []
         for c in shard_cases(compiled):
             shard = c | {"weight": c["weight"].chunk(tp)[rank]}
-            results.append(run(in_one_pass, shard, tp_group=dist.group.WORLD, compiled=compiled))
+            for method in (in_one_pass, in_two_passes):
+                results.append(run(method, shard, tp_group=dist.group.WORLD, compiled=compiled))
         queue.put((rank, [[x.tolist() for x in r] for r in results]))
         dist.destroy_process_group()
     except Exception:  # the parent must see it, not wait for it
@@ -313,7 +315,7 @@ def shard_cases(compiled):
 
 
 def shards(tp, compiled=False, drop=None):
-    """For each case, each rank's results."""
+    """For each case, in one pass and in two, each rank's results."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -342,7 +344,8 @@ def whole(ranks):
 
 @pytest.mark.parametrize(("tp", "compiled"), [(1, False), (2, False), (4, False), (2, True)])
 def test_a_sharded_vocabulary_gives_the_loss_and_gradients_of_the_whole(tp, compiled):
-    for c, ranks in zip(shard_cases(compiled), shards(tp, compiled), strict=True):
+    cases = [c for c in shard_cases(compiled) for _ in ("one pass", "two passes")]
+    for c, ranks in zip(cases, shards(tp, compiled), strict=True):
         wanted = run(by_autograd, c)
         found = whole(ranks)
         assert_same([a.view_as(b) for a, b in zip(found, wanted)], wanted, 1e-6)
