@@ -15,7 +15,7 @@ a fork that wants another loss writes another function like `cispo_loss`.
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
+import torch.distributed as dist
 
 from metrics import Parts, bounded_exp, mismatch_by_age, sequence_mean, sequence_sum, token_metrics
 
@@ -223,32 +223,163 @@ def policy_loss(
 
 
 # ---- log-probs of a large vocabulary -------------------------------------------------------------------------
-def _chunk_logprobs(hidden_ND, weight_VD, targets_N, temperature):
-    logits_NV = (hidden_ND @ weight_VD.t()).float() / temperature
-    logprobs_NV = logits_NV.log_softmax(-1)
-    entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1).detach()
-    return logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1), entropy_N
+# A chunk's logits are the largest tensor of the program, so they live once: one GEMM writes them, an elementwise body
+# turns them into d loss / d logits where they lie, two GEMMs read that. Nothing is recomputed, since the loss of a
+# token gives its gradient as soon as its log-prob is known: 3 GEMMs, 6*D*V FLOPs a token, forward and backward.
+IGNORED = -(2**31)  # target of a padding row; with a sharded vocabulary -1 can be a word of another rank
 
 
-_compiled_chunk_logprobs = torch.compile(_chunk_logprobs, dynamic=False, fullgraph=True)
+def chunk_rows(vocab_rows: int, budget_bytes: int = 2**28) -> int:
+    """Tokens whose fp32 logits fit the budget: a power of two from 16 to 4096, as batches are multiples of such."""
+    return 1 << min(12, max(4, (budget_bytes // (4 * vocab_rows)).bit_length() - 1))
 
 
-def token_logprobs(hidden_ND, weight_VD, targets_N, temperature: float, chunk_tokens: int, compiled: bool):
+def _all_reduce(x, op, tp_group):
+    if tp_group is not None:
+        dist.all_reduce(x, op, group=tp_group)
+    return x
+
+
+def _head_body(logits_Cv, dlogits_Cv, targets_C, aux, token_objective, temperature: float, tp_group):
+    """From a chunk's logits to its loss (0-D), log-probs and entropies; d loss / d logits goes to dlogits_Cv, which
+    may be logits_Cv. Targets count from this rank's first word. Without an objective: no loss, dlogits untouched."""
+    z_Cv = logits_Cv / temperature
+    z_Cv = z_Cv - _all_reduce(z_Cv.amax(-1), dist.ReduceOp.MAX, tp_group)[:, None]
+    sum64 = lambda x_Cv: x_Cv.sum(-1, dtype=torch.float64)  # 151,936 terms one by one in fp32 are wrong by 1e-5
+    here_C = (targets_C >= 0) & (targets_C < z_Cv.shape[1])
+    target_C = torch.where(here_C, z_Cv.gather(-1, torch.where(here_C, targets_C, 0)[:, None]).squeeze(-1), 0.0)
+    packed_3C = torch.stack([sum64(z_Cv.exp()), sum64(z_Cv.exp() * z_Cv), target_C.double()])
+    sum_C, weighted_C, target_C = _all_reduce(packed_3C, dist.ReduceOp.SUM, tp_group).unbind()
+    logprobs_C = (target_C - sum_C.log()).to(z_Cv.dtype)
+    entropy_C = (sum_C.log() - weighted_C / sum_C).to(z_Cv.dtype)
+    if token_objective is None:
+        return None, logprobs_C, entropy_C
+
+    def chunk_loss(logprobs_C):
+        loss = token_objective(logprobs_C, *aux)
+        loss = torch.where(targets_C != IGNORED, loss, 0.0).sum() if loss.ndim else loss
+        return loss, loss
+
+    coef_C, loss = torch.func.grad(chunk_loss, has_aux=True)(logprobs_C)
+    coef_C = torch.where(targets_C != IGNORED, coef_C, 0.0) / temperature
+    onehot_Cv = torch.arange(z_Cv.shape[1], device=z_Cv.device, dtype=torch.int32) == targets_C.int()[:, None]
+    softmax_Cv = (z_Cv - sum_C.log().to(z_Cv.dtype)[:, None]).exp()  # another exp: kept, the first would be a buffer
+    dlogits_Cv.copy_(coef_C[:, None] * (onehot_Cv.to(z_Cv.dtype) - softmax_Cv))
+    return loss, logprobs_C, entropy_C
+
+
+_compiled_head_body = torch.compile(_head_body, dynamic=False, fullgraph=True)
+
+
+@torch.no_grad()
+def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=None):
+    """Every chunk through the body. head: the arguments of `token_logprobs`; needs: whether hidden states, and weight,
+    want a gradient. Returns: loss, log-probs, entropy, (gradients)."""
+    hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group = head
+    N, (v, D), C = len(hidden_ND), weight_vD.shape, chunk_tokens or chunk_rows(len(weight_vD))
+    # Logits are fp32 whatever the inputs: rounded to bf16 they are wrong by 0.06 nats. Only CUDA has a GEMM from bf16
+    # to fp32; elsewhere (tests) the operands are made fp32. Gradients are rounded to bf16 just for the tensor cores.
+    narrow = hidden_ND.dtype if hidden_ND.is_cuda and hidden_ND.dtype.itemsize < 4 else None
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    to_fp32 = {"out_dtype": dtype} if narrow else {}
+    weight = weight_vD if narrow else weight_vD.to(dtype)
+    new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=hidden_ND.device)
+    logits_Cv = new(C, v)
+    dlogits_Cv = new(C, v, dtype=narrow) if narrow and any(needs) else logits_Cv
+    dhidden_ND = new(N, D, dtype=narrow or dtype) if needs[0] else None
+    dweight_vD = (new(v, D) if weight_grad is None else weight_grad) if needs[1] else None
+    padded = -(-max(N, 1) // C) * C  # one chunk at least: a rank without tokens takes part in the collectives
+    pad = lambda x, value=0: torch.nn.functional.pad(x, (0, C - len(x)), value=value)
+    loss, logprobs, entropy = new(1).zero_()[0], new(padded), new(padded)
+    targets_N = targets_N - (v * dist.get_rank(tp_group) if tp_group is not None else 0)
+    for start in range(0, padded, C):  # whole chunks, so that one compiled graph serves every batch
+        rows, real = slice(start, start + C), min(C, N - start)
+        hidden = torch.nn.functional.pad(hidden_ND[rows], (0, 0, 0, C - real)).to(dtype=weight.dtype)
+        torch.mm(hidden, weight.t(), **to_fp32, out=logits_Cv)
+        chunk_loss, logprobs[rows], entropy[rows] = (_compiled_head_body if compiled else _head_body)(
+            logits_Cv, dlogits_Cv, pad(targets_N[rows], IGNORED), tuple(pad(x[rows]) for x in aux), token_objective,
+            temperature, tp_group,
+        )  # fmt: skip
+        loss += chunk_loss if token_objective else 0
+        if needs[0]:
+            torch.mm(dlogits_Cv[:real], weight, out=dhidden_ND[rows])
+        if needs[1]:
+            beta = 0 if start == 0 and weight_grad is None else 1  # 0: the memory's old content counts for nothing
+            torch.addmm(dweight_vD, dlogits_Cv.t(), hidden, **to_fp32, beta=beta, out=dweight_vD)
+    if needs[0]:  # each rank has its words' share; with sequence parallelism this becomes a reduce-scatter
+        dhidden_ND = _all_reduce(dhidden_ND, dist.ReduceOp.SUM, tp_group).to(hidden_ND.dtype)
+    dweight_vD = dweight_vD.to(weight_vD.dtype) if needs[1] and weight_grad is None else None
+    return loss, logprobs, entropy, (dhidden_ND, dweight_vD)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known, forward; those times the upstream gradient, backward (once: in place)."""
+
+    @staticmethod
+    def forward(ctx, loss, hidden_ND, weight_vD, gradients, weight_grad_is_added):
+        ctx.gradients, ctx.added = gradients, weight_grad_is_added
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        assert ctx.gradients is not None, "a second backward through fused_head_loss: its gradients are used up"
+        gradients, ctx.gradients = ctx.gradients, None  # no reference stays, so autograd takes the memory, not a copy
+        if ctx.added:  # too late to scale that one
+            torch._assert_async(upstream == 1, "fused_head_loss with weight_grad: scale its objective, not the loss")
+        if upstream.is_cuda or upstream != 1:  # on a CPU the comparison is free, on a GPU a sync
+            gradients = tuple(None if g is None else g.mul_(upstream.to(g.dtype)) for g in gradients)
+        return None, *gradients, None, None
+
+
+def fused_head_loss(
+    hidden_ND, weight_vD, targets_N, token_objective, aux=(), temperature: float = 1.0, chunk_tokens: int = 0,
+    compiled: bool = True, tp_group=None, weight_grad=None,
+):  # fmt: skip
+    """The loss of the tokens, its gradients with it, and their log-probs, in one pass over the vocabulary.
+
+    token_objective(logprobs_C, *aux_C): each token's loss, or their sum, from that token's own numbers; `aux` are its
+    tensors, and on padding they are 0 (so must be a sum). A loss of whole sequences is one of `token_logprobs`.
+    chunk_tokens: rows of logits alive at a time; 0: as `chunk_rows` has it. tp_group: the vocabulary is sharded over
+    it in rank order, equal parts; weight_vD is this rank's, everything else the same on all ranks.
+    weight_grad (v, D), fp32: the weight's gradient is added to it at once, and autograd passes none on; the loss must
+    then be differentiated as it is, with no factor. For a main gradient, or weight.grad of a leaf, tied or not.
+
+    Shapes: hidden_ND (N, D), weight_vD (v, D) of the same dtype, targets_N (N,) -> loss (0-D, with gradient to hidden
+    states and weight), logprobs and entropy as `token_logprobs` returns them, without gradient.
+    """
+    head = (hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group)
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_vD)]
+    loss, *results, gradients = _head_pass(head, token_objective, tuple(x.detach() for x in aux), needs, weight_grad)
+    added = weight_grad is not None and needs[1]
+    return _WithGradients.apply(loss, hidden_ND, weight_vD, gradients, added), *results
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probs forward, keeping no logits; backward makes them again, with the coefficients that came from above:
+    the two-pass mode, 8*D*V FLOPs a token."""
+
+    @staticmethod
+    def forward(ctx, *head):
+        ctx.save_for_backward(*head[:3])
+        ctx.rest = head[3:]
+        _, logprobs, entropy, _ = _head_pass(head, None, ())
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, coef, _):
+        head = (*ctx.saved_tensors, *ctx.rest)
+        *_, gradients = _head_pass(head, torch.mul, (coef.contiguous(),), ctx.needs_input_grad[:2])
+        return *gradients, *(None for _ in head[2:])
+
+
+def token_logprobs(hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group=None):
     """log pi of each target token, and the entropy of each distribution, with one chunk of logits alive at a time.
 
-    The logits of a chunk are recomputed in its backward. The rows are padded to whole chunks, so that one compiled
-    graph serves every batch; the results keep that padded length (mask them), which spares the callers reshapes.
+    Differentiable in the log-probs, for losses that need them all before their gradient is known; under no_grad
+    nothing is kept. The results are padded to whole chunks (mask them), which spares the callers reshapes.
 
-    Shapes: hidden_ND (N, D), weight_VD (V, D), targets_N (N,) -> logprobs, entropy: (N padded to chunks,) fp32.
+    Shapes: hidden_ND (N, D), weight_vD (v, D), targets_N (N,) -> logprobs, entropy: (N padded to chunks,) fp32.
     Units: nats, at the sampling temperature.
     """
-    pad = max(1, -(-len(targets_N) // chunk_tokens)) * chunk_tokens - len(targets_N)
-    hidden_ND = torch.nn.functional.pad(hidden_ND, (0, 0, 0, pad))
-    targets_N = torch.nn.functional.pad(targets_N, (0, pad))
-    body = _compiled_chunk_logprobs if compiled else _chunk_logprobs
-    chunks = [
-        checkpoint(body, hidden, weight_VD, targets, temperature, use_reentrant=False)
-        for hidden, targets in zip(hidden_ND.split(chunk_tokens), targets_N.split(chunk_tokens))
-    ]
-    logprobs, entropy = zip(*chunks)
-    return torch.cat(logprobs), torch.cat(entropy)
+    return _TokenLogprobs.apply(hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group)

@@ -307,14 +307,26 @@ def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg:
     Returns metrics as 0-D tensors, partial over ranks but for grad_norm; nothing here waits for the device."""
     num_tokens, num_seqs = counts
     metrics: dict[str, torch.Tensor] = {}
+    alg, head = cfg.algorithm, model.head_weight
+    objective = lambda logprobs, *aux: loss.token_loss(logprobs, *aux[:5], alg, *aux[5:])[0]
     optimizer.zero_grad()
+    head.grad = head_grad = torch.zeros_like(head) if head.requires_grad else None
     for mb in micro_batches:
-        logprobs, entropy = micro_batch_logprobs(model, mb, cfg)
-        value, stats = policy_loss(
-            logprobs, mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, mb.weights, num_tokens, cfg.algorithm,
-            mb.ref_logprobs, mb.nll_weights, mb.sequence, num_seqs, mb.age, cfg.max_trajectory_age_steps,
-        )  # fmt: skip
-        value.backward()
+        ref = mb.gen_logprobs if mb.ref_logprobs is None else mb.ref_logprobs  # without a penalty it is not read
+        aux = (mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, mb.weights)
+        rest = (num_tokens, alg, ref, mb.nll_weights, mb.sequence, num_seqs, mb.age, cfg.max_trajectory_age_steps)
+        if alg.needs_sequences:  # two passes: the gradient of a token waits for the log-probs of its sequence
+            logprobs, entropy = micro_batch_logprobs(model, mb, cfg)
+            value, stats = policy_loss(logprobs, *aux, *rest)
+            value.backward()
+        else:
+            hidden_ND = model(mb.tokens_T, mb.cu_seqlens)[mb.rows_N]
+            value, logprobs, entropy = loss.fused_head_loss(
+                hidden_ND, head, mb.targets_N, objective, (*aux, ref, mb.nll_weights), cfg.temperature,
+                cfg.logprob_chunk_size, cfg.compile, weight_grad=head_grad,
+            )  # fmt: skip
+            value.backward()
+            _, stats = policy_loss(logprobs, *aux, *rest)
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
         metrics = merge(metrics, stats)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import weights
-from loss import mismatch
+from metrics import mismatch
 from model import ModelConfig, Qwen3MoE
 from rollout import VLLM, RolloutConfig, is_whole, pack_group
 
