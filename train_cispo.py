@@ -110,7 +110,7 @@ class Config:
     # training
     train_global_batch_size: int = 64  # samples of an optimizer update
     max_tokens_per_micro_batch: int = 4096  # packed into one forward
-    logprob_chunk_size: int = 512  # tokens whose logits exist at once
+    logprob_chunk_size: int = 512  # tokens whose logits exist at once; 0: as many as fill 256 MB
     lr: float = 1e-4  # AdamW
     lr_warmup_steps: int = 0  # rollout batches of linear warm-up from lr / 10
     weight_decay: float = 0.01  # AdamW
@@ -219,10 +219,10 @@ class Config:
             (self.temperature <= 0, f"--temperature {self.temperature}: must be above 0; greedy samples have no ratio"),
             (self.max_trajectory_age_steps < 0,
              f"--max-trajectory-age-steps {self.max_trajectory_age_steps}: must be at least 0"),
-            (min(self.max_num_steps, self.num_prompts_per_step, batch, self.max_new_tokens, self.keep_versions,
-                 self.logprob_chunk_size) < 1,
-             "--max-num-steps, --num-prompts-per-step, --train-global-batch-size, --max-new-tokens, --keep-versions "
-             "and --logprob-chunk-size must be at least 1"),
+            (min(self.max_num_steps, self.num_prompts_per_step, batch, self.max_new_tokens, self.keep_versions) < 1,
+             "--max-num-steps, --num-prompts-per-step, --train-global-batch-size, --max-new-tokens and "
+             "--keep-versions must be at least 1"),
+            (self.logprob_chunk_size < 0, f"--logprob-chunk-size {self.logprob_chunk_size}: must be at least 0"),
             (batch > 0 and self.samples_per_step % batch != 0,
              f"--train-global-batch-size {batch} does not divide the step's {self.num_prompts_per_step} prompts x "
              f"{self.num_generations_per_prompt} samples = {self.samples_per_step}"),
@@ -401,6 +401,8 @@ def train(cfg: Config, checkpoint: Path) -> None:
 
     # ---- model and optimizer
     model_cfg = ModelConfig.from_dir(checkpoint)
+    if cfg.logprob_chunk_size == 0:
+        cfg = dataclasses.replace(cfg, logprob_chunk_size=loss.chunk_rows(model_cfg.vocab_size))
     model = Qwen3MoE(model_cfg).to(mesh.device)
     load_hf(model, checkpoint)
     if cfg.freeze_moe_router:
