@@ -243,7 +243,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(),
-    "add": dataclasses.replace(Config(), preset="add", name="add", task="add"),
+    "add": dataclasses.replace(Config(), preset="add", name="add", task="add", max_num_steps=300),
 }
 
 
