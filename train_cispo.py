@@ -370,9 +370,8 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.lr * (0.1 + 0.9 * done)
 
 
-def start_hub(cfg: Config, checkpoint: Path, vocab_size: int, device) -> tuple[Hub, Publisher]:
+def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, device) -> tuple[Hub, Publisher]:
     """The hub with the run's prompts, and the publisher of its weights."""
-    prompts, codec = load_prompts(cfg, checkpoint)
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.publish_dtype, cfg.publish_dtype)
     run = {
         "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
@@ -392,7 +391,8 @@ def start_hub(cfg: Config, checkpoint: Path, vocab_size: int, device) -> tuple[H
     return hub, Publisher(weights_dir, checkpoint, getattr(torch, dtype), cfg.keep_versions, hub.set_published)
 
 
-def train(cfg: Config, checkpoint: Path) -> None:
+def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None) -> None:
+    """The run. Rank 0 alone has prompts and codec."""
     # ---- processes and seeds
     mesh = init_mesh(cfg.batch_timeout_s + 120)  # a collective may wait for rank 0, and rank 0 for a batch
     rank, world_size = mesh.rank, mesh.world_size
@@ -419,7 +419,7 @@ def train(cfg: Config, checkpoint: Path) -> None:
     # ---- hub and rollout
     hub = rollout = publisher = None
     if rank == 0:
-        hub, publisher = start_hub(cfg, checkpoint, model_cfg.vocab_size, mesh.device)
+        hub, publisher = start_hub(cfg, checkpoint, prompts, codec, model_cfg.vocab_size, mesh.device)
         publisher.publish(0, model)
         if cfg.local_rollout:
             rollout = start_local_rollout(cfg, hub)
@@ -509,8 +509,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local_ranks)))
         checkpoint = resolve_model(cfg, rank)
-        if rank == 0:
-            load_prompts(cfg, checkpoint)
+        prompts, codec = load_prompts(cfg, checkpoint) if rank == 0 else (None, None)
     except ValueError as e:
         if rank == 0:
             print(f"train_cispo.py: error: {e}", file=sys.stderr)
@@ -526,7 +525,7 @@ def main() -> None:
         print(text)
         for warning in cfg.warnings():
             say(f"warning: {warning}")
-    train(cfg, checkpoint)
+    train(cfg, checkpoint, prompts, codec)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_what_is_hardly_meant_is_warned_of_once(flags, warned, tiny_checkpoint, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", "--cpu-threads", "1", *flags])
     monkeypatch.setattr(train_cispo, "resolve_model", lambda cfg, rank: tiny_checkpoint)
-    monkeypatch.setattr(train_cispo, "train", lambda cfg, checkpoint: None)
+    monkeypatch.setattr(train_cispo, "train", lambda *args: None)
     main()
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
     assert len(lines) == len(warned) and all(text in line for text, line in zip(warned, lines)), lines
@@ -342,7 +342,7 @@ def test_every_mode_runs_through_the_training_loop(flags, one_rank, tiny_checkpo
     }.items():  # fmt: skip
         monkeypatch.setattr(train_cispo, name, stand_in)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    train_cispo.train(cfg, tiny_checkpoint)
+    train_cispo.train(cfg, tiny_checkpoint, prompts=None, codec=None)  # they are for the hub
     records = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3 and all(math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in records)
     assert [r["train/tokens_age_0"] > 0 for r in records] == [True, False, False]
