@@ -48,6 +48,7 @@ class MicroBatch:
 
     tokens_T: torch.Tensor
     cu_seqlens: torch.Tensor
+    max_seqlen: int  # longest sequence
     rows_N: torch.Tensor  # positions whose hidden state predicts a sampled token
     targets_N: torch.Tensor  # those tokens
     lengths_B: torch.Tensor  # sampled tokens of each sequence
@@ -61,6 +62,7 @@ class MicroBatch:
     age: torch.Tensor | None = None  # and these are filled in by the step
     prev_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    expert_ids: torch.Tensor | None = None  # (L, t, K) to replay
 
 
 def assign_rows(row_lengths: list[int], world_size: int, max_tokens: int) -> list[list[list[int]]]:
@@ -122,6 +124,7 @@ def unpack_batch(blob: bytes, cfg, rank: int, world_size: int, device):
                 MicroBatch(
                     tokens_T=torch.cat([t for r in chosen for t in (prompts[r], samples[r])]).to(device),
                     cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(device, torch.int32),
+                    max_seqlen=max(row_lengths[r] for r in chosen),
                     rows_N=rows_N.to(device),
                     targets_N=torch.cat([samples[r] for r in chosen]).to(device),
                     lengths_B=lengths_B.to(device),

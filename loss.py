@@ -306,8 +306,7 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
         if needs[1]:
             beta = 0 if start == 0 and weight_grad is None else 1  # 0: the memory's old content counts for nothing
             torch.addmm(dweight_vD, dlogits_Cv.t(), hidden, **to_fp32, beta=beta, out=dweight_vD)
-    if needs[0]:  # each rank has its words' share; with sequence parallelism this becomes a reduce-scatter
-        dhidden_ND = _all_reduce(dhidden_ND, dist.ReduceOp.SUM, tp_group).to(hidden_ND.dtype)
+    dhidden_ND = dhidden_ND.to(hidden_ND.dtype) if needs[0] else None
     dweight_vD = dweight_vD.to(weight_vD.dtype) if needs[1] and weight_grad is None else None
     return loss, logprobs, entropy, (dhidden_ND, dweight_vD)
 
@@ -340,7 +339,8 @@ def fused_head_loss(
     token_objective(logprobs_C, *aux_C): each token's loss, or their sum, from that token's own numbers; `aux` are its
     tensors, and on padding they are 0 (so must be a sum). A loss of whole sequences is one of `token_logprobs`.
     chunk_tokens: rows of logits alive at a time; 0: as `chunk_rows` has it. tp_group: the vocabulary is sharded over
-    it in rank order, equal parts; weight_vD is this rank's, everything else the same on all ranks.
+    it in rank order, equal parts; weight_vD is this rank's, everything else the same on all ranks. The gradient of
+    the hidden states is then this rank's words' share of it: the model adds the shares up where it gathers tokens.
     weight_grad (v, D), fp32: the weight's gradient is added to it at once, and autograd passes none on; the loss must
     then be differentiated as it is, with no factor. For a main gradient, or weight.grad of a leaf, tied or not.
 

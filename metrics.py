@@ -130,3 +130,16 @@ def mismatch_by_age(prev, gen, mask, age, max_age: int):
         for name in ("token_mult_prob_error", "gen_kl_error"):
             sums[f"{name}_{kind}"] = torch.where(chosen, values[name], 0.0).sum()
     return sums
+
+
+def expert_load(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`expert_tokens` (L, E), rows that each layer sent to each expert, as what one looks at: the busiest expert's
+    share of an even one, layer by layer (1 is balanced, E / K is everything to the same experts), and the share of
+    experts that got nothing."""
+    if "expert_tokens" not in metrics:
+        return metrics
+    tokens_LE = metrics["expert_tokens"].double()
+    rest = {name: value for name, value in metrics.items() if name != "expert_tokens"}
+    busiest_L = tokens_LE.amax(1) / tokens_LE.mean(1)
+    return {**rest, "moe_busiest_by_layer": busiest_L, "moe_busiest_max": busiest_L.max(),
+            "moe_idle_share": (tokens_LE == 0).double().mean()}  # fmt: skip

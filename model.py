@@ -1,7 +1,13 @@
-"""Qwen3 and Qwen3-MoE, written out by hand: about 250 lines from token ids to hidden states.
+"""Qwen3 and Qwen3-MoE, written out by hand, from token ids to hidden states, on any grid of ranks (parallel.Mesh).
 
 A batch is one packed row: the sequences lie end to end in `tokens_T`, and `cu_seqlens` (length sequences+1,
 starting at 0) says where each begins. No padding token enters any GEMM and no token attends across a boundary.
+
+A layer, on a rank of a tp group that holds t = T/tp of the row's tokens (sequence parallelism) and e = E/ep experts:
+
+    x_tD -> norm -> all-gather -> q, k, v of h heads -> attention -> o_proj's partial sums -> reduce-scatter -> + x_tD
+    x_tD -> norm -> router -> dispatch (all-to-all) -> e experts -> combine (all-to-all) -> + x_tD
+    a dense MLP instead:     all-gather -> gate, up, down on F/tp columns -> reduce-scatter
 
 The modules are named so that `named_parameters()` gives the Hugging Face names, with one exception: the experts
 of a layer are stacked in one tensor per projection, since one grouped GEMM then serves them all. `hf_tensors()`
@@ -10,11 +16,14 @@ gives the names and shapes of the files on disk, where each expert has its own.
 Shapes, for the whole repo (UPPER is the full size, lower is a rank's shard):
     B rows   T tokens in a row   D model dim    V vocab
     H query heads   G kv heads   C head dim     F expert hidden
-    E experts   K experts per token   N = T*K copies   P prompts in a step   S samples per prompt
+    E experts   K experts per token   N = t*K copies   R rows received after all-to-all   L MoE layers
+    P prompts in a step   S samples per prompt
+    t = T/tp, h = H/tp, g = G/tp, v = V/tp, f = F/tp of a dense MLP, e = E/ep
 
 Source of the architecture: Qwen3 technical report (arXiv:2505.09388); RoPE arXiv:2104.09864, SwiGLU 2002.05202.
 """
 
+import itertools
 import json
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -23,6 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+from parallel import Mesh, Split, all_gather, all_to_all, exchange_counts, reduce_scatter
 
 
 # ---- config --------------------------------------------------------------------------------------------------
@@ -100,6 +112,11 @@ class ModelConfig:
 
 
 # ---- attention -----------------------------------------------------------------------------------------------
+def at_least_fp32(x):
+    """fp32 for half precision; fp64 stays, for the tests that compare layouts to 1e-10."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -108,7 +125,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         # The mean is taken in fp32 and the product in the input's dtype: the order transformers and vLLM use.
-        x32 = x.float()
+        x32 = at_least_fp32(x)
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
@@ -129,149 +146,313 @@ def apply_rope(x_THC, cos_TC, sin_TC):
     return (x_THC * cos_TC[:, None] + rotated * sin_TC[:, None]).to(x_THC.dtype)
 
 
-def attend(q_THC, k_TGC, v_TGC, cu_seqlens, lengths: list[int]):
-    """Causal attention inside each packed sequence. Shapes: q (T, H, C), k and v (T, G, C) -> (T, H, C).
+def _sequences(cu_seqlens: list[int]):
+    """The packed sequences by length, (rows, length): equal ones share a kernel call, exact and without padding, and
+    a batch of short RL samples has few distinct lengths. A single one is a slice, which copies nothing."""
+    by_length: dict[int, list[int]] = {}
+    for start, end in itertools.pairwise(cu_seqlens):
+        by_length.setdefault(end - start, []).append(start)
+    for length, starts in by_length.items():
+        rows = slice(starts[0], starts[0] + length)
+        if len(starts) > 1:
+            rows = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
+        yield rows, length
 
-    Half precision on CUDA takes torch's varlen kernel. Elsewhere (CPU has no such kernel, and flex_attention no
-    backward there) sequences of equal length share one SDPA call: exact, no padding, and a batch of RL samples
-    has few distinct lengths.
-    """
-    if q_THC.is_cuda and q_THC.dtype in (torch.bfloat16, torch.float16):
-        groups = q_THC.shape[1] // k_TGC.shape[1]  # torch 2.11's kernel has no GQA argument: repeat the kv heads
-        k_THC, v_THC = (x.repeat_interleave(groups, dim=1) for x in (k_TGC, v_TGC))
-        return varlen_attn(q_THC, k_THC, v_THC, cu_seqlens, cu_seqlens, max(lengths), max(lengths), window_size=(-1, 0))
-    starts = cu_seqlens[:-1]
-    lengths_B = torch.tensor(lengths, device=q_THC.device)
-    order, outputs = [], []
-    for length in sorted(set(lengths)):
-        rows = (starts[lengths_B == length][:, None] + torch.arange(length, device=starts.device)).flatten()
-        q, k, v = (x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q_THC, k_TGC, v_TGC))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        order.append(rows)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.empty_like(q_THC).index_copy(0, torch.cat(order), torch.cat(outputs))
+
+# On a CPU: torch's varlen kernel does not exist there and flex_attention has no backward, but the flash kernel behind
+# SDPA does. As custom ops, since torch.compile cannot look into a loop over lengths that are data.
+@torch.library.custom_op("cispo::attend_cpu", mutates_args=())
+def attend_cpu(q_THC: torch.Tensor, k_THC: torch.Tensor, v_THC: torch.Tensor, cu: torch.Tensor) -> list[torch.Tensor]:
+    out, lse = torch.empty_like(q_THC), q_THC.new_empty(q_THC.shape[:2])
+    for rows, length in _sequences(cu.tolist()):
+        q, k, v = (x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q_THC, k_THC, v_THC))
+        o, s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        out[rows], lse[rows] = o.transpose(1, 2).flatten(0, 1), s.transpose(1, 2).flatten(0, 1).to(lse.dtype)
+    return [out, lse]
+
+
+@torch.library.custom_op("cispo::attend_cpu_backward", mutates_args=())
+def attend_cpu_backward(grad: torch.Tensor, saved: list[torch.Tensor], cu: torch.Tensor) -> list[torch.Tensor]:
+    grads = [torch.empty_like(grad) for _ in range(3)]
+    for rows, length in _sequences(cu.tolist()):
+        g, q, k, v, o, s = (x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (grad, *saved))
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, s, 0.0, True)
+        for whole, part in zip(grads, parts):
+            whole[rows] = part.transpose(1, 2).flatten(0, 1)
+    return grads
+
+
+@attend_cpu.register_fake
+def _(q_THC, k_THC, v_THC, cu):
+    return [torch.empty_like(q_THC), q_THC.new_empty(q_THC.shape[:2])]
+
+
+@attend_cpu_backward.register_fake
+def _(grad, saved, cu):
+    return [torch.empty_like(grad) for _ in range(3)]
+
+
+def _attend_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+
+
+def _attend_backward(ctx, grads):
+    *saved, cu = ctx.saved_tensors
+    return *attend_cpu_backward(grads[0].contiguous(), saved, cu), None
+
+
+attend_cpu.register_autograd(_attend_backward, setup_context=_attend_setup)
+
+
+def attend(q_ThC, k_TgC, v_TgC, cu_seqlens, max_seqlen: int):
+    """Causal attention inside each packed sequence. Shapes: q (T, h, C), k and v (T, g, C) -> (T, h, C)."""
+    groups = q_ThC.shape[1] // k_TgC.shape[1]  # torch 2.11's kernel has no GQA argument: repeat the kv heads
+    k_ThC, v_ThC = (x.repeat_interleave(groups, dim=1) for x in (k_TgC, v_TgC))
+    if q_ThC.is_cuda:
+        return varlen_attn(q_ThC, k_ThC, v_ThC, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+    return attend_cpu(q_ThC, k_ThC, v_ThC, cu_seqlens)[0]
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+    """Column-parallel q, k, v; row-parallel o. With tp > G, tp/G ranks hold the same kv head."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh):
         super().__init__()
-        D, H, G, C = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        D, C, self.tp_group = cfg.hidden_size, cfg.head_dim, mesh.tp_group
+        h, g = cfg.num_attention_heads // mesh.tp, max(1, cfg.num_key_value_heads // mesh.tp)
         self.head_dim = C
-        self.q_proj = nn.Linear(D, H * C, bias=False)  # (H*C, D)
-        self.k_proj = nn.Linear(D, G * C, bias=False)  # (G*C, D)
-        self.v_proj = nn.Linear(D, G * C, bias=False)  # (G*C, D)
-        self.o_proj = nn.Linear(H * C, D, bias=False)  # (D, H*C)
+        self.q_proj = nn.Linear(D, h * C, bias=False)  # (h*C, D)
+        self.k_proj = nn.Linear(D, g * C, bias=False)  # (g*C, D)
+        self.v_proj = nn.Linear(D, g * C, bias=False)  # (g*C, D)
+        self.o_proj = nn.Linear(h * C, D, bias=False)  # (D, h*C)
         self.q_norm = RMSNorm(C, cfg.rms_norm_eps)  # per head: what Qwen3 added over Qwen2
         self.k_norm = RMSNorm(C, cfg.rms_norm_eps)
 
-    def forward(self, x_TD, cos_TC, sin_TC, cu_seqlens, lengths):
-        q_THC = self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
-        k_TGC = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
-        v_TGC = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        q_THC, k_TGC = apply_rope(q_THC, cos_TC, sin_TC), apply_rope(k_TGC, cos_TC, sin_TC)
-        return self.o_proj(attend(q_THC, k_TGC, v_TGC, cu_seqlens, lengths).flatten(1))
+    def forward(self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int):
+        x_TD = all_gather(x_tD, self.tp_group)
+        q_ThC = self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
+        k_TgC = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
+        v_TgC = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_ThC, k_TgC = apply_rope(q_ThC, cos_TC, sin_TC), apply_rope(k_TgC, cos_TC, sin_TC)
+        out_ThC = attend(q_ThC, k_TgC, v_TgC, cu_seqlens, max_seqlen)
+        return reduce_scatter(self.o_proj(out_ThC.flatten(1)), self.tp_group)
 
 
 # ---- feed-forward --------------------------------------------------------------------------------------------
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), on F/tp of the hidden columns."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, mesh: Mesh):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        D, f, self.tp_group = cfg.hidden_size, cfg.intermediate_size // mesh.tp, mesh.tp_group
+        self.gate_proj = nn.Linear(D, f, bias=False)  # (f, D)
+        self.up_proj = nn.Linear(D, f, bias=False)  # (f, D)
+        self.down_proj = nn.Linear(f, D, bias=False)  # (D, f)
 
-    def forward(self, x_TD):
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+    def forward(self, x_tD):
+        x_TD = all_gather(x_tD, self.tp_group)
+        return reduce_scatter(self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)), self.tp_group)
+
+
+# One GEMM per expert over rows sorted by expert. torch's grouped_mm is that on a GPU, in bf16; its CPU version is this
+# loop, but takes no fp64, and compiles in bf16 only. Hence a custom op around the two.
+@torch.library.custom_op("cispo::grouped_mm", mutates_args=())
+def grouped_mm(x_NA: torch.Tensor, w_eAB: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
+    """Rows of expert 0 first, then of expert 1, ...; counts_e rows each: y = x @ w[expert]."""
+    if x_NA.is_cuda and x_NA.dtype == torch.bfloat16:
+        return F.grouped_mm(x_NA, w_eAB, offs=counts_e.cumsum(0).to(torch.int32))
+    out = x_NA.new_empty(len(x_NA), w_eAB.shape[2])
+    for x, w, y in zip(x_NA.split(counts_e.tolist()), w_eAB, out.split(counts_e.tolist())):
+        torch.mm(x, w, out=y)
+    return out
+
+
+@torch.library.custom_op("cispo::grouped_outer", mutates_args=())
+def grouped_outer(x_NA: torch.Tensor, g_NB: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
+    """x^T @ g of each expert's rows, (e, A, B): the weight gradient. Zero for an expert without rows."""
+    if x_NA.is_cuda and x_NA.dtype == torch.bfloat16:
+        return F.grouped_mm(x_NA.t(), g_NB, offs=counts_e.cumsum(0).to(torch.int32))
+    out = x_NA.new_empty(len(counts_e), x_NA.shape[1], g_NB.shape[1])
+    for x, g, w in zip(x_NA.split(counts_e.tolist()), g_NB.split(counts_e.tolist()), out):
+        torch.mm(x.t(), g, out=w)
+    return out
+
+
+grouped_mm.register_fake(lambda x, w, counts: x.new_empty(x.shape[0], w.shape[2]))
+grouped_outer.register_fake(lambda x, g, counts: x.new_empty(counts.shape[0], x.shape[1], g.shape[1]))
+
+
+def _grouped_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_backward(ctx, grad_NB):
+    x_NA, w_eAB, counts_e = ctx.saved_tensors
+    grad_NB = grad_NB.contiguous()
+    dx_NA = grouped_mm(grad_NB, w_eAB.transpose(1, 2), counts_e) if ctx.needs_input_grad[0] else None
+    # As (e, B, A) transposed: the layout of the parameter, which is a transposed w.
+    dw_eAB = grouped_outer(grad_NB, x_NA, counts_e).transpose(1, 2) if ctx.needs_input_grad[1] else None
+    return dx_NA, dw_eAB, None
+
+
+grouped_mm.register_autograd(_grouped_backward, setup_context=_grouped_setup)
 
 
 class Experts(nn.Module):
-    """All experts of a layer: three grouped GEMMs over rows sorted by expert."""
+    """This rank's experts of a layer: three grouped GEMMs over rows sorted by expert."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, mesh: Mesh):
         super().__init__()
-        E, F_, D = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size
-        self.gate_proj = nn.Parameter(torch.empty(E, F_, D))  # (E, F, D)
-        self.up_proj = nn.Parameter(torch.empty(E, F_, D))  # (E, F, D)
-        self.down_proj = nn.Parameter(torch.empty(E, D, F_))  # (E, D, F)
+        e, F_, D = cfg.num_experts // mesh.ep, cfg.moe_intermediate_size, cfg.hidden_size
+        self.gate_proj = nn.Parameter(torch.empty(e, F_, D))  # (e, F, D)
+        self.up_proj = nn.Parameter(torch.empty(e, F_, D))  # (e, F, D)
+        self.down_proj = nn.Parameter(torch.empty(e, D, F_))  # (e, D, F)
 
-    def forward(self, x_ND, counts_E):
-        """Rows of expert 0 first, then of expert 1, ...; counts_E rows each. (N, D) -> (N, D)."""
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate_NF = F.grouped_mm(x_ND, self.gate_proj.transpose(1, 2), offs=ends_E)
-        up_NF = F.grouped_mm(x_ND, self.up_proj.transpose(1, 2), offs=ends_E)
-        return F.grouped_mm(F.silu(gate_NF) * up_NF, self.down_proj.transpose(1, 2), offs=ends_E)
+    def forward(self, x_RD, counts_e):
+        gate_RF = grouped_mm(x_RD, self.gate_proj.transpose(1, 2), counts_e)
+        up_RF = grouped_mm(x_RD, self.up_proj.transpose(1, 2), counts_e)
+        return grouped_mm(F.silu(gate_RF) * up_RF, self.down_proj.transpose(1, 2), counts_e)
+
+
+class _CopyRows(torch.autograd.Function):
+    """Row n of the result is row order_N[n] // K of x forward; backward each row of x adds up its K copies' gradients,
+    found by the inverse order: a gather, where autograd's own would be atomic additions, in an order of their own."""
+
+    @staticmethod
+    def forward(ctx, x_tD, order_N, inverse_N, K):
+        ctx.K = K
+        ctx.save_for_backward(inverse_N)
+        return x_tD[order_N // K]
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        return grad_ND[ctx.saved_tensors[0]].unflatten(0, (-1, ctx.K)).sum(1), None, None, None
 
 
 class MoE(nn.Module):
-    """Router, then dispatch -> experts -> combine. With expert parallelism only dispatch and combine change."""
+    """Router, then dispatch -> experts -> combine."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, mesh: Mesh):
         super().__init__()
         self.num_experts_per_tok, self.norm_topk_prob = cfg.num_experts_per_tok, cfg.norm_topk_prob
+        self.ep, self.ep_group = mesh.ep, mesh.ep_group
         self.gate = nn.Linear(cfg.hidden_size, cfg.num_experts, bias=False)  # (E, D): the router
-        self.experts = Experts(cfg)
+        self.experts = Experts(cfg, mesh)
 
-    def route(self, x_TD):
-        """Each token's K experts and their weights: softmax over all experts in fp32, then top-k."""
-        probs_TE = F.linear(x_TD, self.gate.weight).float().softmax(-1)
-        weights_TK, ids_TK = probs_TE.topk(self.num_experts_per_tok, dim=-1)
+    def route(self, x_tD, given_ids_tK=None):
+        """Each token's K experts and their weights: fp32 softmax over all experts, then top-k, or the given experts
+        (router replay), whose weights come from the same softmax."""
+        probs_tE = at_least_fp32(F.linear(x_tD, self.gate.weight)).softmax(-1)
+        ids_tK = probs_tE.topk(self.num_experts_per_tok, dim=-1).indices if given_ids_tK is None else given_ids_tK
+        weights_tK = probs_tE.gather(-1, ids_tK)
         if self.norm_topk_prob:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return weights_TK.to(x_TD.dtype), ids_TK
+            weights_tK = weights_tK / weights_tK.sum(-1, keepdim=True)
+        return weights_tK.to(x_tD.dtype), ids_tK
 
-    def forward(self, x_TD):
-        weights_TK, ids_TK = self.route(x_TD)
-        ids_N = ids_TK.flatten()
-        order_N = ids_N.argsort(stable=True)  # dispatch: copies of tokens, sorted by expert
-        counts_E = torch.bincount(ids_N, minlength=self.gate.weight.shape[0])
-        tokens_N = order_N // self.num_experts_per_tok
-        y_ND = self.experts(x_TD[tokens_N], counts_E)
-        y_ND = y_ND * weights_TK.flatten()[order_N, None]  # combine: weigh, then add up each token's K copies
-        return torch.zeros_like(x_TD).index_add(0, tokens_N, y_ND)
+    def forward(self, x_tD, given_ids_tK=None):
+        weights_tK, ids_tK = self.route(x_tD, given_ids_tK)
+        ids_N, K = ids_tK.flatten(), self.num_experts_per_tok
+        order_N = ids_N.argsort(stable=True)  # copies of tokens, sorted by expert
+        inverse_N = order_N.argsort()
+        counts_E = ids_N.new_zeros(self.gate.weight.shape[0]).scatter_add(0, ids_N, torch.ones_like(ids_N))
+        copies_ND = _CopyRows.apply(x_tD, order_N, inverse_N, K)
+        y_ND = self.run_experts(copies_ND, counts_E)
+        y_tKD = _CopyRows.apply(y_ND, inverse_N, order_N, 1).unflatten(0, (-1, K))
+        return (y_tKD * weights_tK[..., None]).sum(1), ids_tK
+
+    def run_experts(self, copies_ND, counts_E):
+        """Rows sorted by expert, to the ranks that have the experts and back."""
+        if self.ep == 1:
+            return self.experts(copies_ND, counts_E)
+        # dispatch: this rank's experts get their rows from every rank of the group
+        counts_re = exchange_counts(counts_E, self.ep_group).view(self.ep, -1)
+        splits = torch.stack([counts_E.view(self.ep, -1).sum(1), counts_re.sum(1)]).tolist()  # sync: one per layer
+        for n in (*splits[0], *splits[1]):
+            torch._check(n >= 0)  # what torch.compile cannot know of numbers that come from a tensor
+        send, receive = splits
+        rows_RD = all_to_all(copies_ND, receive, send, self.ep_group)
+        # They lie by rank, then by expert; a grouped GEMM wants them by expert alone.
+        expert_r = torch.arange(counts_re.shape[1], device=counts_re.device).repeat(self.ep)
+        expert_R = expert_r.repeat_interleave(counts_re.flatten(), output_size=rows_RD.shape[0])
+        order_R = expert_R.argsort(stable=True)
+        inverse_R = order_R.argsort()
+        y_RD = self.experts(_CopyRows.apply(rows_RD, order_R, inverse_R, 1), counts_re.sum(0))
+        # combine: the same way back
+        return all_to_all(_CopyRows.apply(y_RD, inverse_R, order_R, 1), send, receive, self.ep_group)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------
 class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig, layer: int):
+    def __init__(self, cfg: ModelConfig, layer: int, mesh: Mesh):
         super().__init__()
-        self.self_attn = Attention(cfg)
-        self.mlp = MoE(cfg) if cfg.is_moe_layer(layer) else MLP(cfg)
+        self.is_moe = cfg.is_moe_layer(layer)
+        self.self_attn = Attention(cfg, mesh)
+        self.mlp = MoE(cfg, mesh) if self.is_moe else MLP(cfg, mesh)
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, x_TD, cos_TC, sin_TC, cu_seqlens, lengths):
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos_TC, sin_TC, cu_seqlens, lengths)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+    def forward(self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int, given_ids_tK=None):
+        x_tD = x_tD + self.self_attn(self.input_layernorm(x_tD), cos_TC, sin_TC, cu_seqlens, max_seqlen)
+        if not self.is_moe:
+            return x_tD + self.mlp(self.post_attention_layernorm(x_tD)), None
+        y_tD, ids_tK = self.mlp(self.post_attention_layernorm(x_tD), given_ids_tK)
+        return x_tD + y_tD, ids_tK
 
 
 class Qwen3MoE(nn.Module):
-    """Token ids to final hidden states; the vocabulary projection belongs to the loss (loss.token_logprobs)."""
+    """Token ids to final hidden states; the vocabulary projection belongs to the loss (loss.token_logprobs).
 
-    def __init__(self, cfg: ModelConfig):
+    recompute: keep only each block's input and run the block again in backward.
+    """
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh | None = None, recompute: bool = False):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.mesh, self.recompute = cfg, mesh or Mesh(), recompute
+        v = cfg.vocab_size // self.mesh.tp
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size),  # (V, D)
-            "layers": nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers)),
+            "embed_tokens": nn.Embedding(v, cfg.hidden_size),  # (v, D)
+            "layers": nn.ModuleList(Block(cfg, layer, self.mesh) for layer in range(cfg.num_hidden_layers)),
             "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps),
         })  # fmt: skip
         if not cfg.tie_word_embeddings:
-            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)  # (V, D)
+            self.lm_head = nn.Linear(cfg.hidden_size, v, bias=False)  # (v, D)
 
     @property
     def head_weight(self) -> torch.Tensor:
         return self.model["embed_tokens"].weight if self.cfg.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens_T, cu_seqlens):
-        """Shapes: tokens_T (T,) int64, cu_seqlens (sequences+1,) int32 -> hidden_TD (T, D)."""
-        lengths = cu_seqlens.diff().tolist()  # sync: on CUDA, one per forward
-        cos_TC, sin_TC = rope_tables(cu_seqlens, len(tokens_T), self.cfg.head_dim, self.cfg.rope_theta)
-        x_TD = self.model["embed_tokens"](tokens_T)
+    def compile_blocks(self) -> None:
+        """torch.compile each block: one graph serves all blocks of a kind, and any number of tokens."""
+        torch._dynamo.config.capture_scalar_outputs = True  # the all-to-all's row counts
         for layer in self.model["layers"]:
-            x_TD = layer(x_TD, cos_TC, sin_TC, cu_seqlens, lengths)
-        return self.model["norm"](x_TD)
+            layer.compile(fullgraph=True, dynamic=True)
+
+    def embed(self, tokens_T):
+        """Vocabulary-parallel: each rank looks up its own words, and the sum is this rank's tokens' rows."""
+        weight_vD = self.model["embed_tokens"].weight
+        ids_T = tokens_T - self.mesh.tp_rank * len(weight_vD)
+        here_T = (ids_T >= 0) & (ids_T < len(weight_vD))
+        x_TD = F.embedding(torch.where(here_T, ids_T, 0), weight_vD) * here_T[:, None]
+        return reduce_scatter(x_TD, self.mesh.tp_group)
+
+    def forward(self, tokens_T, cu_seqlens, max_seqlen: int, given_ids_LtK=None):
+        """The row's final hidden states, whole on every rank of the tp group, and the experts that were chosen.
+
+        The hidden states' gradient is this rank's share: the ranks' shares are added up on the way back.
+        Shapes: tokens_T (T,) int64, T a multiple of tp; cu_seqlens (sequences+1,) int32; given_ids_LtK: experts to
+            use instead of the router's choice -> hidden_TD (T, D) in the head's dtype, ids_LtK (L, t, K) int64.
+        """
+        cos_TC, sin_TC = rope_tables(cu_seqlens, len(tokens_T), self.cfg.head_dim, self.cfg.rope_theta)
+        norm, ids = self.model["norm"], []
+        x_tD = self.embed(tokens_T).to(norm.weight.dtype)
+        for layer in self.model["layers"]:
+            given_ids_tK = given_ids_LtK[len(ids)] if given_ids_LtK is not None and layer.is_moe else None
+            args = (x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen, given_ids_tK)
+            recompute = self.recompute and torch.is_grad_enabled()
+            x_tD, ids_tK = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+            ids += [ids_tK] if layer.is_moe else []
+        hidden_TD = all_gather(norm(x_tD), self.mesh.tp_group)
+        return hidden_TD.to(self.head_weight.dtype), torch.stack(ids) if ids else None
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None):
@@ -282,12 +463,45 @@ class Qwen3MoE(nn.Module):
             else:
                 p.fill_(1.0)
 
+    def split_of(self, name: str) -> Split:
+        """What this rank holds of a parameter: the one table of what is sharded, how, and who has the same."""
+        mesh, layer_kind = self.mesh, name.split(".")[-2]
+        if ".experts." in name:
+            return Split(0, mesh.ep_rank, mesh.ep, mesh.expert_group)
+        if layer_kind in ("k_proj", "v_proj"):
+            count = min(mesh.tp, self.cfg.num_key_value_heads)
+            return Split(0, mesh.tp_rank * count // mesh.tp, count, mesh.kv_group)
+        if layer_kind in ("q_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
+            return Split(0, mesh.tp_rank, mesh.tp, mesh.dp_group)
+        if layer_kind in ("o_proj", "down_proj"):
+            return Split(1, mesh.tp_rank, mesh.tp, mesh.dp_group)
+        return Split(0, 0, 1, mesh.world_group)  # norms and router: they see this rank's tokens only, or its heads
+
+    def hf_parts(self, name: str):
+        """A parameter as parts of Hugging Face tensors: (HF name, this rank's view, which slice of the whole it is)."""
+        p, split = self.get_parameter(name).detach(), self.split_of(name)
+        if ".experts." in name:  # an expert is a tensor of its own there, and whole on its rank
+            for hf_name, expert in self.hf_views(name, p, first_expert=split.index * len(p)):
+                yield hf_name, expert, Split(0, 0, 1, split.replicas)
+        else:
+            yield name, p, split
+
     def hf_tensors(self):
-        """(name, tensor view) of everything in a Hugging Face checkpoint of this model, in layer order."""
-        for name, p in self.named_parameters():
-            if ".mlp.experts." not in name:
-                yield name, p.detach()
-                continue
-            prefix, projection = name.rsplit(".", 1)
-            for expert, weight in enumerate(p.detach()):
-                yield f"{prefix}.{expert}.{projection}.weight", weight
+        """(name, tensor view) of what this rank holds of the model's Hugging Face checkpoint, in layer order."""
+        for name, _ in self.named_parameters():
+            yield from ((hf_name, tensor) for hf_name, tensor, _ in self.hf_parts(name))
+
+    @staticmethod
+    def hf_views(name: str, tensor: torch.Tensor, first_expert: int = 0):
+        """A parameter's Hugging Face names and views: itself, or, for stacked experts, one of each expert."""
+        if ".experts." not in name:
+            yield name, tensor
+            return
+        prefix, projection = name.rsplit(".", 1)
+        for expert, weight in enumerate(tensor, start=first_expert):
+            yield f"{prefix}.{expert}.{projection}.weight", weight
+
+    def checkpoint_shapes(self) -> dict[str, torch.Size]:
+        """The names and shapes of the whole model's Hugging Face checkpoint, whatever this rank holds of it."""
+        with torch.device("meta"):
+            return {name: t.shape for name, t in Qwen3MoE(self.cfg).hf_tensors()}

@@ -1,31 +1,86 @@
-"""What ranks say to each other: one process group, and every collective the trainer uses.
+"""Which rank holds what, and everything the ranks say to each other.
 
-Data parallelism only, so far. The loss of a micro-batch is already divided by the global token count, so gradients
-are added up over ranks (SUM, never averaged), and one process takes the same path as many.
+The grid, for 16 ranks with tp = 2, ep = 4 (so dp = 8); rank = dp_rank * tp + tp_rank:
 
-Communication of an optimizer step: one all-reduce of the gradients, 2 * (n-1)/n * parameter bytes per rank.
+    rank       0  1   2  3   4  5   6  7   8  9  10 11  12 13  14 15
+    tp_group  [0  1] [2  3] [4  5] [6  7] [8  9] ...                    one packed row of tokens, cut in tp slices
+    ep_group  [0  1   2  3] [4  5   6  7] [8  9  10 11] [12 13 14 15]   all experts once; tokens travel inside
+    dp_group   0 2 4 6 8 10 12 14 and 1 3 5 ... 15                      the same slice of every dense matrix
+    replicas of an expert: 0 4 8 12 and 1 5 9 13 and ...                the same experts
+
+Tokens are sharded over all ranks: over dp by sequence, inside a tp group by position (sequence parallelism). So one
+rule covers every parameter: its gradient is the SUM over the ranks that hold the same slice of it (`Split.replicas`),
+and AdamW's state is sharded over those same ranks (ZeRO-1). Losses are divided by global counts beforehand; nothing
+is ever averaged. A group of one rank is None, and its collectives are the identity.
+
+Bytes that a rank sends, with b bytes per value and n ranks in the group:
+    a layer, forward:   attention   all-gather and reduce-scatter of (T, D)    2 * (n-1)/n * T*D*b        (tp)
+                        MoE         dispatch and combine of T/tp * K rows      2 * (n-1)/n * T/tp*K*D*b   (ep)
+    backward the same, and once more forward with activation recompute;
+    an update:          reduce-scatter of the gradients, all-gather of the parameters, over the replicas.
+
+Sources: Megatron-LM arXiv:1909.08053, sequence parallelism arXiv:2205.05198, ZeRO arXiv:1910.02054.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
+# ---- who is where --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place among the trainer's."""
+    """This process's place in the grid. The default is a process alone, which needs no process group."""
 
-    rank: int
-    world_size: int
-    device: torch.device
-    dp_group: dist.ProcessGroup
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tp: int = 1
+    ep: int = 1
+    world_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+    ep_group: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
+    expert_group: dist.ProcessGroup | None = None  # ranks with the same experts
+    kv_group: dist.ProcessGroup | None = None  # ranks with the same kv heads, where tp > kv heads; else dp_group
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // self.tp
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.ep
 
 
-def init_mesh(timeout_s: float) -> Mesh:
-    """Join the process group that torchrun describes; without torchrun, a group of one.
+@dataclass(frozen=True)
+class Split:
+    """Which slice of a whole tensor a parameter is: part `index` of `count` equal ones along `dim`."""
+
+    dim: int
+    index: int
+    count: int
+    replicas: dist.ProcessGroup | None  # the ranks with the very same slice
+
+    def of(self, shape) -> tuple[slice, ...]:
+        """The slice, of a whole tensor of this shape."""
+        size = shape[self.dim] // self.count
+        return (slice(None),) * self.dim + (slice(self.index * size, (self.index + 1) * size),)
+
+
+def init_mesh(timeout_s: float, tp: int = 1, ep: int = 1, kv_heads: int = 0) -> Mesh:
+    """Join the process group that torchrun describes (without torchrun: a group of one) and lay out the grid.
 
     timeout_s bounds every collective: a rank that dies must become an error of the others, not a hang.
     """
@@ -35,43 +90,240 @@ def init_mesh(timeout_s: float) -> Mesh:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
-    )
-    return Mesh(rank, world_size, device, dist.group.WORLD)
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+    def group(key):
+        """My group of the partition that puts ranks with equal keys together."""
+        mine = None
+        for value in sorted({key(r) for r in range(world_size)}):
+            ranks = [r for r in range(world_size) if key(r) == value]
+            if 1 < len(ranks) < world_size:
+                made = dist.new_group(ranks, timeout=timeout)
+            else:
+                made = dist.group.WORLD if len(ranks) > 1 else None
+            mine = made if rank in ranks else mine
+        return mine
+
+    kv_replicated = tp > kv_heads > 0
+    dp_group = group(lambda r: r % tp)
+    return Mesh(
+        rank, world_size, device, tp, ep, group(lambda r: 0), group(lambda r: r // tp), group(lambda r: r // ep),
+        dp_group, group(lambda r: r % ep), group(lambda r: r % tp * kv_heads // tp) if kv_replicated else dp_group,
+    )  # fmt: skip
 
 
+# ---- collectives of the forward pass, and what they are backward ---------------------------------------------
+def group_size(group) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _gathered(x, group):
+    out = x.new_empty((x.shape[0] * dist.get_world_size(group), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _reduce_scattered(x, group):
+    out = x.new_empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _exchanged(x, receive, send, group):
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    return out
+
+
+class _AllGather(torch.autograd.Function):
+    """All-gather forward, reduce-scatter backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gathered(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _reduce_scattered(grad, ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Reduce-scatter forward, all-gather backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _reduce_scattered(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gathered(grad, ctx.group), None
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to their ranks forward, their gradients back again backward."""
+
+    @staticmethod
+    def forward(ctx, x, receive, send, group):
+        ctx.receive, ctx.send, ctx.group = receive, send, group
+        return _exchanged(x, receive, send, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _exchanged(grad, ctx.send, ctx.receive, ctx.group), None, None, None
+
+
+def all_gather(x_t, group):
+    """(t, ...) of every rank -> (T, ...), in rank order."""
+    return x_t if group is None else _AllGather.apply(x_t, group)
+
+
+def reduce_scatter(x_T, group):
+    """Each rank's partial sums (T, ...) -> this rank's rows of their sum (t, ...)."""
+    return x_T if group is None else _ReduceScatter.apply(x_T, group)
+
+
+def all_to_all(x_N, receive: list[int], send: list[int], group):
+    """The first send[0] rows go to rank 0, the next send[1] to rank 1, ...; receive[i] rows come from rank i."""
+    return x_N if group is None else _AllToAll.apply(x_N, receive, send, group)
+
+
+def exchange_counts(counts_E, group):
+    """Rows per expert, mine for all -> everyone's for mine, (ranks * e,), by rank. Without gradient."""
+    if group is None:
+        return counts_E
+    out = torch.empty_like(counts_E)
+    dist.all_to_all_single(out, counts_E, group=group)
+    return out
+
+
+# ---- messages of the training loop ---------------------------------------------------------------------------
 def broadcast_bytes(data: bytes | None, mesh: Mesh) -> bytes:
     """Rank 0's bytes on every rank (the others pass None). A safetensors blob travels so: no pickle."""
+    if mesh.world_group is None:
+        return data
     size = torch.tensor([len(data) if data is not None else 0], device=mesh.device)
-    dist.broadcast(size, 0, group=mesh.dp_group)
+    dist.broadcast(size, 0)
     buffer = torch.empty(int(size), dtype=torch.uint8, device=mesh.device)
     if data is not None:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    dist.broadcast(buffer, 0, group=mesh.dp_group)
+    dist.broadcast(buffer, 0)
     return data if data is not None else buffer.cpu().numpy().tobytes()
 
 
-def reduce_gradients(parameters: list[torch.nn.Parameter], mesh: Mesh) -> None:
-    """SUM of every gradient over the data-parallel ranks, in one flat bucket."""
-    for p in parameters:
-        if p.grad is None:  # a rank whose micro-batches were all masked still takes part, with zeros
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat, group=mesh.dp_group)
-    for p, reduced in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(reduced.view_as(p))
+def all_reduce(x: torch.Tensor, group, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum (or op) over the group's ranks, in place."""
+    if group is not None:
+        dist.all_reduce(x, op, group=group)
+    return x
 
 
-def reduce_metrics(metrics: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.Tensor]:
+def reduce_metrics(metrics: dict[str, torch.Tensor], group) -> dict[str, torch.Tensor]:
     """Add up metrics over ranks; names ending in _min and _max reduce by that."""
     reduced = {}
     for suffix, op in (("_min", dist.ReduceOp.MIN), ("_max", dist.ReduceOp.MAX), ("", dist.ReduceOp.SUM)):
         names = [n for n in metrics if n.endswith(suffix) and n not in reduced]
         if names:
-            packed = torch.cat([metrics[n].double().flatten() for n in names])
-            dist.all_reduce(packed, op, group=mesh.dp_group)
+            packed = all_reduce(torch.cat([metrics[n].double().flatten() for n in names]), group, op)
             parts = packed.split([metrics[n].numel() for n in names])
             reduced.update((n, part.view(metrics[n].shape)) for n, part in zip(names, parts))
     return reduced
+
+
+# ---- the optimizer -------------------------------------------------------------------------------------------
+class Bucket:
+    """All parameters of one dtype with the same replicas, flat: values, gradients, and this rank's shard of both."""
+
+    def __init__(self, named, group, grad_dtype):
+        self.group, self.names = group, [name for name, _ in named]
+        params = [p for _, p in named]
+        self.starts = torch.tensor([0, *(p.numel() for p in params)]).cumsum(0).tolist()
+        ranks, me = group_size(group), 0 if group is None else dist.get_rank(group)
+        self.shard_size = -(-self.starts[-1] // ranks)
+        self.shard_start = me * self.shard_size
+        self.values = params[0].new_zeros(ranks * self.shard_size)  # padded, so that all shards are of one size
+        self.grads = torch.zeros_like(self.values, dtype=grad_dtype)
+        for p, start in zip(params, self.starts):
+            view = self.values[start : start + p.numel()].view_as(p)
+            view.copy_(p.detach())
+            p.data, p.main_grad = view, self.grads[start : start + p.numel()].view_as(p)
+            p.register_post_accumulate_grad_hook(_move_grad)
+        master_dtype = torch.promote_types(self.values.dtype, torch.float32)
+        self.master = torch.nn.Parameter(self.my_shard(self.values).to(master_dtype, copy=True))
+
+    def my_shard(self, flat):
+        return flat[self.shard_start : self.shard_start + self.shard_size]
+
+    def pieces(self):
+        """(parameter name, range in that parameter, range in the shard), both flat, of what lies in my shard."""
+        for name, start, end in zip(self.names, self.starts, self.starts[1:]):
+            low, high = max(start, self.shard_start), min(end, self.shard_start + self.shard_size)
+            if low < high:
+                yield name, (low - start, high - start), (low - self.shard_start, high - self.shard_start)
+
+    def reduce_grads(self) -> None:
+        """SUM over the replicas: master.grad becomes my shard of it."""
+        grad = self.grads if self.group is None else _reduce_scattered(self.grads, self.group)
+        self.master.grad = grad.to(self.master.dtype)
+
+    def gather_values(self) -> None:
+        """Everyone's shards of the new values, back into the parameters."""
+        mine = self.master.detach().to(self.values.dtype)
+        if self.group is None:
+            self.values.copy_(mine)
+        else:
+            dist.all_gather_into_tensor(self.values, mine, group=self.group)
+
+
+@torch.no_grad()
+def _move_grad(p) -> None:
+    """As soon as autograd has a parameter's gradient, add it to the main gradient, whose dtype is our choice."""
+    if p.grad is not None:  # the fused head adds its own
+        p.main_grad.add_(p.grad)
+        p.grad = None
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW whose fp32 weights and moments, 12 bytes per parameter, are sharded over the parameter's replicas.
+
+    `backward` adds to `p.main_grad`; `step` sums those over the replicas, clips by the norm of the whole model's
+    gradient, updates, and gathers the parameters. Every element of the model lies in exactly one rank's shard, so the
+    norm needs no correction for what is replicated.
+    """
+
+    def __init__(self, model, max_grad_norm: float, grad_dtype=torch.float32, **adamw):
+        self.mesh, self.max_grad_norm = model.mesh, max_grad_norm
+        named: dict[tuple, list] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                named.setdefault((model.split_of(name).replicas, p.dtype), []).append((name, p))
+        self.buckets = [
+            Bucket(members, group, torch.promote_types(grad_dtype, dtype) if dtype == torch.float64 else grad_dtype)
+            for (group, dtype), members in named.items()
+        ]
+        super().__init__([bucket.master for bucket in self.buckets], fused=True, **adamw)
+
+    def zero_grad(self) -> None:
+        for bucket in self.buckets:
+            bucket.grads.zero_()
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor:
+        """One update. Returns the gradient's norm before clipping, 0-D. It does not wait for the device."""
+        for bucket in self.buckets:
+            bucket.reduce_grads()
+        # In pieces: the sum of squares of 10^9 values taken in one go loses digits in fp32.
+        pieces = [piece for bucket in self.buckets for piece in bucket.master.grad.split(1 << 18)]
+        norm = torch.nn.utils.get_total_norm(pieces).double()
+        norm = all_reduce(norm.square(), self.mesh.world_group).sqrt()
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for bucket in self.buckets:
+            bucket.master.grad.mul_(scale.to(bucket.master.dtype))
+        super().step()
+        for bucket in self.buckets:
+            bucket.master.grad = None
+            bucket.gather_values()
+        return norm

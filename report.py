@@ -96,6 +96,8 @@ def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> d
             record[f"train/{name}"] = int(value)
         elif name == "ratio_histogram":
             record.update({f"train/ratio_p{q}": ratio_quantile(value, q / 100) for q in (50, 95, 99)})
+        elif name.startswith("moe_"):
+            record[f"train/{name}"] = value
         elif name.endswith("_version"):  # null where no token is of that kind
             tokens = values["tokens_" + name.split("_error_")[1]]
             record[f"train/{name}"] = value / tokens if tokens else None

@@ -190,7 +190,8 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
         ends = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)]).cumsum(0)
         cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
         rows = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, answer_lengths)])
-        logits = model(tokens, cu_seqlens)[rows - 1] @ model.head_weight.t()  # the state before a token predicts it
+        hidden, _ = model(tokens, cu_seqlens, max_seqlen=int(cu_seqlens.diff().max()))
+        logits = hidden[rows - 1] @ model.head_weight.t()  # the state before a token predicts it
         logprobs = -F.cross_entropy(logits.detach(), tokens[rows], reduction="none")
         right = torch.stack([x.sum() for x in logprobs.split(answer_lengths.tolist())]).exp().mean().item()
         accuracy = 0.9 * accuracy + 0.1 * right

@@ -17,7 +17,6 @@ One step:
 CISPO: MiniMax-M1, arXiv:2506.13585. Flag and metric names are NeMo RL's where it has one.
 """
 
-import copy
 import dataclasses
 import difflib
 import itertools
@@ -42,12 +41,12 @@ import loss
 import task
 from batch import MicroBatch, pack_batch, unpack_batch
 from hub import Group, Hub, Ledger
-from metrics import LOG_RATIO_MAX
+from metrics import LOG_RATIO_MAX, expert_load
 from model import ModelConfig, Qwen3MoE
-from parallel import broadcast_bytes, init_mesh, reduce_gradients, reduce_metrics
+from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, init_mesh, reduce_metrics
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
 from rollout import die_with_parent
-from weights import Publisher, load_hf
+from weights import Publisher, gather_hf, load_hf
 
 # ---- config --------------------------------------------------------------------------------------------------
 Truncation = Literal["tis", "icepop", "seq-mask-tis"]
@@ -119,7 +118,13 @@ class Config:
     adam_eps: float = 1e-8  # AdamW
     max_grad_norm: float = 1.0  # over all parameters
     freeze_moe_router: bool = True  # no gradient for the routers
-    compile: bool = True  # torch.compile the loss; off computes the same, eagerly
+    router_replay: bool = False  # the updates of a step use the experts that the trainer chose at its start
+    compile: bool = True  # torch.compile the model's blocks and the loss; off computes the same, eagerly
+    # memory
+    activation_checkpointing: bool = False  # keep each block's input only, and run the block again in backward
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of forward and backward; auto: bfloat16 on CUDA
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"  # in which micro-batches and ranks are added up
+    fp32_lm_head: bool = False  # the vocabulary projection in fp32; for vLLM: --hf-overrides '{"head_dtype":"float32"}'
     publish_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of published weights; auto: bfloat16 on CUDA
     keep_versions: int = 4  # published versions kept on disk
     cpu_threads: int = 0  # of each trainer process on a CPU; 0: half of the cores in all, vLLM has the other half
@@ -202,6 +207,8 @@ class Config:
              f"--kl-output-clamp-value {self.kl_output_clamp_value}: must be above 0"),
             (self.positive_example_nll_weight < 0,
              f"--positive-example-nll-weight {self.positive_example_nll_weight}: must be at least 0"),
+            (self.router_replay and not alg.needs_prev,
+             "--router-replay: takes the experts of a pass at the step's start, which this loss spares"),
             (self.advantage_std == "batch" and not self.normalize_rewards,
              "--advantage-std batch: --no-normalize-rewards divides by none"),
             (self.use_cispo and self.ratio_clip_c is not None,
@@ -295,48 +302,75 @@ def load_prompts(cfg: Config, checkpoint: Path) -> tuple[task.Prompts, task.Code
 
 # ---- one update ----------------------------------------------------------------------------------------------
 def micro_batch_logprobs(model, mb: MicroBatch, cfg: Config):
-    """log pi and entropy of the sampled tokens, (N padded,)."""
-    hidden_ND = model(mb.tokens_T, mb.cu_seqlens)[mb.rows_N]
-    return loss.token_logprobs(
-        hidden_ND, model.head_weight, mb.targets_N, cfg.temperature, cfg.logprob_chunk_size, cfg.compile
-    )
+    """log pi and entropy of the sampled tokens, (N padded,), and the experts used, (L, t, K)."""
+    hidden_TD, expert_ids = model(mb.tokens_T, mb.cu_seqlens, mb.max_seqlen, mb.expert_ids)
+    logprobs, entropy = loss.token_logprobs(
+        hidden_TD[mb.rows_N], model.head_weight, mb.targets_N, cfg.temperature, cfg.logprob_chunk_size, cfg.compile,
+        model.mesh.tp_group,
+    )  # fmt: skip
+    return logprobs, entropy, expert_ids
 
 
-def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg: Config, mesh, policy_loss):
+def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg: Config, policy_loss):
     """One optimizer update on this rank's micro-batches. counts: loss tokens and samples of the update, all ranks.
-    Returns metrics as 0-D tensors, partial over ranks but for grad_norm; nothing here waits for the device."""
+    Returns metrics as tensors, partial over the dp ranks but for grad_norm; without experts nothing waits for the
+    device."""
     num_tokens, num_seqs = counts
     metrics: dict[str, torch.Tensor] = {}
-    alg, head = cfg.algorithm, model.head_weight
+    alg, head, tp_group = cfg.algorithm, model.head_weight, model.mesh.tp_group
     objective = lambda logprobs, *aux: loss.token_loss(logprobs, *aux[:5], alg, *aux[5:])[0]
     optimizer.zero_grad()
-    head.grad = head_grad = torch.zeros_like(head) if head.requires_grad else None
+    # In fp32 the head's gradient is added to the main one chunk by chunk; else autograd hands it over, as all others.
+    head_grad = head.main_grad if head.requires_grad and head.main_grad.dtype.itemsize >= 4 else None
     for mb in micro_batches:
         ref = mb.gen_logprobs if mb.ref_logprobs is None else mb.ref_logprobs  # without a penalty it is not read
         aux = (mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, mb.weights)
         rest = (num_tokens, alg, ref, mb.nll_weights, mb.sequence, num_seqs, mb.age, cfg.max_trajectory_age_steps)
         if alg.needs_sequences:  # two passes: the gradient of a token waits for the log-probs of its sequence
-            logprobs, entropy = micro_batch_logprobs(model, mb, cfg)
+            logprobs, entropy, expert_ids = micro_batch_logprobs(model, mb, cfg)
             value, stats = policy_loss(logprobs, *aux, *rest)
             value.backward()
         else:
-            hidden_ND = model(mb.tokens_T, mb.cu_seqlens)[mb.rows_N]
+            hidden_TD, expert_ids = model(mb.tokens_T, mb.cu_seqlens, mb.max_seqlen, mb.expert_ids)
             value, logprobs, entropy = loss.fused_head_loss(
-                hidden_ND, head, mb.targets_N, objective, (*aux, ref, mb.nll_weights), cfg.temperature,
-                cfg.logprob_chunk_size, cfg.compile, weight_grad=head_grad,
+                hidden_TD[mb.rows_N], head, mb.targets_N, objective, (*aux, ref, mb.nll_weights), cfg.temperature,
+                cfg.logprob_chunk_size, cfg.compile, tp_group, weight_grad=head_grad,
             )  # fmt: skip
             value.backward()
             _, stats = policy_loss(logprobs, *aux, *rest)
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
+        if expert_ids is not None:
+            count = lambda ids_tK: ids_tK.flatten().bincount(minlength=model.cfg.num_experts)
+            stats["expert_tokens"] = torch.stack([count(ids_tK) for ids_tK in expert_ids])
         metrics = merge(metrics, stats)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    reduce_gradients(trained, mesh)
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm)
-    optimizer.step()
-    return metrics, grad_norm
+    if "expert_tokens" in metrics:  # each rank of a tp group has routed its own part of the tokens
+        all_reduce(metrics["expert_tokens"], tp_group)
+    return metrics, optimizer.step()
 
 
 # ---- the run -------------------------------------------------------------------------------------------------
+def build_model(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, checkpoint: Path) -> Qwen3MoE:
+    """This rank's part of the model, with the checkpoint's weights."""
+    dtype = resolve_dtype(cfg.param_dtype, mesh.device)
+    with torch.device("meta"):  # no memory yet, and no initial values that the checkpoint would replace
+        model = Qwen3MoE(model_cfg, mesh, cfg.activation_checkpointing).to(dtype)
+        if cfg.fp32_lm_head:
+            head = model.model["embed_tokens"] if model_cfg.tie_word_embeddings else model.lm_head
+            head.to(torch.float32)
+    model.to_empty(device=mesh.device)
+    load_hf(model, checkpoint)
+    if cfg.freeze_moe_router:
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.endswith("mlp.gate.weight"))
+    if cfg.compile:
+        model.compile_blocks()
+    return model
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    return getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name))
+
+
 def start_local_rollout(cfg: Config, hub: Hub) -> subprocess.Popen:
     """A rollout process on this machine, for when no rollout node is configured."""
     command = [sys.executable, str(Path(__file__).with_name("rollout.py")), hub.url,
@@ -372,7 +406,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, device) -> tuple[Hub, Publisher]:
     """The hub with the run's prompts, and the publisher of its weights."""
-    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.publish_dtype, cfg.publish_dtype)
+    dtype = str(resolve_dtype(cfg.publish_dtype, device)).removeprefix("torch.")
     run = {
         "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
         "max_model_len": cfg.max_total_sequence_length, "dtype": dtype,
@@ -388,42 +422,40 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
     weights_dir = cfg.run_dir / "weights"
     hub = Hub(ledger, prompts, codec.encode, weights_dir, vocab_size, token, run)
     hub.start(cfg.hub_host, cfg.hub_port)
-    return hub, Publisher(weights_dir, checkpoint, getattr(torch, dtype), cfg.keep_versions, hub.set_published)
+    return hub, Publisher(weights_dir, checkpoint, cfg.keep_versions, hub.set_published)
 
 
 def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None) -> None:
     """The run. Rank 0 alone has prompts and codec."""
     # ---- processes and seeds
-    mesh = init_mesh(cfg.batch_timeout_s + 120)  # a collective may wait for rank 0, and rank 0 for a batch
-    rank, world_size = mesh.rank, mesh.world_size
+    model_cfg = ModelConfig.from_dir(checkpoint)
+    # A collective may wait for rank 0, and rank 0 for a batch.
+    mesh = init_mesh(cfg.batch_timeout_s + 120, cfg.tp, cfg.ep, model_cfg.num_key_value_heads)
+    rank = mesh.rank
     torch.manual_seed(cfg.seed)
-    torch.distributed.barrier()  # the checkpoint may just have been made by rank 0
 
     # ---- model and optimizer
-    model_cfg = ModelConfig.from_dir(checkpoint)
     if cfg.logprob_chunk_size == 0:
-        cfg = dataclasses.replace(cfg, logprob_chunk_size=loss.chunk_rows(model_cfg.vocab_size))
-    model = Qwen3MoE(model_cfg).to(mesh.device)
-    load_hf(model, checkpoint)
-    if cfg.freeze_moe_router:
-        for name, p in model.named_parameters():
-            p.requires_grad_(not name.endswith("mlp.gate.weight"))
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
-        eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True,
-    )  # fmt: skip
+        cfg = dataclasses.replace(cfg, logprob_chunk_size=loss.chunk_rows(model_cfg.vocab_size // cfg.tp))
+    model = build_model(cfg, model_cfg, mesh, checkpoint)
     # The KL penalty's reference is a frozen copy of the model that the run starts from.
-    reference = copy.deepcopy(model).requires_grad_(False) if cfg.reference_policy_kl_penalty else None
+    reference = build_model(cfg, model_cfg, mesh, checkpoint) if cfg.reference_policy_kl_penalty else None
+    optimizer = ShardedAdamW(
+        model, cfg.max_grad_norm, getattr(torch, cfg.grad_dtype), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=cfg.adam_eps, weight_decay=cfg.weight_decay,
+    )  # fmt: skip
     policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
 
     # ---- hub and rollout
     hub = rollout = publisher = None
+    published = gather_hf(model, resolve_dtype(cfg.publish_dtype, mesh.device))
     if rank == 0:
         hub, publisher = start_hub(cfg, checkpoint, prompts, codec, model_cfg.vocab_size, mesh.device)
-        publisher.publish(0, model)
+        publisher.publish(0, published)
         if cfg.local_rollout:
             rollout = start_local_rollout(cfg, hub)
-        say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world_size} rank(s), "
+        num_parameters = sum(shape.numel() for shape in model.checkpoint_shapes().values())
+        say(f"{num_parameters / 1e6:.1f} M parameters on {mesh.world_size} rank(s), "
             f"hub at {hub.url}, weight clamped to [{1 - cfg.algorithm.ratio_clip_min:g}, "
             f"{1 + cfg.algorithm.ratio_clip_max:g}], results in {cfg.run_dir}")  # fmt: skip
 
@@ -444,7 +476,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             groups = wait_for_batch(hub, step, cfg, rollout) if rank == 0 else None
             clock.begin("data_processing")
             blob = broadcast_bytes(pack_batch(groups, cfg) if rank == 0 else None, mesh)
-            updates, counts = unpack_batch(blob, cfg, rank, world_size, mesh.device)
+            updates, counts = unpack_batch(blob, cfg, mesh.dp_rank, mesh.dp, mesh.device)
 
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
             clock.begin("policy_and_reference_logprobs")
@@ -452,28 +484,31 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
                 for mb in (mb for micro_batches in updates for mb in micro_batches):
                     mb.age = step - mb.versions
                     # Where the loss has no use for prev, the pass is spared; gen keeps its place.
-                    needs_prev = cfg.algorithm.needs_prev
-                    mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] if needs_prev else mb.gen_logprobs
+                    mb.prev_logprobs = mb.gen_logprobs
+                    if cfg.algorithm.needs_prev:
+                        mb.prev_logprobs, _, expert_ids = micro_batch_logprobs(model, mb, cfg)
                     if reference is not None:
-                        mb.ref_logprobs, _ = micro_batch_logprobs(reference, mb, cfg)
+                        mb.ref_logprobs, *_ = micro_batch_logprobs(reference, mb, cfg)
                         if cfg.use_kl_in_reward:
                             kl = loss.kl_estimate(mb.prev_logprobs, mb.ref_logprobs, cfg.algorithm)
                             mb.advantages = mb.advantages - cfg.reference_policy_kl_penalty * kl
+                    mb.expert_ids = expert_ids if cfg.router_replay else None
 
             # 3, 4 the updates: forward, loss, backward, reduce, step
             clock.begin("policy_training")
             metrics: dict[str, torch.Tensor] = {}
             grad_norms = []
             for micro_batches, update_counts in zip(updates, counts):
-                stats, grad_norm = train_update(model, optimizer, micro_batches, update_counts, cfg, mesh, policy_loss)
+                stats, grad_norm = train_update(model, optimizer, micro_batches, update_counts, cfg, policy_loss)
                 metrics = merge(metrics, stats)
                 grad_norms.append(grad_norm)
-            metrics = reduce_metrics(metrics, mesh)
+            metrics = expert_load(reduce_metrics(metrics, mesh.dp_group))
 
             # 5 publish: copies the weights; writing, fetching and loading go on while the next step runs
             clock.begin("publish_copy")
+            published = gather_hf(model, resolve_dtype(cfg.publish_dtype, mesh.device))
             if rank == 0:
-                publisher.publish(step + 1, model)
+                publisher.publish(step + 1, published)
 
             # 6 log
             if rank == 0:

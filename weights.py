@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from blake3 import blake3
 from safetensors import safe_open
 
@@ -89,20 +90,52 @@ def read_tensors(path: Path) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def load_hf(model, path: str | Path) -> None:
-    """Copy a Hugging Face checkpoint into the model.
+def load_hf(model, path: str | Path) -> int:
+    """Copy a Hugging Face checkpoint into the model: of each tensor, the bytes of this rank's slice and no others.
+    Returns how many those were.
 
     Raises: WeightsError when a tensor is missing, left over, or of another shape; the message names it.
     """
-    path, wanted = Path(path), dict(model.hf_tensors())
-    for name, tensor in read_tensors(path):
-        if name not in wanted:
-            raise WeightsError(f"{path}: tensor {name} has no place in this model")
-        if wanted[name].shape != tensor.shape:
-            raise WeightsError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
-        wanted.pop(name).copy_(tensor)
-    if wanted:
-        raise WeightsError(f"{path}: {len(wanted)} tensors are missing, {next(iter(wanted))} among them")
+    path, missing, bytes_read = Path(path), model.checkpoint_shapes(), 0
+    mine = {hf: (view, split) for name, _ in model.named_parameters() for hf, view, split in model.hf_parts(name)}
+    for file in checkpoint_files(path):
+        if not file.exists():
+            raise WeightsError(f"{file}: no such file")
+        with safe_open(file, framework="pt") as f:
+            for name in f.keys():
+                stored = f.get_slice(name)
+                if name not in missing:
+                    raise WeightsError(f"{path}: tensor {name} has no place in this model")
+                if (shape := torch.Size(stored.get_shape())) != (wanted := missing.pop(name)):
+                    raise WeightsError(f"{path}: {name} is {tuple(shape)}, expected {tuple(wanted)}")
+                if name in mine:
+                    view, split = mine[name]
+                    part = stored[split.of(shape)]
+                    bytes_read += part.nbytes
+                    view.copy_(part)
+    if missing:
+        raise WeightsError(f"{path}: {len(missing)} tensors are missing, {next(iter(missing))} among them")
+    return bytes_read
+
+
+@torch.no_grad()
+def gather_hf(model, dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
+    """The whole checkpoint in rank 0's host memory; all ranks must call, the others get []. One parameter at a time,
+    from the ranks of rank 0's own tp and ep groups: they hold one whole copy of the model."""
+    mesh, tensors = model.mesh, []
+    for name, p in model.named_parameters():
+        split, is_expert = model.split_of(name), ".experts." in name
+        group, ranks = (mesh.ep_group, mesh.ep) if is_expert else (mesh.tp_group, mesh.tp)
+        if mesh.rank >= ranks:
+            continue
+        whole = p.detach().to(dtype)
+        if group is not None and split.count > 1:
+            parts = [torch.empty_like(whole) for _ in range(ranks)] if mesh.rank == 0 else None
+            dist.gather(whole, parts, dst=0, group=group)
+            whole = torch.cat(parts[:: ranks // split.count], dim=split.dim) if parts else None
+        if mesh.rank == 0:
+            tensors += model.hf_views(name, whole.to("cpu", copy=True))
+    return tensors
 
 
 # ---- publish -------------------------------------------------------------------------------------------------
@@ -141,22 +174,22 @@ def _fsync(path: Path) -> None:
 class Publisher:
     """Writes versions from a background thread, one at a time and in order.
 
-    `publish` returns once the tensors are copied to host memory, so the next step may change the weights while the
-    copy is written. At most one version waits: if the disk is slower than training, publish blocks, visibly in its
-    seconds. A writer that failed raises from the next call.
+    The tensors are copies, so the next step may change the weights while they are written. At most one version waits:
+    if the disk is slower than training, publish blocks, visibly in its seconds. A writer that failed
+    raises from the next call.
     """
 
-    def __init__(self, root: Path, static: Path, dtype: torch.dtype, keep: int, on_published: Callable[[int], None]):
-        self.root, self.static, self.dtype, self.keep, self.on_published = root, static, dtype, keep, on_published
+    def __init__(self, root: Path, static: Path, keep: int, on_published: Callable[[int], None]):
+        self.root, self.static, self.keep, self.on_published = root, static, keep, on_published
         self.error: Exception | None = None
         self.write_s = 0.0  # of the last version written
         self._jobs: queue.Queue = queue.Queue(maxsize=1)
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
-    def publish(self, version: int, model) -> None:
+    def publish(self, version: int, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """tensors: whole, in host memory, and the publisher's from now on (`gather_hf` makes them)."""
         self._raise_if_failed()
-        tensors = [(name, t.to("cpu", self.dtype, copy=True)) for name, t in model.hf_tensors()]
         self._jobs.put((version, tensors))
 
     def close(self) -> None:

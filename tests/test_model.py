@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import ModelConfig, MoE, Qwen3MoE, rope_tables
+from parallel import Mesh
 from weights import load_hf
 
 torch.set_num_threads(1)
@@ -99,7 +100,7 @@ def test_logits_and_every_gradient_match_transformers(case, attention, transform
     sequences = random_sequences([7, 1, 12, 7, 4])
     tokens_T, cu_seqlens = pack(sequences)
     probe_TV = torch.randn(len(tokens_T), cfg.vocab_size, generator=torch.Generator().manual_seed(2))
-    logits_TV = ours(tokens_T, cu_seqlens) @ ours.head_weight.t()
+    logits_TV = ours(tokens_T, cu_seqlens, 12)[0] @ ours.head_weight.t()
     (logits_TV * probe_TV).sum().backward()
     theirs_TV = torch.cat([hf(s[None]).logits[0] for s in sequences])  # each alone, unpadded
     (theirs_TV * probe_TV).sum().backward()
@@ -183,7 +184,7 @@ def moe_by_hand(moe, x_TD):
 def routed(case):
     """A layer and tokens for a routing case. Feature 0 is 1 in every token, so a column of the router steers."""
     top1 = case == "all tokens to one expert"
-    moe = randomize(MoE(moe_config(num_experts_per_tok=1 if top1 else 2, norm_topk_prob=not top1)))
+    moe = randomize(MoE(moe_config(num_experts_per_tok=1 if top1 else 2, norm_topk_prob=not top1), Mesh()))
     x_TD = torch.randn(24, 32, generator=torch.Generator().manual_seed(3))
     x_TD[:, 0] = 1.0
     if top1:
@@ -198,7 +199,7 @@ def routed(case):
 def test_moe_matches_a_per_token_loop(case):
     moe, x_TD, counts_E = routed(case)
     assert {"random": min(counts_E) > 0, "all tokens to one expert": counts_E[3] == 24}.get(case, counts_E[3] == 0)
-    ours_TD, loop_TD = moe(x_TD), moe_by_hand(moe, x_TD)
+    ours_TD, loop_TD = moe(x_TD)[0], moe_by_hand(moe, x_TD)
     assert_same(ours_TD, loop_TD, "output")  # 1e-5: the same products, summed in another order
     probe_TD = torch.randn(24, 32, generator=torch.Generator().manual_seed(4))
     names = ["x", *(name for name, _ in moe.named_parameters())]
@@ -225,9 +226,9 @@ def test_a_sequence_does_not_see_its_neighbours(cfg, lengths):
     model = randomize(Qwen3MoE(cfg))
     # Every sequence draws from its own 13 token ids, so its embedding gradient has rows of its own.
     sequences = [s + 13 * i for i, s in enumerate(random_sequences(lengths, vocab_size=13))]
-    alone = [model(*pack([s])) for s in sequences]
+    alone = [model(*pack([s]), 11)[0] for s in sequences]
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 0]):
-        packed = model(*pack([sequences[i] for i in order])).split([lengths[i] for i in order])
+        packed = model(*pack([sequences[i] for i in order]), 11)[0].split([lengths[i] for i in order])
         for i, hidden_TD in zip(order, packed):
             assert_same(hidden_TD, alone[i], f"sequence {i} of {order}")  # 1e-5: a GEMM of another height
             gradient_VD = torch.autograd.grad(hidden_TD.sum(), model.model["embed_tokens"].weight, retain_graph=True)[0]
@@ -238,6 +239,6 @@ def test_a_sequence_does_not_see_its_neighbours(cfg, lengths):
 def test_without_boundaries_the_packing_test_would_fail():
     model = randomize(Qwen3MoE(config()))
     tokens_T, cu_seqlens = pack(random_sequences([5, 9]))
-    right, wrong = model(tokens_T, cu_seqlens), model(tokens_T, cu_seqlens[[0, -1]])
+    right, wrong = model(tokens_T, cu_seqlens, 9)[0], model(tokens_T, cu_seqlens[[0, -1]], 14)[0]
     assert_same(wrong[:5], right[:5], "the first sequence has nothing before it")
     assert (wrong[5:] - right[5:]).abs().amax(-1).min() > 0.01 * right.abs().max()  # every token of the second moves

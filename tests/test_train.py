@@ -17,7 +17,7 @@ import train_cispo
 from batch import assign_rows, pack_batch, unpack_batch
 from hub import Group
 from model import ModelConfig, Qwen3MoE
-from parallel import init_mesh
+from parallel import Mesh, ShardedAdamW, reduce_metrics
 from train_cispo import Config, learning_rate, main, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
@@ -239,7 +239,7 @@ def test_every_sampled_token_is_packed_once_with_its_own_values(world_size, drop
     assert sorted(map(repr, found)) == sorted(map(repr, wanted))
 
 
-def test_a_rank_without_samples_and_an_update_without_any_keep_the_ranks_in_step(one_rank):
+def test_a_rank_without_samples_and_an_update_without_any_keep_the_ranks_in_step():
     """Of the 16 samples of 4 groups of 4, in updates of 2, only the first 2 or 3 of each group were kept."""
     cfg = dataclasses.replace(SMALL, train_global_batch_size=2)
     groups = []
@@ -255,38 +255,33 @@ def test_a_rank_without_samples_and_an_update_without_any_keep_the_ranks_in_step
     assert not idle.mask.any() and ranks[0][0][2][0].mask.any()
     model = Qwen3MoE(TINY)
     model.init_weights(torch.Generator().manual_seed(1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = ShardedAdamW(model, 1.0, lr=1e-3)
     idle.prev_logprobs = micro_batch_logprobs(model, idle, cfg)[0].detach()
     idle.age = 1 - idle.versions
-    metrics, norm = train_update(model, optimizer, [idle], ranks[1][1][2], cfg, one_rank, loss.policy_loss)
-    assert norm == 0 and metrics["loss"] == 0 and metrics.keys() == first_update(SMALL, 0, 1, one_rank)[0].keys()
+    metrics, norm = train_update(model, optimizer, [idle], ranks[1][1][2], cfg, loss.policy_loss)
+    assert norm == 0 and metrics["loss"] == 0 and metrics.keys() == first_update(SMALL)[0].keys()
 
 
 # ---- one update, in any layout -------------------------------------------------------------------------------
-def first_update(cfg, rank, world_size, mesh):
+def first_update(cfg, mesh=Mesh()):  # noqa: B008
     """Loss, gradient norm and the parameters after one update of a fixed batch."""
-    model = Qwen3MoE(TINY)
+    model = Qwen3MoE(TINY, mesh)
     model.init_weights(torch.Generator().manual_seed(1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    updates, counts = unpack_batch(pack_batch(random_groups(dropped=(1,)), cfg), cfg, rank, world_size, mesh.device)
+    optimizer = ShardedAdamW(model, 1.0, lr=1e-3)
+    updates, counts = unpack_batch(
+        pack_batch(random_groups(dropped=(1,)), cfg), cfg, mesh.dp_rank, mesh.dp, mesh.device
+    )
     with torch.no_grad():
         for mb in updates[0]:
             mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] + 0.5 * torch.sin(mb.gen_logprobs)
             mb.ref_logprobs, mb.age = mb.prev_logprobs + 0.3 * torch.cos(mb.gen_logprobs), 1 - mb.versions
-    stats, norm = train_update(model, optimizer, updates[0], counts[0], cfg, mesh, loss.policy_loss)
-    from parallel import reduce_metrics
-
+    stats, norm = train_update(model, optimizer, updates[0], counts[0], cfg, loss.policy_loss)
     one_number = lambda v: (v.flatten() * torch.arange(1, v.numel() + 1)).sum().item()  # of the histogram too
-    return {n: one_number(v) for n, v in reduce_metrics(stats, mesh).items()}, norm.item(), list(model.parameters())
-
-
-@pytest.fixture(scope="module")
-def one_rank():
-    if not torch.distributed.is_initialized():
-        init_mesh(60)
-    from parallel import Mesh
-
-    return Mesh(0, 1, torch.device("cpu"), torch.distributed.group.WORLD)
+    return (
+        {n: one_number(v) for n, v in reduce_metrics(stats, mesh.dp_group).items()},
+        norm.item(),
+        list(model.parameters()),
+    )
 
 
 GSPO_FLAGS = {"use_cispo": False, "token_level_loss": False, "sequence_level_importance_ratios": True}
@@ -297,10 +292,10 @@ ALGORITHMS = [
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_micro_batches_are_invisible_in_the_update(one_rank, algorithm):
+def test_micro_batches_are_invisible_in_the_update(algorithm):
     whole = dataclasses.replace(SMALL, max_tokens_per_micro_batch=1024, **algorithm)
     split = dataclasses.replace(SMALL, max_tokens_per_micro_batch=32, logprob_chunk_size=5, **algorithm)
-    (m1, n1, p1), (m2, n2, p2) = first_update(whole, 0, 1, one_rank), first_update(split, 0, 1, one_rank)
+    (m1, n1, p1), (m2, n2, p2) = first_update(whole), first_update(split)
     assert m1 == pytest.approx(m2, rel=1e-5, abs=1e-6) and n1 == pytest.approx(n2, rel=1e-5)  # fp32 sums, reordered
     assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(p1, p2))
 
@@ -322,7 +317,7 @@ class Standby:
     {"use_cispo": False, "force_on_policy_ratio": True, "train_global_batch_size": 16},
     {"use_cispo": False, "disable_ppo_ratio": True, "advantage_std": "batch", "prompt_level_loss": True},
 ])  # fmt: skip
-def test_every_mode_runs_through_the_training_loop(flags, one_rank, tiny_checkpoint, tmp_path, monkeypatch):
+def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_path, monkeypatch):
     cfg = dataclasses.replace(SMALL, max_num_steps=3, local_rollout=False, lr=1e-2, **flags)
     cfg.validate(1)
     groups = [dataclasses.replace(g, versions=torch.zeros_like(g.versions)) for g in random_groups()]
@@ -336,7 +331,7 @@ def test_every_mode_runs_through_the_training_loop(flags, one_rank, tiny_checkpo
     counted = lambda model, mb, cfg: passes.append(torch.is_grad_enabled()) or micro_batch_logprobs(model, mb, cfg)
     updated = lambda model, opt, batches, *rest: trained.extend(batches) or train_update(model, opt, batches, *rest)
     for name, stand_in in {
-        "init_mesh": lambda timeout_s: one_rank, "start_hub": lambda *args: (Standby(), Standby()),
+        "init_mesh": lambda *args: Mesh(), "start_hub": lambda *args: (Standby(), Standby()),
         "wait_for_batch": lambda *args: groups, "sum_up": lambda run_dir: None, "micro_batch_logprobs": counted,
         "train_update": updated,
     }.items():  # fmt: skip
@@ -359,15 +354,14 @@ def _two_ranks(rank, port, queue, algorithm, skip_reduce):
     import os
 
     import parallel
-    import train_cispo
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         mesh = parallel.init_mesh(60)
         if skip_reduce:
-            train_cispo.reduce_gradients = lambda parameters, mesh: None
-        metrics, norm, _ = first_update(dataclasses.replace(SMALL, **algorithm), rank, 2, mesh)
+            parallel._reduce_scattered = lambda x, group: x.chunk(2)[rank].clone()
+        metrics, norm, _ = first_update(dataclasses.replace(SMALL, **algorithm), mesh)
         queue.put((rank, metrics, norm))
         torch.distributed.destroy_process_group()
     except Exception:  # the parent must see it, not wait for it
@@ -398,14 +392,14 @@ def two_ranks(algorithm, skip_reduce=False):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_two_ranks_make_the_same_first_update_as_one(one_rank, algorithm):
-    metrics, norm, _ = first_update(dataclasses.replace(SMALL, **algorithm), 0, 1, one_rank)
+def test_two_ranks_make_the_same_first_update_as_one(algorithm):
+    metrics, norm, _ = first_update(dataclasses.replace(SMALL, **algorithm))
     for _, rank_metrics, rank_norm in two_ranks(algorithm):
         assert rank_norm == pytest.approx(norm, rel=1e-5)
         assert rank_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
 
 
-def test_without_the_gradient_reduction_two_ranks_do_differ(one_rank):
+def test_without_the_gradient_reduction_two_ranks_do_differ():
     """The control of the test above: it can fail."""
-    _, norm, _ = first_update(SMALL, 0, 1, one_rank)
+    _, norm, _ = first_update(SMALL)
     assert all(abs(rank_norm / norm - 1) > 0.01 for _, _, rank_norm in two_ranks({}, skip_reduce=True))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import weights
 from hub import Hub, Ledger
 from model import ModelConfig, Qwen3MoE
-from weights import MANIFEST, Publisher, WeightsError, fetch, load_hf, verify, write_safetensors, write_version
+from weights import MANIFEST, Publisher, WeightsError, fetch, gather_hf, load_hf, verify, write_version
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_published_version_opens_in_transformers_as_it_is(tmp_path, model, tin
     hf = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokens = tokenizer("abcde>", return_tensors="pt").input_ids
-    hidden = model(tokens[0], torch.tensor([0, tokens.shape[1]], dtype=torch.int32))
+    hidden, _ = model(tokens[0], torch.tensor([0, tokens.shape[1]], dtype=torch.int32), tokens.shape[1])
     with torch.no_grad():
         difference = hf(tokens).logits[0] - hidden @ model.head_weight.t()
     assert hf.dtype == torch.float32 and difference.abs().max() < 1e-4  # fp32 rounding on logits of about 10
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, model, tiny
         ({"extra.weight": torch.zeros(1)}, "extra.weight has no place"),
     ]:
         changed = [(n, t) for n, t in {**tensors, **change}.items() if t is not None]
-        write_safetensors(tmp_path / "model.safetensors", changed)
+        weights.write_safetensors(tmp_path / "model.safetensors", changed)
         with pytest.raises(WeightsError, match=reason):
             load_hf(target, tmp_path)
 
@@ -78,8 +78,8 @@ def test_what_is_published_is_the_moment_of_the_call_not_of_the_write(tmp_path, 
     may_write, real_write = threading.Event(), weights.write_version
     monkeypatch.setattr(weights, "write_version", lambda *a: (may_write.wait(30), real_write(*a))[1])
     published = []
-    publisher = Publisher(tmp_path / "w", tiny_checkpoint, torch.float32, keep=2, on_published=published.append)
-    publisher.publish(1, model)
+    publisher = Publisher(tmp_path / "w", tiny_checkpoint, keep=2, on_published=published.append)
+    publisher.publish(1, gather_hf(model, torch.float32))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
@@ -93,18 +93,18 @@ def test_what_is_published_is_the_moment_of_the_call_not_of_the_write(tmp_path, 
 def test_a_writer_that_failed_is_an_error_of_the_next_publish_not_a_hang(tmp_path, tiny_checkpoint, model):
     blocked = tmp_path / "w"
     blocked.write_text("a file where the directory should be")
-    publisher = Publisher(blocked, tiny_checkpoint, torch.float32, keep=2, on_published=lambda version: None)
+    publisher = Publisher(blocked, tiny_checkpoint, keep=2, on_published=lambda version: None)
     with pytest.raises(WeightsError, match="publishing to"):
         for version in range(10):
-            publisher.publish(version, model)
+            publisher.publish(version, list(model.hf_tensors()))
     with pytest.raises(WeightsError, match="publishing to"):
         publisher.close()
 
 
 def test_old_versions_are_pruned_and_the_published_dtype_is_in_the_config(tmp_path, tiny_checkpoint, model):
-    publisher = Publisher(tmp_path, tiny_checkpoint, torch.bfloat16, keep=2, on_published=lambda version: None)
+    publisher = Publisher(tmp_path, tiny_checkpoint, keep=2, on_published=lambda version: None)
     for version in range(5):
-        publisher.publish(version, model)
+        publisher.publish(version, gather_hf(model, torch.bfloat16))
     publisher.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v3", "v4"]
     assert json.loads((tmp_path / "v4/config.json").read_text())["dtype"] == "bfloat16"
