@@ -5,7 +5,9 @@ micro-batches from it (`unpack_batch`). All ranks compute the same assignment, s
 """
 
 import math
+from bisect import bisect, insort
 from dataclasses import dataclass
+from itertools import accumulate, count
 
 import torch
 from safetensors.torch import load, save
@@ -65,33 +67,47 @@ class MicroBatch:
     expert_ids: torch.Tensor | None = None  # (L, t, K) to replay
 
 
-def assign_rows(row_lengths: list[int], world_size: int, max_tokens: int) -> list[list[list[int]]]:
-    """Rows to ranks, then each rank's rows to micro-batches of at most max_tokens: longest first, to whoever has
-    least. Every rank computes the same answer. Returns row indices as [rank][micro-batch][...]."""
-    by_length = sorted(range(len(row_lengths)), key=lambda r: -row_lengths[r])
-    ranks, loads = [[] for _ in range(world_size)], [0] * world_size
-    for row in by_length:
-        rank = loads.index(min(loads))
-        ranks[rank].append(row)
-        loads[rank] += row_lengths[row]
-    packed = []
-    for rows in ranks:
-        bins: list[list[int]] = []
-        room: list[int] = []
-        for row in rows:
-            fits = next((i for i, free in enumerate(room) if free >= row_lengths[row]), None)
-            if fits is None:
-                bins.append([])
-                room.append(max_tokens)
-                fits = len(bins) - 1
-            bins[fits].append(row)
-            room[fits] -= row_lengths[row]
-        packed.append(bins)
-    return packed
+def fill_bins(row_lengths: list[int], num_bins: int, max_tokens: int, tight: bool):
+    """Longest row first, each to the bin with the least in it or (tight, once no bin is empty) with the least room
+    that will do. Returns bins as (tokens, number, rows), lightest first; None where a row finds no room."""
+    bins = [(0, i, []) for i in range(num_bins)]
+    for row in sorted(range(len(row_lengths)), key=lambda r: -row_lengths[r]):
+        with_room = bisect(bins, (max_tokens - row_lengths[row], math.inf))
+        if not with_room:
+            return None
+        tokens, i, rows = bins.pop(with_room - 1 if tight and bins[0][0] else 0)
+        insort(bins, (tokens + row_lengths[row], i, [*rows, row]))
+    return bins
 
 
-def unpack_batch(blob: bytes, cfg, rank: int, world_size: int, device):
-    """For each update of the step: this rank's micro-batches, and the update's (loss tokens, samples) on all ranks."""
+def assign_rows(row_lengths: list[int], dp: int, max_tokens: int) -> list[list[list[int]]]:
+    """Row indices as [dp rank][micro-batch][...], the same on every rank that computes it.
+
+    Expert parallelism makes the ranks wait for each other in every layer, so each has the same number of micro-batches
+    (the fewest found to fit; some are empty where rows are fewer), and those of one index are alike: in tokens, as all
+    are, and in attention's T^2, by which they are sorted. A token of a 15k sequence costs Qwen3-30B-A3B twice that of
+    a short one, so micro-batches with the same tokens may differ by that much in time.
+    """
+    assert max(row_lengths) <= max_tokens, f"a row of {max(row_lengths)} tokens is above the budget of {max_tokens}"
+    fewest = math.ceil(sum(row_lengths) / (dp * max_tokens))
+    # Greedy balance fits up to 95-99 % fill; best fit to above 99 %, where "balanced" means little more than "full".
+    tries = (fill_bins(row_lengths, dp * n, max_tokens, tight) for n in count(fewest) for tight in (False, True))
+    bins = next(filter(None, tries))
+    cost = lambda b: b[0] + sum(row_lengths[r] ** 2 for r in b[2]) / max_tokens
+    bins.sort(key=cost, reverse=True)
+    ranks = [(0, rank, []) for rank in range(dp)]
+    for i in range(0, len(bins), dp):  # the fullest of one index goes to the rank with the least so far
+        pairs = zip(sorted(ranks), sorted(bins[i : i + dp], reverse=True))
+        ranks = [(tokens + bin_tokens, rank, [*mine, rows]) for (tokens, rank, mine), (bin_tokens, _, rows) in pairs]
+    return [mine for _, _, mine in sorted(ranks, key=lambda r: r[1])]
+
+
+def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 1):
+    """For each update of the step: this rank's micro-batches, and the update's (loss tokens, samples) on all ranks.
+
+    pad_to: the tensor-parallel degree. Sequence parallelism cuts a micro-batch into that many equal slices, so it is
+    padded to a multiple (at least two tokens a slice) with one more sequence, of token 0, which no loss row is of.
+    """
     batch = load(blob)
     prompts = batch["prompt_ids"].split(batch["prompt_lengths"].tolist())
     samples = batch["token_ids"].split(batch["lengths"].tolist())
@@ -112,28 +128,32 @@ def unpack_batch(blob: bytes, cfg, rank: int, world_size: int, device):
         units = prompt if cfg.prompt_level_loss else torch.zeros_like(prompt)
         weights = row_weights(lengths, units if cfg.token_level_loss else torch.arange(len(rows)))
         nll_weights = positive / (lengths * positive).sum().clamp(min=1)
-        mine = assign_rows([row_lengths[r] for r in rows], world_size, cfg.max_tokens_per_micro_batch)[rank]
-        idle = not mine  # more ranks than samples left: a masked one keeps this rank's collectives in step
         micro_batches = []
-        for picked in mine or [[0]]:
+        shortest = min(range(len(rows)), key=lambda i: row_lengths[rows[i]])
+        for picked in assign_rows([row_lengths[r] for r in rows], dp, cfg.max_tokens_per_micro_batch)[dp_rank]:
+            live = bool(picked)  # fewer rows than micro-batches: a masked one keeps this rank's collectives in step
+            picked = picked or [shortest]
             chosen = [rows[i] for i in picked]
-            ends = torch.tensor([row_lengths[r] for r in chosen]).cumsum(0)
+            ends = list(accumulate(row_lengths[r] for r in chosen))
+            padded = max(2, -(-ends[-1] // pad_to)) * pad_to
+            cu_seqlens = torch.tensor([0, *ends] + [padded] * (padded > ends[-1]), dtype=torch.int32)
+            tokens = torch.cat([t for r in chosen for t in (prompts[r], samples[r])])
             lengths_B = batch["lengths"][chosen]
             rows_N = torch.cat([torch.arange(end - n, end) - 1 for end, n in zip(ends, lengths_B)])
             micro_batches.append(
                 MicroBatch(
-                    tokens_T=torch.cat([t for r in chosen for t in (prompts[r], samples[r])]).to(device),
-                    cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(device, torch.int32),
-                    max_seqlen=max(row_lengths[r] for r in chosen),
+                    tokens_T=torch.nn.functional.pad(tokens, (0, padded - len(tokens))).to(device),
+                    cu_seqlens=cu_seqlens.to(device),
+                    max_seqlen=int(cu_seqlens.diff().max()),
                     rows_N=rows_N.to(device),
                     targets_N=torch.cat([samples[r] for r in chosen]).to(device),
                     lengths_B=lengths_B.to(device),
-                    mask=pad([torch.full((len(rows_N),), not idle)]),
+                    mask=pad([torch.full((len(rows_N),), live)]),
                     gen_logprobs=pad([per_token[0][r] for r in chosen]),
                     advantages=pad([batch["advantages"][chosen].repeat_interleave(lengths_B)]),
                     versions=pad([per_token[1][r] for r in chosen]),
-                    weights=pad([(weights[picked] * (not idle)).repeat_interleave(lengths_B)]),
-                    nll_weights=pad([(nll_weights[picked] * (not idle)).repeat_interleave(lengths_B)]),
+                    weights=pad([(weights[picked] * live).repeat_interleave(lengths_B)]),
+                    nll_weights=pad([(nll_weights[picked] * live).repeat_interleave(lengths_B)]),
                     sequence=pad([torch.arange(len(chosen)).repeat_interleave(lengths_B)]),
                 )
             )

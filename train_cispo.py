@@ -106,6 +106,9 @@ class Config:
     normalize_rewards: bool = True  # divide advantages by a standard deviation
     advantage_std: Literal["group", "batch"] = "group"  # which: of the sample's group, or of the step's advantages
     drop_zero_variance: bool = False  # groups of equal rewards leave the batch, its denominators too (unless all are)
+    # layout: ranks = data parallel x tp, tp fastest
+    tp: int = 1  # tensor parallel degree: attention, dense MLPs and vocabulary, with sequence parallelism
+    ep: int = 1  # expert parallel degree: whole experts, over ep consecutive ranks (across tp and data parallel)
     # training
     train_global_batch_size: int = 64  # samples of an optimizer update
     max_tokens_per_micro_batch: int = 4096  # packed into one forward
@@ -237,6 +240,8 @@ class Config:
             (self.max_tokens_per_micro_batch < self.max_total_sequence_length,
              f"--max-tokens-per-micro-batch {self.max_tokens_per_micro_batch} is below --max-total-sequence-length "
              f"{self.max_total_sequence_length}: one sample would not fit"),
+            (self.tp > 0 and self.max_tokens_per_micro_batch % self.tp != 0,
+             f"--max-tokens-per-micro-batch {self.max_tokens_per_micro_batch} is no multiple of --tp {self.tp}"),
             (self.max_new_tokens >= self.max_total_sequence_length,
              f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-total-sequence-length "
              f"{self.max_total_sequence_length}"),
@@ -476,7 +481,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             groups = wait_for_batch(hub, step, cfg, rollout) if rank == 0 else None
             clock.begin("data_processing")
             blob = broadcast_bytes(pack_batch(groups, cfg) if rank == 0 else None, mesh)
-            updates, counts = unpack_batch(blob, cfg, mesh.dp_rank, mesh.dp, mesh.device)
+            updates, counts = unpack_batch(blob, cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
 
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
             clock.begin("policy_and_reference_logprobs")

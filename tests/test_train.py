@@ -14,7 +14,7 @@ import torch
 
 import loss
 import train_cispo
-from batch import assign_rows, pack_batch, unpack_batch
+from batch import pack_batch, unpack_batch
 from hub import Group
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, reduce_metrics
@@ -193,15 +193,6 @@ def random_groups(seed=0, dropped=()):
             torch.randint(0, 2, (samples,), generator=g).float(), torch.zeros(samples, dtype=torch.uint8),
         ))  # fmt: skip
     return groups
-
-
-def test_rows_fill_micro_batches_to_the_budget_and_ranks_evenly():
-    lengths = [int(x) for x in torch.distributions.LogNormal(6, 0.8).sample((512,)).clamp(16, 4096)]
-    packed = assign_rows(lengths, world_size=4, max_tokens=8192)
-    assert sorted(r for rank in packed for rows in rank for r in rows) == list(range(512))
-    loads = [sum(lengths[r] for rows in rank for r in rows) for rank in packed]
-    assert max(loads) <= 1.03 * min(loads)
-    assert all(sum(lengths[r] for r in rows) <= 8192 for rank in packed for rows in rank)
 
 
 @pytest.mark.parametrize("dropped", [(), (1,)])
