@@ -114,6 +114,11 @@ def init_mesh(timeout_s: float, tp: int = 1, ep: int = 1, kv_heads: int = 0) -> 
     )  # fmt: skip
 
 
+# torch 2.13 renames the two; 2.11 knows the old names only.
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 # ---- collectives of the forward pass, and what they are backward ---------------------------------------------
 def group_size(group) -> int:
     return 1 if group is None else dist.get_world_size(group)
@@ -121,13 +126,13 @@ def group_size(group) -> int:
 
 def _gathered(x, group):
     out = x.new_empty((x.shape[0] * dist.get_world_size(group), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    _all_gather_into(out, x.contiguous(), group=group)
     return out
 
 
 def _reduce_scattered(x, group):
     out = x.new_empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    _reduce_scatter_into(out, x.contiguous(), group=group)
     return out
 
 
@@ -275,7 +280,7 @@ class Bucket:
         if self.group is None:
             self.values.copy_(mine)
         else:
-            dist.all_gather_into_tensor(self.values, mine, group=self.group)
+            _all_gather_into(self.values, mine, group=self.group)
 
 
 @torch.no_grad()

@@ -339,8 +339,8 @@ def whole(ranks):
     gradient, and the weight's rows put together."""
     for other in ranks[1:]:
         assert other[:2] == ranks[0][:2]  # bit by bit: the ranks go on with it
-    hidden = sum(torch.tensor(r[2]) for r in ranks)
-    return [torch.tensor(ranks[0][0]), torch.tensor(ranks[0][1]), hidden, torch.tensor([w for r in ranks for w in r[3]])]
+    hidden, weight = sum(torch.tensor(r[2]) for r in ranks), [row for r in ranks for row in r[3]]
+    return [torch.tensor(ranks[0][0]), torch.tensor(ranks[0][1]), hidden, torch.tensor(weight)]
 
 
 @pytest.mark.parametrize(("tp", "compiled"), [(1, False), (2, False), (4, False), (2, True)])

@@ -1,0 +1,279 @@
+"""Every layout computes what one process computes: loss, every gradient, the clipped norm and the weights after AdamW.
+
+The oracle is the same code on one rank, which test_model.py compares with transformers and test_loss.py with closed
+forms. A rank compares its own ZeRO shard of every gradient and all of its weights with its slice of the oracle's, so
+between them the ranks check every element. Weights have the checkpoint's names; each rank reads its slice of it.
+
+fp32: 1e-5 of a tensor's largest value, sums in another order. fp64: 1e-10, which no forgotten factor or rank hides in.
+"""
+
+import collections
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from ranks import on_ranks
+from safetensors.torch import load_file, save_file
+from test_train import random_groups
+
+import loss
+import parallel
+from batch import pack_batch, unpack_batch
+from metrics import expert_load
+from model import ModelConfig, Qwen3MoE
+from parallel import Mesh, ShardedAdamW, init_mesh, reduce_metrics
+from train_cispo import Config, micro_batch_logprobs, train_update
+from weights import gather_hf, load_hf
+
+# No two widths agree; 2 kv heads, so that tp 4 has to replicate them; a dense layer between two with experts.
+MODEL = ModelConfig(
+    vocab_size=32, hidden_size=24, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=12,
+    intermediate_size=40, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True,
+    mlp_only_layers=(1,),
+)  # fmt: skip
+RUN = dataclasses.replace(
+    Config(), num_prompts_per_step=4, num_generations_per_prompt=4, train_global_batch_size=16, max_new_tokens=8,
+    max_total_sequence_length=16, max_tokens_per_micro_batch=48, logprob_chunk_size=16, compile=False,
+    freeze_moe_router=False, max_grad_norm=0.1, lr=1e-2,
+)  # fmt: skip
+GSPO = {"use_cispo": False, "token_level_loss": False, "sequence_level_importance_ratios": True}  # the two-pass loss
+CASES = {
+    "random": {},
+    "all tokens to two experts": {"steered": True},  # the ranks of the other six get no row
+    "one short sample": {"samples": 1},  # all other ranks run a masked one
+    "tied": {"tied": True},
+    "sequence weights, recompute": {"run": GSPO | {"activation_checkpointing": True}},
+}  # fmt: skip
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def model_config(case):
+    return dataclasses.replace(MODEL, tie_word_embeddings=case.get("tied", False))
+
+
+@torch.no_grad()
+def write_checkpoint(path, case):
+    """Weights at std 0.3 (0.02 would hide errors behind the residual stream), in fp64."""
+    model, g = Qwen3MoE(model_config(case)).double(), torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.normal_(0.0, 0.3, generator=g) if p.dim() > 1 else p.uniform_(0.5, 1.5, generator=g)
+    if case.get("steered"):  # feature 0 is large in every token, and the routers look at nothing else
+        model.model["embed_tokens"].weight[:, 0] = 9.0
+        for layer in (0, 2):
+            gate = model.model["layers"][layer].mlp.gate.weight
+            gate.zero_()[:, 0] = torch.tensor([0.0, 3, 0, 0, 0, 0, 5, 0])
+    path.mkdir()
+    save_file({name: t.clone() for name, t in model.hf_tensors()}, path / "model.safetensors")
+
+
+def train(case, dtype, checkpoint, mesh, num_updates=3):
+    """num_updates of a fixed batch. Returns the model, the optimizer, per-update metrics and, by parameter name, this
+    rank's pieces of the first update's gradient as (range in the local parameter, values)."""
+    cfg = dataclasses.replace(RUN, tp=mesh.tp, ep=mesh.ep, **case.get("run", {}))
+    model = Qwen3MoE(model_config(case), mesh, cfg.activation_checkpointing).to(dtype)
+    load_hf(model, checkpoint)
+    optimizer = ShardedAdamW(model, cfg.max_grad_norm, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    groups = random_groups()
+    if samples := case.get("samples"):
+        keep = int(groups[0].lengths[:samples].sum())
+        flat = {n: getattr(groups[0], n)[:keep] for n in ("token_ids", "logprobs", "versions")}
+        rows = {n: getattr(groups[0], n)[:samples] for n in ("lengths", "rewards", "truncated")}
+        groups = [dataclasses.replace(groups[0], **flat, **rows)]
+        groups[0].rewards[:] = 1.0
+    for group in groups:
+        group.token_ids %= 32
+        group.prompt_ids = [t % 32 for t in group.prompt_ids]
+    updates, counts = unpack_batch(pack_batch(groups, cfg), cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
+    metrics, grads = [], {}
+    for update in range(num_updates):
+        with torch.no_grad():
+            for mb in updates[0]:
+                mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] + 0.5 * torch.sin(mb.gen_logprobs)
+                mb.age = 1 - mb.versions
+                mb.advantages = torch.ones_like(mb.advantages) if case.get("samples") else mb.advantages
+        if update == 0:
+            for bucket in optimizer.buckets:
+                keep_grads(bucket, grads)
+        stats, norm = train_update(model, optimizer, updates[0], counts[0], cfg, loss.policy_loss)
+        for bucket in optimizer.buckets:
+            bucket.__dict__.pop("reduce_grads", None)
+        stats = expert_load(reduce_metrics(stats, mesh.dp_group))
+        padding = [n for n in stats if n.startswith("moe_") and mesh.tp > 1]  # these count padding tokens, too
+        metrics.append({n: v.tolist() for n, v in {**stats, "norm": norm}.items() if n not in padding})
+    return model, optimizer, metrics, grads
+
+
+def keep_grads(bucket, grads):
+    """Look at the reduced gradient between reduction and clipping."""
+    reduce_grads = bucket.reduce_grads
+
+    def and_keep():
+        reduce_grads()
+        for name, local, shard in bucket.pieces():
+            grads[name] = (local, bucket.master.grad[slice(*shard)].clone())
+
+    bucket.reduce_grads = and_keep
+
+
+def stacked(model, checkpoint_file):
+    """Tensors with the names of the checkpoint, as whole parameters of the model."""
+    tensors, whole = load_file(checkpoint_file), Qwen3MoE(model.cfg)
+    names = {name: [hf for hf, _ in whole.hf_views(name, p)] for name, p in whole.named_parameters()}
+    return {n: torch.stack([tensors[h] for h in hf]) if ".experts." in n else tensors[hf[0]] for n, hf in names.items()}
+
+
+def write_oracle(path, case, dtype):
+    """What one process computes, as files."""
+    model, _, metrics, grads = train(case, dtype, path, Mesh())
+    whole = {name: grads[name][1].view_as(p) for name, p in model.named_parameters()}
+    for file, tensors in (("grads", whole), ("after", dict(model.named_parameters()))):
+        views = [view for name, t in tensors.items() for view in model.hf_views(name, t.detach())]
+        save_file({name: t.clone() for name, t in views}, path / f"{file}.safetensors")
+    return metrics
+
+
+def relative(found, wanted, scale):
+    """Largest difference, of the scale's largest value; infinite where something is NaN."""
+    error = (found - wanted).abs().max().item() / max(scale.abs().max().item(), 1e-30) if found.numel() else 0.0
+    return error if error == error else float("inf")
+
+
+def compare(path, case, dtype, wanted_metrics, mesh):
+    """This rank against the oracle: {what: largest relative error}."""
+    model, _, metrics, grads = train(case, dtype, path, mesh)
+    errors = collections.defaultdict(list)
+    # In fp32 only the first update: AdamW divides by the gradient's size, so where that is about 0, rounding decides.
+    for found, wanted in list(zip(metrics, wanted_metrics))[: None if dtype == torch.float64 else 1]:
+        for name in found:
+            a, b = torch.tensor(found[name]), torch.tensor(wanted[name])
+            errors[name if name in ("loss", "norm") else "metrics"].append(relative(a, b, b.abs().clamp(min=1e-3)))
+    wanted_grads, wanted_after = (stacked(model, path / f"{f}.safetensors") for f in ("grads", "after"))
+    for name, p in model.named_parameters():
+        part = model.split_of(name).of(wanted_after[name].shape)
+        whole, kind = wanted_grads[name], name.split(".")[-2 + (".experts." in name)]
+        if name in grads:  # some of it lies in this rank's shard
+            (low, high), values = grads[name]
+            errors[f"gradient of {kind}"].append(relative(values, whole[part].flatten()[low:high], whole))
+        if dtype == torch.float64:
+            errors["weights after 3 steps"].append(relative(p.detach(), wanted_after[name][part], wanted_after[name]))
+    published = dict(gather_hf(model, dtype))
+    if mesh.rank == 0 and dtype == torch.float64:  # the whole model again, from its parts
+        after = load_file(path / "after.safetensors")
+        assert published.keys() == after.keys()
+        errors["published"] = [relative(published[name], after[name], after[name]) for name in after]
+    return {what: max(found) for what, found in errors.items()}
+
+
+# ---- sabotage: each collective taken away --------------------------------------------------------------------
+def without(what):
+    """(owner, attribute, what stands in for it), for mock.patch.object."""
+    size, me = torch.distributed.get_world_size, torch.distributed.get_rank
+    mine = lambda x, group: x.chunk(size(group))[me(group)].clone()
+    repeated = lambda x, group: torch.cat([x] * size(group))
+    of_my_own = lambda x, receive, group: torch.cat([x, x.new_zeros(sum(receive), *x.shape[1:])])[: sum(receive)]
+    if what in ("all-gather, forward", "reduce-scatter, forward"):
+        owner, result = {"all": (parallel._AllGather, repeated), "red": (parallel._ReduceScatter, mine)}[what[:3]]
+        return owner, "forward", lambda ctx, x, group: (setattr(ctx, "group", group), result(x, group))[1]
+    if what in ("all-gather, backward", "reduce-scatter, backward"):
+        owner, result = {"all": (parallel._AllGather, mine), "red": (parallel._ReduceScatter, repeated)}[what[:3]]
+        return owner, "backward", lambda ctx, grad: (result(grad, ctx.group), None)
+    if what == "all-to-all, forward":
+
+        def forward(ctx, x, receive, send, group):
+            ctx.receive, ctx.send, ctx.group = receive, send, group
+            return of_my_own(x, receive, group)
+
+        return parallel._AllToAll, "forward", forward
+    if what == "all-to-all, backward":
+        back = lambda ctx, grad: (of_my_own(grad, ctx.send, ctx.group), None, None, None)
+        return parallel._AllToAll, "backward", back
+    if what == "sum of the norm":
+        all_reduce = parallel.all_reduce
+        return parallel, "all_reduce", lambda x, group, *op: x if x.ndim == 0 else all_reduce(x, group, *op)
+    if what == "all-gather of the new values":
+        return parallel.Bucket, "gather_values", lambda self: self.my_shard(self.values).copy_(self.master)
+    parameter = {"experts": "gate_proj", "kv heads": "k_proj", "dense": "q_proj", "replicated": "model.norm"}[what]
+    reduce_grads = parallel.Bucket.reduce_grads
+
+    def keep_mine(self):
+        if any(parameter in name for name in self.names):
+            self.master.grad = self.my_shard(self.grads).to(self.master.dtype, copy=True)
+        else:
+            reduce_grads(self)
+
+    return parallel.Bucket, "reduce_grads", keep_mine
+
+
+def run_controls(path, controls, wanted):
+    """On every rank: {control: largest error}."""
+    found = {}
+    for what, tp, ep in controls:
+        owner, name, stand_in = without(what)
+        with mock.patch.object(owner, name, staticmethod(stand_in) if "ward" in name else stand_in):
+            (errors,) = run_layouts(path, [(tp, ep)], wanted).values()
+        found[what] = max(errors.values())
+    return found
+
+
+def run_layouts(path, layouts, wanted):
+    """On every rank: {layout and case: errors}."""
+    found = {}
+    for tp, ep in layouts:
+        mesh = init_mesh(120, tp, ep, MODEL.num_key_value_heads)
+        for (name, dtype_name), metrics in wanted.items():
+            dtype = getattr(torch, dtype_name)
+            found[tp, ep, name, dtype_name] = compare(path / name / dtype_name, CASES[name], dtype, metrics, mesh)
+    return found
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    path, metrics = tmp_path_factory.mktemp("oracle"), {}
+    for name, case in CASES.items():
+        (path / name).mkdir()
+        for dtype in TOLERANCE:
+            dtype_name = str(dtype).removeprefix("torch.")
+            write_checkpoint(path / name / dtype_name, case)
+            metrics[name, dtype_name] = write_oracle(path / name / dtype_name, case, dtype)
+    return path, metrics
+
+
+LAYOUTS = {world: [(tp, ep) for tp in (1, 2, 4) for ep in (1, 2, 4) if max(tp, ep) <= world] for world in (1, 2, 4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [
+        *((w, LAYOUTS[w]) for w in (1, 2, 4)),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(8, LAYOUTS[8]), (16, [(2, 8)])]),
+    ],
+)
+def test_every_layout_computes_what_one_process_computes(world, layouts, oracle):
+    path, metrics = oracle
+    for rank, found in enumerate(on_ranks(world, run_layouts, path, layouts, metrics, timeout_s=600)):
+        assert len(found) == len(layouts) * len(metrics)
+        for (tp, ep, case, dtype_name), errors in found.items():
+            for what, error in errors.items():
+                limit = 1e-5 if what == "metrics" else TOLERANCE[getattr(torch, dtype_name)]  # those are fp32 sums
+                if what in ("weights after 3 steps", "published"):
+                    limit = 1e-9
+                assert error <= limit, f"rank {rank}, tp {tp} ep {ep}, {case}, {dtype_name}: {what} off by {error:.1e}"
+
+
+CONTROLS = {
+    2: [("all-gather, forward", 2, 1), ("all-gather, backward", 2, 1), ("reduce-scatter, forward", 2, 1),
+        ("reduce-scatter, backward", 2, 1), ("all-to-all, forward", 1, 2), ("all-to-all, backward", 1, 2),
+        ("sum of the norm", 1, 1), ("all-gather of the new values", 1, 1)],
+    4: [("experts", 2, 2), ("kv heads", 4, 1), ("dense", 2, 1), ("replicated", 2, 1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world", CONTROLS)
+def test_without_any_one_collective_the_layouts_do_differ(world, oracle):
+    """The control of the test above. World 2: each collective; world 4: the sum over each kind of replicas."""
+    path, metrics = oracle
+    wanted = {("random", "float64"): metrics["random", "float64"]}
+    ranks = on_ranks(world, run_controls, path, CONTROLS[world], wanted)
+    for what, _, _ in CONTROLS[world]:
+        assert max(found[what] for found in ranks) > 1e-3, f"nothing changes without {what}"
