@@ -37,6 +37,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import dry_run
 import loss
 import task
 from batch import MicroBatch, pack_batch, unpack_batch
@@ -49,6 +50,7 @@ from rollout import die_with_parent
 from weights import Publisher, gather_hf, load_hf
 
 # ---- config --------------------------------------------------------------------------------------------------
+Preset = Literal["tiny", "add", "qwen3-30b-a3b"]
 Truncation = Literal["tis", "icepop", "seq-mask-tis"]
 
 
@@ -57,7 +59,7 @@ class Config:
     """Every flag. `--preset` gives the values below; other flags override it."""
 
     # the run
-    preset: Literal["tiny", "add"] = "tiny"  # tiny: 0.5 M parameters reverse five letters; add: two-digit sums
+    preset: Preset = "tiny"  # tiny: 0.5 M parameters reverse five letters; add: two-digit sums; the 30B: on 16 GPUs
     name: str = "tiny"  # results go to runs/NAME
     seed: int = 0  # of the prompts' order, the warm start and vLLM's sampling
     max_num_steps: int = 160  # rollout batches to train on
@@ -109,6 +111,14 @@ class Config:
     # layout: ranks = data parallel x tp, tp fastest
     tp: int = 1  # tensor parallel degree: attention, dense MLPs and vocabulary, with sequence parallelism
     ep: int = 1  # expert parallel degree: whole experts, over ep consecutive ranks (across tp and data parallel)
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the model; auto: bfloat16 on CUDA
+    grad_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of accumulated gradients; auto: float32
+    activation_checkpointing: bool = False  # recompute each block in the backward, keep only its input
+    # plan
+    dry_run: bool = False  # print memory, traffic and FLOPs of a layout and end, status 2 if it does not fit
+    dry_run_ranks: int = 1  # of that layout; under torchrun as many as there are
+    gpu_memory_gib: float = 79.6  # that it must fit; of an 80 GB H100
+    mfu: float = 0.2  # model FLOPs utilization that its tokens/s are given for
     # training
     train_global_batch_size: int = 64  # samples of an optimizer update
     max_tokens_per_micro_batch: int = 4096  # packed into one forward
@@ -256,7 +266,16 @@ class Config:
 PRESETS = {
     "tiny": Config(),
     "add": dataclasses.replace(Config(), preset="add", name="add", task="add", max_num_steps=300),
-}
+    # NeMo RL's nightly of CISPO: 16 updates a rollout batch; two nodes train, one samples. EP 8 stays on NVLink.
+    # There prompt and answer share 4096 tokens; here an answer may have them all.
+    "qwen3-30b-a3b": Config(
+        preset="qwen3-30b-a3b", name="qwen3-30b-a3b", seed=42, max_num_steps=10, model="Qwen/Qwen3-30B-A3B",
+        num_prompts_per_step=32, num_generations_per_prompt=16, max_new_tokens=4096, max_total_sequence_length=5120,
+        local_rollout=False, hub_port=8790, tp=1, ep=8, activation_checkpointing=True, dry_run_ranks=16,
+        train_global_batch_size=32, max_tokens_per_micro_batch=16384, logprob_chunk_size=0, lr=3e-7,
+        lr_warmup_steps=10, adam_beta2=0.999,
+    ),
+}  # fmt: skip
 
 
 def parse_config(argv: list[str], world_size: int) -> Config:
@@ -546,6 +565,10 @@ def main() -> None:
     rank, local_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         cfg = parse_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+        if cfg.dry_run:
+            if rank == 0:
+                dry_run.print_report(cfg, int(os.environ.get("WORLD_SIZE", cfg.dry_run_ranks)))
+            return
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local_ranks)))
         checkpoint = resolve_model(cfg, rank)

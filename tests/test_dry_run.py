@@ -1,0 +1,218 @@
+"""dry_run.py: its arithmetic against published tables, the model itself, and its own advice."""
+
+import dataclasses
+import itertools
+import re
+import sys
+
+import pytest
+import torch
+
+import train_cispo
+from dry_run import (
+    GIB,
+    KNOWN_MODELS,
+    activation_memory,
+    check_layout,
+    collective_bytes,
+    flops_per_token,
+    memory,
+    parameter_classes,
+    static_memory,
+)
+from model import ModelConfig, Qwen3MoE
+from train_cispo import PRESETS
+
+QWEN = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"]
+PRESET = PRESETS["qwen3-30b-a3b"]
+SMALL = ModelConfig(
+    vocab_size=96, hidden_size=32, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=2, head_dim=12,
+    intermediate_size=48, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=20, decoder_sparse_step=2,
+)  # fmt: skip
+DENSE = dataclasses.replace(SMALL, num_experts=0, tie_word_embeddings=True)
+
+
+# ---- parameters ----------------------------------------------------------------------------------------------
+def test_qwen3_30b_has_the_parameters_and_tensor_names_of_its_checkpoint():
+    with torch.device("meta"):
+        model = Qwen3MoE(QWEN)
+    assert sum(p.numel() for p in model.parameters()) == 30_532_122_624
+    names = {name for name, _ in model.hf_tensors()}
+    assert len(names) == 18_867 and "model.layers.47.mlp.experts.127.down_proj.weight" in names
+
+
+@pytest.mark.parametrize("m", [SMALL, DENSE, dataclasses.replace(SMALL, mlp_only_layers=(1,)), QWEN])
+def test_on_one_rank_the_classes_are_the_models_parameters(m):
+    with torch.device("meta"):
+        model = Qwen3MoE(m)
+    classes = parameter_classes(m, 1, 1, 1)
+    assert sum(c.numel for c in classes) == sum(p.numel() for p in model.parameters())
+    assert sum(c.tensors for c in classes) == len(list(model.named_parameters()))
+
+
+@pytest.mark.parametrize(("m", "tp", "ep"), [*itertools.product([SMALL, QWEN], [1, 2, 4, 8], [1, 2, 4, 8])])
+def test_the_slices_of_any_layout_are_the_whole_model(m, tp, ep):
+    """numel * ranks / replicas of a class counts every slice once. Frozen routers have no gradient and no state."""
+    counted = lambda layout: [c.numel * layout[0] // c.replicas for c in parameter_classes(m, *layout)]
+    assert counted((16, tp, ep)) == counted((1, 1, 1))
+    frozen, all_trained = (static_memory(m, 16, tp, ep, 2, 4, freeze) for freeze in (True, False))
+    routers = sum(m.is_moe_layer(i) for i in range(m.num_hidden_layers)) * m.num_experts * m.hidden_size
+    assert all_trained["gradients"] - frozen["gradients"] == 4 * routers
+    assert all_trained["optimizer state"] - frozen["optimizer state"] == 12 * routers / 16
+    total = sum(counted((1, 1, 1)))
+    assert all_trained["optimizer state"] == 12 * total / 16  # ZeRO-1 leaves nothing twice, whatever the layout
+
+
+TABLE = """
+    1  8 1541 3624 9.6 19.2 9.6 21.3 50.2 40.6 66.3
+    1 16 1541 1812 6.3 12.5 6.3 21.3 40.1 33.8 56.2
+    2  8  777 3624 8.2 16.4 8.2 21.3 45.9 37.7 61.4
+    2 16  777 1812 4.8  9.6 4.8 21.3 35.8 31.0 51.2
+    4  8  395 3624 7.5 15.0 7.5 21.4 43.8 36.3 59.2
+    4 16  395 1812 4.1  8.2 4.1 21.4 33.7 29.6 49.1
+    8  8  216 3624 7.2 14.3 7.2 21.5 42.9 35.8 58.8
+    8 16  216 1812 3.8  7.6 3.8 21.5 32.8 29.0 48.7
+"""
+
+
+@pytest.mark.parametrize("row", TABLE.strip().splitlines())
+def test_memory_is_that_of_the_table_in_the_performance_notes(row):
+    """facts/performance.md, section 7: tp, ep, millions of dense and expert parameters, GiB of parameters, gradients in
+    fp32 and bf16, ZeRO-1, both sums, and the peak at 16k tokens a rank (so 16k * tp a micro-batch), twice the rows."""
+    tp, ep, *wanted, peak = [float(x) if "." in x else int(x) for x in row.split()]
+    classes = parameter_classes(QWEN, 16, tp, ep)
+    experts = sum(c.numel for c in classes if c.name == "experts") / 1e6
+    wide, narrow = ({n: x / GIB for n, x in static_memory(QWEN, 16, tp, ep, 2, grad).items()} for grad in (4, 2))
+    found = [sum(c.numel for c in classes) / 1e6 - experts, experts, wide["parameters"], wide["gradients"],
+             narrow["gradients"], wide["optimizer state"], sum(wide.values()), sum(narrow.values())]  # fmt: skip
+    assert found == pytest.approx(wanted, rel=0.015)  # the bound asked for is 5 %
+    cfg = dataclasses.replace(PRESET, tp=tp, ep=ep, max_tokens_per_micro_batch=16384 * tp)
+    assert sum(memory(QWEN, cfg, 16).values()) == pytest.approx(peak, rel=0.05)
+
+
+# ---- activations, traffic, work ------------------------------------------------------------------------------
+def test_a_layers_activations_are_cut_by_sequence_and_tensor_parallelism():
+    """At 16k tokens: layer inputs 3.0 GiB, MoE about 3.1 balanced and 6.2 on the fullest rank (same source)."""
+    one, two = (activation_memory(QWEN, dataclasses.replace(PRESET, tp=tp)) for tp in (1, 2))
+    assert [one[n] / GIB for n in ("inputs", "MoE", "MoE, fullest rank")] == pytest.approx([3.0, 3.1, 6.2], rel=0.06)
+    for name in ("inputs", "MoE", "MoE, fullest rank"):
+        assert two[name] == one[name] / 2
+    gathered = 16384 * 2048 * 2  # the one tensor that each tp rank has whole
+    assert two["attention"] == one["attention"] / 2 + gathered
+    assert two["all layers"] == one["all layers"] / 2 + 48 * gathered
+
+
+def test_collectives_send_what_the_shapes_say():
+    sent = {n: size for n, (size, _) in collective_bytes(QWEN, dataclasses.replace(PRESET, tp=2), 16).items()}
+    assert sent["TP/SP all-gather"] == sent["TP/SP reduce-scatter"] == 16384 * 2048 * 2 / 2  # the other half
+    assert sent["EP dispatch"] == sent["EP combine"] == 8192 * 8 * 2048 * 2 * 7 / 8
+    experts, attention, norms = 3 * 16 * 2048 * 768, (2 * 4096 + 2 * 512) * 2048 / 2, 2 * (2048 + 128)
+    assert sent["gradient reduce-scatter"] == pytest.approx(
+        4 * (experts / 2 + attention * 7 / 8 + (norms + 2048 / 48) * 15 / 16)
+    )
+    assert sent["parameter all-gather"] == sent["gradient reduce-scatter"] / 2
+    alone = collective_bytes(QWEN, dataclasses.replace(PRESET, ep=1), 1)
+    assert {size for size, _ in alone.values()} == {0.0}
+
+
+@pytest.mark.parametrize(("length", "gflops"), [(2048, 20.7), (4096, 23.1), (8192, 27.9), (16384, 37.6)])
+def test_flops_per_token_are_those_of_the_performance_notes(length, gflops):
+    assert flops_per_token(QWEN, length) / 1e9 == pytest.approx(gflops, abs=0.05)
+
+
+# ---- layouts -------------------------------------------------------------------------------------------------
+def test_layouts_that_divide_pass():
+    for tp, ep in itertools.product([1, 2, 4, 8, 16], [1, 2, 4, 8, 16]):
+        check_layout(QWEN, 16, tp, ep)
+    check_layout(DENSE, 2, 2, 1)
+    check_layout(dataclasses.replace(QWEN, intermediate_size=13), 16, 8, 8)  # it has no dense layer
+
+
+@pytest.mark.parametrize(("changes", "layout", "reason"), [
+    ({}, (16, 1, 6), "--ep 6 does not divide num_experts=128"),
+    ({}, (16, 1, 32), "--ep 32 does not divide the number of ranks=16"),
+    ({}, (16, 3, 1), "--tp 3 does not divide num_attention_heads=32"),
+    ({}, (12, 8, 1), "--tp 8 does not divide the number of ranks=12"),
+    ({"vocab_size": 151937}, (16, 2, 1), "--tp 2 does not divide vocab_size=151937"),
+    ({"mlp_only_layers": (3,), "intermediate_size": 13}, (16, 2, 1), "--tp 2 does not divide intermediate_size=13"),
+    ({"num_key_value_heads": 6}, (16, 4, 1), "--tp 4 neither divides num_key_value_heads=6 nor is a multiple"),
+    ({"num_experts": 0}, (16, 1, 2), "--ep 2: the model is dense, num_experts=0"),
+    ({}, (16, 0, 1), "--tp 0, --ep 1 and the number of ranks, 16, must be at least 1"),
+])  # fmt: skip
+def test_a_degree_that_does_not_divide_is_named_with_what_it_should(changes, layout, reason):
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
+        check_layout(dataclasses.replace(QWEN, **changes), *layout)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+def dry_run(monkeypatch, capsys, *flags):
+    """Exit status, report, and lines of error."""
+    monkeypatch.setattr(sys, "argv", ["train_cispo.py", "--dry-run", *flags])
+    monkeypatch.setattr(train_cispo, "resolve_model", lambda *args: pytest.fail("it wants a checkpoint"))
+    status = 0
+    try:
+        train_cispo.main()
+    except SystemExit as stopped:
+        status = stopped.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err.strip().splitlines()
+
+
+def test_the_recipe_fits_16_gpus_and_the_report_says_what_takes_the_room(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, report, errors = dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b")
+    assert (status, errors) == (0, []) and not list(tmp_path.iterdir())
+    for line in [r"on 16 ranks: tp 1, ep 8, data parallel 16", r"experts +3623.9  2\n", r"routers +12.6  16, frozen",
+                 r"parameters +9.62\n", r"gradients +19.19\n", r"optimizer state +21.32\n", r"EP dispatch +469.8 ",
+                 r"30,532,122,624 parameters are 61.06 GB", r"4096 +23.1  8,570\n"]:  # fmt: skip
+        assert re.search(line, report), line
+    terms = [
+        float(x) for x in re.findall(r"(?<=GiB\n)[\s\S]*(?=  peak)", report)[0].split() if re.match(r"\d+\.\d\d$", x)
+    ]
+    assert sum(terms) == pytest.approx(float(re.search(r"peak +([\d.]+)  of 79.6", report)[1]), abs=0.03)
+
+
+@pytest.mark.parametrize(("flags", "culprit"), [
+    (["--no-activation-checkpointing"], "saved activations"),
+    (["--ep", "1"], "gradients"),
+    (["--max-tokens-per-micro-batch", "65536"], "live layer or loss"),
+    (["--dry-run-ranks", "4", "--ep", "4"], "optimizer state"),
+    (["--gpu-memory-gib", "40"], "optimizer state"),
+    (["--reference-policy-kl-penalty", "0.1", "--param-dtype", "float32"], "reference model"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_and_the_advice_fits(flags, culprit, monkeypatch, capsys):
+    flags = ["--preset", "qwen3-30b-a3b", *flags]
+    status, report, errors = dry_run(monkeypatch, capsys, *flags)
+    (line,) = errors
+    assert status == 2 and "peak" in report and f"What breaks it: {culprit} (" in line, line
+    advice = line.split("What fits: ")[1].split("; or ")
+    for text in advice:
+        changed, peak = re.fullmatch(r"(.*) \(([\d.]+)\)", text).groups()
+        changed = re.sub(r"^(\d+) ranks", r"--dry-run-ranks \1", changed).split()
+        status, report, errors = dry_run(monkeypatch, capsys, *flags, *changed)
+        assert status == 0, (changed, errors)
+        assert float(re.search(r"peak +([\d.]+)", report)[1]) == pytest.approx(float(peak), abs=0.06)
+
+
+def test_the_number_of_ranks_is_torchruns_if_there_is_one(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    assert "on 32 ranks" in dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b")[1]
+    monkeypatch.setenv("RANK", "1")
+    assert dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b") == (0, "", [])  # one report, not 32
+
+
+def test_any_checkpoint_directory_can_be_planned_for(monkeypatch, capsys, tiny_checkpoint):
+    status, report, _ = dry_run(
+        monkeypatch, capsys, "--model", str(tiny_checkpoint), "--ep", "4", "--dry-run-ranks", "4"
+    )
+    assert status == 0 and "on 4 ranks: tp 1, ep 4, data parallel 4" in report
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    ([], "--model '' is neither a directory nor Qwen/Qwen3-30B-A3B"),
+    (["--preset", "qwen3-30b-a3b", "--ep", "6"], "--ep 6 does not divide num_experts=128"),
+    (["--preset", "qwen3-30b-a3b", "--tp", "3"], "--max-tokens-per-micro-batch 16384 is no multiple of --tp 3"),
+])  # fmt: skip
+def test_a_plan_for_nothing_is_one_line_and_status_2(flags, reason, monkeypatch, capsys):
+    status, report, errors = dry_run(monkeypatch, capsys, *flags)
+    assert status == 2 and not report and len(errors) == 1 and reason in errors[0]
