@@ -79,38 +79,43 @@ class Split:
         return (slice(None),) * self.dim + (slice(self.index * size, (self.index + 1) * size),)
 
 
-def init_mesh(timeout_s: float, tp: int = 1, ep: int = 1, kv_heads: int = 0) -> Mesh:
-    """Join the process group that torchrun describes (without torchrun: a group of one) and lay out the grid.
+def join_ranks(timeout_s: float) -> None:
+    """Join the process group that torchrun describes; without torchrun, a group of one.
 
     timeout_s bounds every collective: a rank that dies must become an error of the others, not a hang.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
-    if not dist.is_initialized():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout_s),
+        store=None if "MASTER_ADDR" in os.environ else dist.HashStore(),
+        rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    )  # fmt: skip
+
+
+def make_mesh(tp: int, ep: int, kv_heads: int) -> Mesh:
+    """Lay the grid over the ranks that have joined; all of them must call. The degrees must divide what they cut
+    (dry_run.check_layout)."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def group(key):
-        """My group of the partition that puts ranks with equal keys together."""
+        """Mine of the groups that put ranks with equal keys together."""
         mine = None
         for value in sorted({key(r) for r in range(world_size)}):
             ranks = [r for r in range(world_size) if key(r) == value]
-            if 1 < len(ranks) < world_size:
-                made = dist.new_group(ranks, timeout=timeout)
-            else:
-                made = dist.group.WORLD if len(ranks) > 1 else None
-            mine = made if rank in ranks else mine
+            if len(ranks) == world_size > 1:
+                mine = dist.group.WORLD
+            elif len(ranks) > 1:
+                made = dist.new_group(ranks)
+                mine = made if rank in ranks else mine
         return mine
 
-    kv_replicated = tp > kv_heads > 0
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dp_group = group(lambda r: r % tp)
     return Mesh(
-        rank, world_size, device, tp, ep, group(lambda r: 0), group(lambda r: r // tp), group(lambda r: r // ep),
-        dp_group, group(lambda r: r % ep), group(lambda r: r % tp * kv_heads // tp) if kv_replicated else dp_group,
+        rank, world_size, device, tp, ep, world_group=group(lambda r: 0), tp_group=group(lambda r: r // tp),
+        ep_group=group(lambda r: r // ep), dp_group=dp_group, expert_group=group(lambda r: r % ep),
+        kv_group=group(lambda r: r % tp * kv_heads // tp) if tp > kv_heads else dp_group,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ from batch import MicroBatch, pack_batch, unpack_batch
 from hub import Group, Hub, Ledger
 from metrics import LOG_RATIO_MAX, expert_load
 from model import ModelConfig, Qwen3MoE
-from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, init_mesh, reduce_metrics
+from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks, make_mesh, reduce_metrics
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
 from rollout import die_with_parent
 from weights import Publisher, gather_hf, load_hf
@@ -108,12 +108,13 @@ class Config:
     normalize_rewards: bool = True  # divide advantages by a standard deviation
     advantage_std: Literal["group", "batch"] = "group"  # which: of the sample's group, or of the step's advantages
     drop_zero_variance: bool = False  # groups of equal rewards leave the batch, its denominators too (unless all are)
-    # layout: ranks = data parallel x tp, tp fastest
+    # layout and memory: ranks = data parallel x tp, tp fastest
     tp: int = 1  # tensor parallel degree: attention, dense MLPs and vocabulary, with sequence parallelism
     ep: int = 1  # expert parallel degree: whole experts, over ep consecutive ranks (across tp and data parallel)
-    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the model; auto: bfloat16 on CUDA
-    grad_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of accumulated gradients; auto: float32
-    activation_checkpointing: bool = False  # recompute each block in the backward, keep only its input
+    activation_checkpointing: bool = False  # keep each block's input only, and run the block again in backward
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of forward and backward; auto: bfloat16 on CUDA
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"  # in which micro-batches and ranks are added up
+    fp32_lm_head: bool = False  # the vocabulary projection in fp32; for vLLM: --hf-overrides '{"head_dtype":"float32"}'
     # plan
     dry_run: bool = False  # print memory, traffic and FLOPs of a layout and end, status 2 if it does not fit
     dry_run_ranks: int = 1  # of that layout; under torchrun as many as there are
@@ -133,11 +134,6 @@ class Config:
     freeze_moe_router: bool = True  # no gradient for the routers
     router_replay: bool = False  # the updates of a step use the experts that the trainer chose at its start
     compile: bool = True  # torch.compile the model's blocks and the loss; off computes the same, eagerly
-    # memory
-    activation_checkpointing: bool = False  # keep each block's input only, and run the block again in backward
-    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of forward and backward; auto: bfloat16 on CUDA
-    grad_dtype: Literal["float32", "bfloat16"] = "float32"  # in which micro-batches and ranks are added up
-    fp32_lm_head: bool = False  # the vocabulary projection in fp32; for vLLM: --hf-overrides '{"head_dtype":"float32"}'
     publish_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of published weights; auto: bfloat16 on CUDA
     keep_versions: int = 4  # published versions kept on disk
     cpu_threads: int = 0  # of each trainer process on a CPU; 0: half of the cores in all, vLLM has the other half
@@ -246,7 +242,6 @@ class Config:
             (batch > 0 and self.samples_per_step % batch != 0,
              f"--train-global-batch-size {batch} does not divide the step's {self.num_prompts_per_step} prompts x "
              f"{self.num_generations_per_prompt} samples = {self.samples_per_step}"),
-            (batch % world_size != 0, f"--train-global-batch-size {batch} is not divisible by the {world_size} ranks"),
             (self.max_tokens_per_micro_batch < self.max_total_sequence_length,
              f"--max-tokens-per-micro-batch {self.max_tokens_per_micro_batch} is below --max-total-sequence-length "
              f"{self.max_total_sequence_length}: one sample would not fit"),
@@ -452,9 +447,10 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
 def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None) -> None:
     """The run. Rank 0 alone has prompts and codec."""
     # ---- processes and seeds
+    join_ranks(cfg.batch_timeout_s + 120)  # a collective may wait for rank 0, and rank 0 for a batch
+    torch.distributed.barrier()  # the checkpoint may just have been made by rank 0
     model_cfg = ModelConfig.from_dir(checkpoint)
-    # A collective may wait for rank 0, and rank 0 for a batch.
-    mesh = init_mesh(cfg.batch_timeout_s + 120, cfg.tp, cfg.ep, model_cfg.num_key_value_heads)
+    mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads)
     rank = mesh.rank
     torch.manual_seed(cfg.seed)
 
@@ -572,6 +568,9 @@ def main() -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local_ranks)))
         checkpoint = resolve_model(cfg, rank)
+        if rank == 0 or cfg.model:  # the tiny one is rank 0's until the ranks have met
+            world_size = int(os.environ.get("WORLD_SIZE", 1))
+            dry_run.check_layout(ModelConfig.from_dir(checkpoint), world_size, cfg.tp, cfg.ep)
         prompts, codec = load_prompts(cfg, checkpoint) if rank == 0 else (None, None)
     except ValueError as e:
         if rank == 0:

@@ -2,21 +2,21 @@
 
 import dataclasses
 import math
-import multiprocessing
 import os
 import random
-import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import on_ranks
 from torch.testing import assert_close
 
 import loss
 from loss import IGNORED, Algorithm, chunk_rows, fused_head_loss, policy_loss, token_logprobs
+from parallel import join_ranks
 
 torch.set_num_threads(1)
 
@@ -286,26 +286,20 @@ def test_chunks_are_the_largest_power_of_two_in_the_budget():
 
 
 # ---- a sharded vocabulary --------------------------------------------------------------------------------------
-def _shard(rank, tp, port, queue, compiled, drop):
-    """Runs in a process of its own: this rank's words of every case. drop: an all-reduce to leave out, by number."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=tp)
-        calls, real = [], loss._all_reduce
-        keep = lambda: calls.append(1) or (len(calls) - 1) % 2 != drop
-        if drop is not None:
-            loss._all_reduce = lambda x, op, group: real(x, op, group) if keep() else x
-        results = []
-        for c in shard_cases(compiled):
-            shard = c | {"weight": c["weight"].chunk(tp)[rank]}
-            for method in (in_one_pass, in_two_passes):
-                results.append(run(method, shard, tp_group=dist.group.WORLD, compiled=compiled))
-        queue.put((rank, [[x.tolist() for x in r] for r in results]))
-        dist.destroy_process_group()
-    except Exception:  # the parent must see it, not wait for it
-        queue.put((rank, traceback.format_exc()))
+def shards_on_this_rank(compiled, drop):
+    """This rank's words of every case. drop: an all-reduce to leave out, by number."""
+    join_ranks(60)
+    rank, tp = dist.get_rank(), dist.get_world_size()
+    calls, real = [], loss._all_reduce
+    keep = lambda: calls.append(1) or (len(calls) - 1) % 2 != drop
+    if drop is not None:
+        loss._all_reduce = lambda x, op, group: real(x, op, group) if keep() else x
+    results = []
+    for c in shard_cases(compiled):
+        shard = c | {"weight": c["weight"].chunk(tp)[rank]}
+        for method in (in_one_pass, in_two_passes):
+            results.append(run(method, shard, tp_group=dist.group.WORLD, compiled=compiled))
+    return [[x.tolist() for x in result] for result in results]
 
 
 def shard_cases(compiled):
@@ -316,22 +310,7 @@ def shard_cases(compiled):
 
 def shards(tp, compiled=False, drop=None):
     """For each case, in one pass and in two, each rank's results."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "loss"])
-    queue = context.Queue()
-    arguments = [(rank, tp, port, queue, compiled, drop) for rank in range(tp)]
-    workers = [context.Process(target=_shard, args=a, daemon=True) for a in arguments]
-    for worker in workers:
-        worker.start()
-    results = sorted(queue.get(timeout=240) for _ in workers)
-    for worker in workers:
-        worker.join(60)
-    for rank, result in results:
-        assert isinstance(result, list), f"rank {rank}:\n{result}"
-    return zip(*(result for _, result in results))
+    return zip(*on_ranks(tp, shards_on_this_rank, compiled, drop))
 
 
 def whole(ranks):

@@ -22,7 +22,7 @@ import parallel
 from batch import pack_batch, unpack_batch
 from metrics import expert_load
 from model import ModelConfig, Qwen3MoE
-from parallel import Mesh, ShardedAdamW, init_mesh, reduce_metrics
+from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from train_cispo import Config, micro_batch_logprobs, train_update
 from weights import gather_hf, load_hf
 
@@ -58,11 +58,13 @@ def write_checkpoint(path, case):
     model, g = Qwen3MoE(model_config(case)).double(), torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.normal_(0.0, 0.3, generator=g) if p.dim() > 1 else p.uniform_(0.5, 1.5, generator=g)
-    if case.get("steered"):  # feature 0 is large in every token, and the routers look at nothing else
-        model.model["embed_tokens"].weight[:, 0] = 9.0
-        for layer in (0, 2):
-            gate = model.model["layers"][layer].mlp.gate.weight
-            gate.zero_()[:, 0] = torch.tensor([0.0, 3, 0, 0, 0, 0, 5, 0])
+    if case.get("steered"):  # feature 0 is the same in every token and layer, and the routers look at nothing else
+        for name, p in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+                p.select(-2, 0).zero_()
+            elif name.endswith("mlp.gate.weight"):
+                p.zero_()[:, 0] = torch.tensor([0.0, 3, 0, 0, 0, 0, 4, 0])
+        model.model["embed_tokens"].weight[:, 0] = 1.0
     path.mkdir()
     save_file({name: t.clone() for name, t in model.hf_tensors()}, path / "model.safetensors")
 
@@ -126,6 +128,7 @@ def stacked(model, checkpoint_file):
 def write_oracle(path, case, dtype):
     """What one process computes, as files."""
     model, _, metrics, grads = train(case, dtype, path, Mesh())
+    assert not case.get("steered") or metrics[0]["moe_idle_share"] == 6 / 8
     whole = {name: grads[name][1].view_as(p) for name, p in model.named_parameters()}
     for file, tensors in (("grads", whole), ("after", dict(model.named_parameters()))):
         views = [view for name, t in tensors.items() for view in model.hf_views(name, t.detach())]
@@ -218,9 +221,11 @@ def run_controls(path, controls, wanted):
 
 def run_layouts(path, layouts, wanted):
     """On every rank: {layout and case: errors}."""
+    if not torch.distributed.is_initialized():
+        join_ranks(120)
     found = {}
     for tp, ep in layouts:
-        mesh = init_mesh(120, tp, ep, MODEL.num_key_value_heads)
+        mesh = make_mesh(tp, ep, MODEL.num_key_value_heads)
         for (name, dtype_name), metrics in wanted.items():
             dtype = getattr(torch, dtype_name)
             found[tp, ep, name, dtype_name] = compare(path / name / dtype_name, CASES[name], dtype, metrics, mesh)

@@ -3,21 +3,21 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 
 import loss
+import parallel
 import train_cispo
 from batch import pack_batch, unpack_batch
 from hub import Group
 from model import ModelConfig, Qwen3MoE
-from parallel import Mesh, ShardedAdamW, reduce_metrics
+from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from train_cispo import Config, learning_rate, main, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
@@ -94,7 +94,6 @@ TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type
     (["--max-trajectory-age-steps", "-1"], "--max-trajectory-age-steps -1: must be at least 0"),
     (["--train-global-batch-size", "96"], "--train-global-batch-size 96 does not divide"),
     (["--train-global-batch-size", "0"], "must be at least 1"),
-    (["--train-global-batch-size", "1"], "--train-global-batch-size 1 is not divisible by the 2 ranks"),
     (["--max-new-tokens", "64"], "--max-new-tokens 64 leaves no room"),
     (["--max-tokens-per-micro-batch", "10"], "--max-tokens-per-micro-batch 10 is below"),
     (["--model", llama_dir], "'LlamaForCausalLM' is not Qwen3ForCausalLM"),
@@ -322,12 +321,13 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     counted = lambda model, mb, cfg: passes.append(torch.is_grad_enabled()) or micro_batch_logprobs(model, mb, cfg)
     updated = lambda model, opt, batches, *rest: trained.extend(batches) or train_update(model, opt, batches, *rest)
     for name, stand_in in {
-        "init_mesh": lambda *args: Mesh(), "start_hub": lambda *args: (Standby(), Standby()),
-        "wait_for_batch": lambda *args: groups, "sum_up": lambda run_dir: None, "micro_batch_logprobs": counted,
-        "train_update": updated,
+        "join_ranks": lambda *args: None, "make_mesh": lambda *args: Mesh(),
+        "start_hub": lambda *args: (Standby(), Standby()), "wait_for_batch": lambda *args: groups,
+        "sum_up": lambda run_dir: None, "micro_batch_logprobs": counted, "train_update": updated,
     }.items():  # fmt: skip
         monkeypatch.setattr(train_cispo, name, stand_in)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda: None)
     train_cispo.train(cfg, tiny_checkpoint, prompts=None, codec=None)  # they are for the hub
     records = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3 and all(math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in records)
@@ -340,52 +340,18 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
         assert records[0]["train/kl_penalty"] < records[2]["train/kl_penalty"]  # it starts as its own reference
 
 
-def _two_ranks(rank, port, queue, algorithm, skip_reduce):
-    """Runs in a process of its own."""
-    import os
-
-    import parallel
-
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    try:
-        mesh = parallel.init_mesh(60)
-        if skip_reduce:
-            parallel._reduce_scattered = lambda x, group: x.chunk(2)[rank].clone()
-        metrics, norm, _ = first_update(dataclasses.replace(SMALL, **algorithm), mesh)
-        queue.put((rank, metrics, norm))
-        torch.distributed.destroy_process_group()
-    except Exception:  # the parent must see it, not wait for it
-        queue.put((rank, traceback.format_exc(), None))
-
-
-def two_ranks(algorithm, skip_reduce=False):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "train_cispo"])
-    queue = context.Queue()
-    workers = [
-        context.Process(target=_two_ranks, args=(rank, port, queue, algorithm, skip_reduce), daemon=True)
-        for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    results = sorted(queue.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(60)
-    for rank, metrics, _ in results:
-        assert isinstance(metrics, dict), f"rank {rank}:\n{metrics}"
-    return results
+def on_one_of_two(algorithm, skip_reduce):
+    join_ranks(60)
+    mesh = make_mesh(1, 1, TINY.num_key_value_heads)
+    if skip_reduce:
+        parallel._reduce_scattered = lambda x, group: x.chunk(2)[mesh.rank].clone()
+    return first_update(dataclasses.replace(SMALL, **algorithm), mesh)[:2]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_two_ranks_make_the_same_first_update_as_one(algorithm):
     metrics, norm, _ = first_update(dataclasses.replace(SMALL, **algorithm))
-    for _, rank_metrics, rank_norm in two_ranks(algorithm):
+    for rank_metrics, rank_norm in on_ranks(2, on_one_of_two, algorithm, False):
         assert rank_norm == pytest.approx(norm, rel=1e-5)
         assert rank_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
 
@@ -393,4 +359,4 @@ def test_two_ranks_make_the_same_first_update_as_one(algorithm):
 def test_without_the_gradient_reduction_two_ranks_do_differ():
     """The control of the test above: it can fail."""
     _, norm, _ = first_update(SMALL)
-    assert all(abs(rank_norm / norm - 1) > 0.01 for _, _, rank_norm in two_ranks({}, skip_reduce=True))
+    assert all(abs(rank_norm / norm - 1) > 0.01 for _, rank_norm in on_ranks(2, on_one_of_two, {}, True))
