@@ -19,12 +19,13 @@ from test_train import random_groups
 
 import loss
 import parallel
+import weights
 from batch import pack_batch, unpack_batch
 from metrics import expert_load
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from train_cispo import Config, micro_batch_logprobs, train_update
-from weights import gather_hf, load_hf
+from weights import gather_hf, load_hf, load_state_tensors, state_tensors
 
 # No two widths agree; 2 kv heads, so that tp 4 has to replicate them; a dense layer between two with experts.
 MODEL = ModelConfig(
@@ -282,3 +283,52 @@ def test_without_any_one_collective_the_layouts_do_differ(world, oracle):
     ranks = on_ranks(world, run_controls, path, CONTROLS[world], wanted)
     for what, _, _ in CONTROLS[world]:
         assert max(found[what] for found in ranks) > 1e-3, f"nothing changes without {what}"
+
+
+# ---- training state ------------------------------------------------------------------------------------------
+def save_state(path, layout, case):
+    """Train under one layout and write this rank's state."""
+    join_ranks(120)
+    mesh = make_mesh(*layout, MODEL.num_key_value_heads)
+    model, optimizer, *_ = train(CASES[case], torch.float32, path / case / "float32", mesh)
+    write_state(path, "saved", model, optimizer, mesh)
+
+
+def write_state(path, name, model, optimizer, mesh):
+    (path / name).mkdir(exist_ok=True)
+    tensors = state_tensors(model, optimizer)
+    save_file(dict(tensors), path / name / f"state-{mesh.rank:05d}.safetensors")
+    assert len(dict(tensors)) == len(tensors)
+
+
+def load_and_save_state(path, layout, case):
+    """Resume under another layout, write its state; then one more update, whose norm tells that all is in place."""
+    join_ranks(120)
+    mesh = make_mesh(*layout, MODEL.num_key_value_heads)
+    model, optimizer, *_ = train(CASES[case], torch.float32, path / case / "float32", mesh, num_updates=0)
+    load_state_tensors(path / "saved", model, optimizer, step=3)
+    write_state(path, "again", model, optimizer, mesh)
+    assert all(int(state["step"]) == 3 for state in optimizer.state.values())
+    return {name: p.detach().double().sum().item() for name, p in model.named_parameters()}
+
+
+def whole_state(path, cfg):
+    pieces = weights._StatePieces(path, Qwen3MoE(cfg).checkpoint_shapes())
+    return {key: pieces.whole(*key) for key in pieces.pieces}
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [((4, (4, 2)), (2, (1, 2))), ((2, (2, 1)), (4, (1, 4)))])
+@pytest.mark.parametrize("case", ["random", "tied"])
+def test_a_state_saved_under_one_layout_resumes_under_another_bit_for_bit(case, saved, resumed, oracle, tmp_path):
+    path, cfg = tmp_path, model_config(CASES[case])
+    (path / case).symlink_to(oracle[0] / case)
+    on_ranks(saved[0], save_state, path, saved[1], case)
+    on_ranks(resumed[0], load_and_save_state, path, resumed[1], case)
+    before, after = whole_state(path / "saved", cfg), whole_state(path / "again", cfg)
+    assert before.keys() == after.keys() and len(before) == 3 * len(Qwen3MoE(cfg).checkpoint_shapes())
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert sum(t.abs().sum() > 0 for (kind, _), t in before.items() if kind == "exp_avg") > 20
+
+    (path / "saved/state-00001.safetensors").unlink()
+    with pytest.raises(weights.WeightsError, match=r"a rank's state file is missing|has no weight of"):
+        whole_state(path / "saved", cfg)
