@@ -198,18 +198,13 @@ class _StatePieces:
         shape = list(self.shapes[hf_name])
         shape[dim] //= count
         flats: dict[int, list[torch.Tensor]] = {index: [] for index in range(count)}
-        for _, index, _, start, file, key in pieces:
-            with safe_open(file, framework="pt") as f:
-                piece = f.get_tensor(key)
-            if start != sum(len(flat) for flat in flats[index]):
-                raise WeightsError(
-                    f"the checkpoint's {kind} of {hf_name} has a gap before element {start} ({file.name})"
-                )
-            flats[index].append(piece)
+        for _, index, _, start, file_name, key in pieces:
+            if start == sum(map(len, flats[index])):  # else there is a gap, and the sum below is too small
+                flats[index].append(self.files[file_name].get_tensor(key))
         for index, flat in flats.items():
             if (found := sum(map(len, flat))) != math.prod(shape):
-                raise WeightsError(f"the checkpoint's {kind} of {hf_name}: part {index} of {count} has {found} elements, "
-                                   f"not {math.prod(shape)}: a rank's file is missing")  # fmt: skip
+                raise WeightsError(f"the checkpoint's {kind} of {hf_name}, part {index + 1} of {count}, ends at element "
+                                   f"{found} of {math.prod(shape)}: a rank's state file is missing")  # fmt: skip
         return torch.cat([torch.cat(flats[index]).view(shape) for index in range(count)], dim=dim)
 
 
