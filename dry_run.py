@@ -188,6 +188,17 @@ def what_would_fit(m: ModelConfig, cfg, world: int) -> list[str]:
     return ["a smaller model"]
 
 
+def check_memory(m: ModelConfig, cfg, world: int) -> None:
+    """Raises: ValueError for a layout that does not fit, with the term that breaks it and what would fit."""
+    terms = memory(m, cfg, world)
+    if (peak := sum(terms.values())) > cfg.gpu_memory_gib:
+        sums = zip(terms, itertools.accumulate(terms.values()))
+        culprit = next(name for name, total in sums if total > cfg.gpu_memory_gib)
+        parts = " + ".join(f"{name} {gib:.1f}" for name, gib in terms.items())
+        raise ValueError(f"{peak:.1f} GiB are above --gpu-memory-gib {cfg.gpu_memory_gib:g}. What breaks it: {culprit}"
+                         f" (in {parts}). What fits: {'; or '.join(what_would_fit(m, cfg, world)[:4])}")  # fmt: skip
+
+
 def print_report(cfg, world: int) -> None:
     """Raises: ValueError for an impossible layout, and for one that does not fit, with what would."""
     if cfg.model not in KNOWN_MODELS and not (cfg.model and Path(cfg.model).is_dir()):
@@ -222,9 +233,4 @@ def print_report(cfg, world: int) -> None:
     for length in (2048, 4096, 8192, 16384):
         flops = flops_per_token(m, length)
         print(f"  {length:<24}{flops / 1e9:9.1f}  {cfg.mfu * PEAK_TFLOPS * 1e12 / flops:,.0f}")
-    if peak > cfg.gpu_memory_gib:
-        sums = zip(terms, itertools.accumulate(terms.values()))
-        culprit = next(name for name, total in sums if total > cfg.gpu_memory_gib)
-        parts = " + ".join(f"{name} {gib:.1f}" for name, gib in terms.items())
-        raise ValueError(f"{peak:.1f} GiB are above --gpu-memory-gib {cfg.gpu_memory_gib:g}. What breaks it: {culprit}"
-                         f" (in {parts}). What fits: {'; or '.join(what_would_fit(m, cfg, world)[:4])}")  # fmt: skip
+    check_memory(m, cfg, world)

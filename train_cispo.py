@@ -569,8 +569,9 @@ def main() -> None:
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local_ranks)))
         checkpoint = resolve_model(cfg, rank)
         if rank == 0 or cfg.model:  # the tiny one is rank 0's until the ranks have met
-            world_size = int(os.environ.get("WORLD_SIZE", 1))
-            dry_run.check_layout(ModelConfig.from_dir(checkpoint), world_size, cfg.tp, cfg.ep)
+            model_cfg, world_size = ModelConfig.from_dir(checkpoint), int(os.environ.get("WORLD_SIZE", 1))
+            dry_run.check_layout(model_cfg, world_size, cfg.tp, cfg.ep)
+            dry_run.check_memory(model_cfg, cfg, world_size)
         prompts, codec = load_prompts(cfg, checkpoint) if rank == 0 else (None, None)
     except ValueError as e:
         if rank == 0:

@@ -204,7 +204,7 @@ class _StatePieces:
         for index, flat in flats.items():
             if (found := sum(map(len, flat))) != math.prod(shape):
                 raise WeightsError(f"the checkpoint's {kind} of {hf_name}, part {index + 1} of {count}, ends at "
-                                   f"element {found} of {math.prod(shape)}: a rank's state file is missing")  # fmt: skip
+                                   f"element {found} of {math.prod(shape)}: a rank's file is missing")  # fmt: skip
         return torch.cat([torch.cat(flats[index]).view(shape) for index in range(count)], dim=dim)
 
 

@@ -100,6 +100,12 @@ TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type
     (["--model", "./nowhere"], "--model './nowhere': no such directory"),
     (["--data", long_data, "--model", no_tokenizer], "has no tokenizer.json"),
     (["--reward", "x.py:f"], "--reward 'x.py:f': expected FILE.py:FUNCTION"),
+    (["--model", no_tokenizer, "--ep", "3"], "--ep 3 does not divide num_experts=4"),
+    (["--model", no_tokenizer, "--ep", "4"], "--ep 4 does not divide the number of ranks=2"),
+    (["--model", no_tokenizer, "--tp", "4"], "--tp 4 does not divide the number of ranks=2"),
+    (["--model", no_tokenizer, "--tp", "0"], "--tp 0, --ep 1 and the number of ranks, 2, must be at least 1"),
+    (["--model", no_tokenizer, "--gpu-memory-gib", "4"], "GiB are above --gpu-memory-gib 4. What breaks it: "),
+    (["--router-replay", *ANCHOR, *UNCORRECTED], "--router-replay: takes the experts of a pass at the step's start"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_status_2(flags, reason, capsys, tmp_path, monkeypatch):
     flags = [f(tmp_path) if callable(f) else f for f in flags]
