@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load, save
 
-from hub import Group
+from ledger import Group
 from loss import group_advantages, row_weights
 
 

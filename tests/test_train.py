@@ -15,7 +15,7 @@ import torch
 import loss
 import train_cispo
 from batch import assign_rows, pack_batch, unpack_batch
-from hub import Group
+from ledger import Group
 from model import ModelConfig, Qwen3MoE
 from parallel import init_mesh
 from train_cispo import Config, learning_rate, main, micro_batch_logprobs, train_update
@@ -337,8 +337,8 @@ def test_every_mode_runs_through_the_training_loop(flags, one_rank, tiny_checkpo
     updated = lambda model, opt, batches, *rest: trained.extend(batches) or train_update(model, opt, batches, *rest)
     for name, stand_in in {
         "init_mesh": lambda timeout_s: one_rank, "start_hub": lambda *args: (Standby(), Standby()),
-        "wait_for_batch": lambda *args: groups, "sum_up": lambda run_dir: None, "micro_batch_logprobs": counted,
-        "train_update": updated,
+        "wait_for_batch": lambda *args: (groups, "train"), "sum_up": lambda run_dir: None,
+        "micro_batch_logprobs": counted, "train_update": updated,
     }.items():  # fmt: skip
         monkeypatch.setattr(train_cispo, name, stand_in)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
