@@ -201,7 +201,8 @@ def test_damaged_weights_are_refused_and_the_node_stays_on_what_it_has(hub, tmp_
     async def scenario(node):
         await next_batch(hub, 0)
         await asyncio.to_thread(hub.set_published, 1)
-        await until(lambda: (node.root / "v1.tmp").exists())
+        arrived = node.root / "v1.tmp/model.safetensors"
+        await until(lambda: arrived.exists() and arrived.stat().st_size == len(whole))
         assert node.version == 0 and node.ready.is_set()
         file.write_bytes(whole)  # mended: the next attempt takes it
         await until(lambda: node.version == 1)
