@@ -83,7 +83,7 @@ def run_node(hub, tmp_path, stand_in, scenario):
     async def run():
         headers = {"Authorization": "Bearer t"}
         async with aiohttp.ClientSession(hub.url, headers=headers) as session:
-            node = Node(RolloutConfig(hub.url, dir=str(tmp_path / "node"), max_tries=3), session)
+            node = Node(RolloutConfig(hub.url, dir=str(tmp_path / "node"), max_tries=3, reward_workers=1), session)
             await node.join()
             node.vllm = stand_in
             tasks = [asyncio.create_task(t()) for t in (node.follow_weights, node.answer_prompts, node.beat)]
