@@ -1,11 +1,10 @@
 """The processes that others start, watch and end: vLLM and the reward workers of a rollout node, and the rollout node
 that the trainer keeps on its own machine.
 
-Each is ended with whoever started it, even by kill -9 (`die_with_parent`), and none gets the hub's token but the node.
+Each is ended with whoever started it, even by kill -9 (`with_parent`), and none gets the hub's token but the node.
 """
 
 import asyncio
-import ctypes
 import json
 import os
 import random
@@ -29,9 +28,15 @@ def log(message: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] rollout: {message}", flush=True)
 
 
-def die_with_parent() -> None:
-    """In a child, before exec: SIGTERM when the parent is gone (Linux), so that even kill -9 leaves no orphan."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+def with_parent(command: list[str]) -> list[str]:
+    """The command, to end with SIGTERM when this process is gone (Linux), so that even kill -9 leaves no orphan.
+
+    The child asks for it itself, and then becomes the command. A preexec_fn would ask in a fork of this process, whose
+    other threads may hold any lock at that moment: such a child hangs, and whoever started it with it.
+    """
+    ask = f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {signal.SIGTERM:d}); "  # 1 = PR_SET_PDEATHSIG
+    ask += f"os.getppid() == {os.getpid()} or os._exit(1); os.execvp(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-I", "-S", "-c", ask, *command]
 
 
 def backoff_s(attempt: int, most: float = 10.0) -> float:
@@ -79,8 +84,8 @@ class VLLM:
             command.append("--enforce-eager")
         with open(self.log_path, "a") as out:
             self.process = await asyncio.create_subprocess_exec(
-                *command, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True, preexec_fn=die_with_parent,
+                *with_parent(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,
             )  # fmt: skip
         self.session = aiohttp.ClientSession(
             f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s),
@@ -190,6 +195,7 @@ class RewardWorkers:
     def __init__(self, spec: str, count: int, timeout_s: float):
         self.spec, self.timeout_s = spec, timeout_s
         self.processes: set[asyncio.subprocess.Process] = set()
+        self.starting: set[asyncio.Task] = set()
         self.free: asyncio.Queue = asyncio.Queue()
         for _ in range(count):
             self.free.put_nowait(None)  # a worker that is started when it is first needed
@@ -214,10 +220,13 @@ class RewardWorkers:
 
     async def _start(self) -> asyncio.subprocess.Process:
         env = {k: v for k, v in os.environ.items() if k != "CISPO_TOKEN"}
-        worker = await asyncio.create_subprocess_exec(
-            sys.executable, str(REPO / "task.py"), self.spec, env=env, stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, preexec_fn=die_with_parent,
-        )  # fmt: skip
+        command = with_parent([sys.executable, str(REPO / "task.py"), self.spec])
+        start = asyncio.create_task(asyncio.create_subprocess_exec(
+            *command, env=env, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        ))  # fmt: skip
+        self.starting.add(start)
+        worker = await asyncio.shield(start)  # a task that is cancelled here would leave a process that nobody knows
+        self.starting.discard(start)
         self.processes.add(worker)
         return worker
 
@@ -243,9 +252,10 @@ class RewardWorkers:
             worker.kill()
 
     async def close(self) -> None:
-        for worker in list(self.processes):
+        for worker in [*self.processes, *[await start for start in self.starting]]:
             self._kill(worker)
             await worker.wait()
+        self.processes, self.starting = set(), set()
 
 
 # ---- the rollout node on the trainer's machine -----------------------------------------------------------------
@@ -267,8 +277,8 @@ class LocalRollout:
         self.starts += 1
         with open(self.log_path, "a") as out:
             self.process = subprocess.Popen(
-                self.command, env={**self.env, "CISPO_TOKEN": self.hub.token}, stdout=out, stderr=out,
-                stdin=subprocess.DEVNULL, preexec_fn=die_with_parent,
+                with_parent(self.command), env={**self.env, "CISPO_TOKEN": self.hub.token}, stdout=out, stderr=out,
+                stdin=subprocess.DEVNULL,
             )  # fmt: skip
 
     def keep(self, groups: int, say) -> None:
