@@ -366,8 +366,10 @@ class Node:
                 for lease in json.loads(await self.ask("POST", "/lease", json=wanted))["leases"]:
                     self.held[lease["lease"]] = asyncio.create_task(self.answer(lease))
         finally:
-            for task in self.held.values():
-                task.cancel()
+            while left := [task for task in self.held.values() if not task.done()]:
+                for task in left:
+                    task.cancel()
+                await asyncio.wait(left, timeout=1.0)  # or they would go on beside whoever closes the node
 
     async def leave(self) -> None:
         """Give back what is held, without a word against the prompts: the node ends, or has failed by itself."""

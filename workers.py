@@ -234,7 +234,8 @@ class RewardWorkers:
         wait = Wait("reward", self.timeout_s)
         try:
             worker.stdin.write(json.dumps(job).encode() + b"\n")
-            line = await asyncio.wait_for(worker.stdout.readline(), self.timeout_s)
+            async with asyncio.timeout(self.timeout_s):  # not wait_for: in Python 3.11 it may swallow a cancellation
+                line = await worker.stdout.readline()
         except TimeoutError:
             self._kill(worker)
             return wait.message(), None

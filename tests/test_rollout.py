@@ -92,6 +92,7 @@ def run_node(hub, tmp_path, stand_in, scenario):
             for task in tasks:
                 assert not task.done(), task.exception()
                 task.cancel()
+            await asyncio.wait(tasks)
             await node.close()
             assert done.done(), "the scenario did not end in 60 s"
             return done.result()
@@ -137,6 +138,7 @@ def test_the_end_of_the_run_is_told_to_a_waiting_node(hub, tmp_path):
             with pytest.raises(RunOver):
                 await asyncio.wait_for(tasks[1], 30)
             tasks[0].cancel()
+            await asyncio.wait(tasks)
             await node.close()
 
     asyncio.run(run())
