@@ -12,7 +12,7 @@ from itertools import accumulate, count
 import torch
 from safetensors.torch import load, save
 
-from hub import Group
+from ledger import Group
 from loss import group_advantages, row_weights
 
 

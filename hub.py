@@ -2,24 +2,28 @@
 
     POST /lease            {"node", "max"} -> prompts to answer; waits while there is none to hand out
     POST /groups           a safetensors blob: all samples of one prompt (the format is in `parse_group`)
+    POST /return           {"node", "lease", "why"}: a prompt that the node could not answer comes back at once
+    POST /beat             {"node", "leases", "vllm"}: the node lives, holds these leases, and its vLLM is this busy
     GET  /weights/latest   ?after=N: the manifest of a version newer than N; waits for one
     GET  /weights/N/FILE   a file of version N
     POST /receipts         {"node", "version", "digest", "timing"}: a node says which weights it now samples from
     GET  /status, /run     the ledger and counters; what a rollout node must know of the run
 
-Every request carries `Authorization: Bearer TOKEN`. `Ledger` is the bookkeeping alone, without any I/O; `Hub` is the
-server around it, in a thread of rank 0. All state is touched only by that thread's event loop, so there are no locks.
+Every request carries `Authorization: Bearer TOKEN`, and a node's `X-Run: ID` too: the id is made at each start of the
+trainer, so that nothing sampled for a run before a restart gets into the one after it (412). `Hub` runs in a
+thread of rank 0; all state, ledger.py's too, is touched only by that thread's event loop, so there are no locks.
 """
 
 import asyncio
 import hmac
 import json
+import math
+import resource
+import secrets
 import struct
 import threading
 import time
-from collections import Counter
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,9 +31,13 @@ from aiohttp import web
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from ledger import Group, Lease, Ledger
+from waits import Wait, WaitOver
 from weights import MANIFEST, digest
 
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
+MAX_NODES = 4096  # that are remembered at once
+TIMING_PARTS = ("fetch_s", "load_s", "stopped_s", "total_s")
 
 
 class Refused(Exception):
@@ -41,24 +49,6 @@ class Refused(Exception):
 
 
 # ---- groups --------------------------------------------------------------------------------------------------
-@dataclass
-class Group:
-    """All samples of one prompt. Flat tensors over the samples' response tokens, R of them in all."""
-
-    ordinal: int
-    prompt_ids: list[int]
-    lengths: torch.Tensor  # (S,) int32: response tokens of each sample
-    token_ids: torch.Tensor  # (R,) int32
-    logprobs: torch.Tensor  # (R,) float32: the sampler's, in nats
-    versions: torch.Tensor  # (R,) int32: the policy version that sampled each token
-    rewards: torch.Tensor  # (S,) float32
-    truncated: torch.Tensor  # (S,) uint8: 1 where max_new_tokens cut the sample off
-
-    @property
-    def oldest_version(self) -> int:
-        return int(self.versions.min())
-
-
 GROUP_TENSORS = {
     "lengths": torch.int32, "token_ids": torch.int32, "logprobs": torch.float32, "versions": torch.int32,
     "rewards": torch.float32, "truncated": torch.uint8,
@@ -71,7 +61,9 @@ def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         tensors = load(body)
         (header_bytes,) = struct.unpack("<Q", body[:8])
         metadata = json.loads(body[8 : 8 + header_bytes]).get("__metadata__") or {}
-    except (SafetensorError, struct.error, ValueError) as e:
+        given = metadata.get("gen_s", "nan")
+        metadata["gen_s"] = float(given) if len(given) < 32 else math.nan
+    except (SafetensorError, struct.error, ValueError, RecursionError) as e:
         raise Refused(400, f"body is not safetensors: {str(e)[:200]}") from None
     for name, dtype in GROUP_TENSORS.items():
         if name not in tensors:
@@ -109,91 +101,18 @@ def check_group(t: dict[str, torch.Tensor], num_generations: int, max_new_tokens
             raise Refused(422, reason)
 
 
-# ---- ledger --------------------------------------------------------------------------------------------------
-@dataclass
-class Lease:
-    id: str
-    ordinal: int
-    node: str
-    version: int  # of the weights that the node held when it took the lease: no token of it can be older
-    deadline: float  # time.monotonic()
-
-
-class Ledger:
-    """Who has which prompt. Every ordinal handed out is leased, buffered, waiting to be leased again, or taken for
-    training; `num_taken` counts the last, and each ordinal gets there once.
-
-    A lease is granted while
-        taken + buffered + leased < (node's version + max_age + 1) * prompts_per_step,
-    which is admission control, backpressure and staleness bound in one line: at most that many prompts are trained
-    at versions up to the node's own + max_age. The other half of the bound is `take`: it waits for the leases that
-    would be too old one step later. So nothing is dropped for age, unless a lease passes its deadline first.
-    """
-
-    def __init__(self, prompts_per_step: int, max_age: int, num_steps: int, lease_timeout_s: float):
-        self.prompts_per_step, self.max_age, self.num_steps = prompts_per_step, max_age, num_steps
-        self.lease_timeout_s = lease_timeout_s
-        self.leases: dict[str, Lease] = {}
-        self.buffer: list[Group] = []
-        self.returned: list[int] = []  # ordinals to be leased again
-        self.num_taken = self.next_ordinal = 0
-        self.attempts: Counter[int] = Counter()
-        self.counts: Counter[str] = Counter()  # of everything that did not go straight through
-
-    def grant(self, node: str, node_version: int, now: float) -> Lease | None:
-        outstanding = self.num_taken + len(self.buffer) + len(self.leases)
-        if outstanding >= min(node_version + self.max_age + 1, self.num_steps) * self.prompts_per_step:
-            return None
-        if self.returned:
-            ordinal = self.returned.pop(0)
-        else:
-            ordinal, self.next_ordinal = self.next_ordinal, self.next_ordinal + 1
-        self.attempts[ordinal] += 1
-        lease = Lease(f"{ordinal}-{self.attempts[ordinal]}", ordinal, node, node_version, now + self.lease_timeout_s)
-        self.leases[lease.id] = lease
-        return lease
-
-    def give_back(self, lease_id: str, why: str) -> None:
-        self.returned.append(self.leases.pop(lease_id).ordinal)
-        self.counts[why] += 1
-
-    def expire(self, now: float) -> None:
-        for lease in [lease for lease in self.leases.values() if lease.deadline <= now]:
-            self.give_back(lease.id, "leases_expired")
-
-    def accept(self, lease_id: str, group: Group) -> None:
-        del self.leases[lease_id]
-        self.buffer.append(group)
-
-    def take(self, version: int) -> list[Group] | None:
-        """The groups to train at `version`, or None while they are not all there. Oldest policy first."""
-        for group in [g for g in self.buffer if version - g.oldest_version > self.max_age]:
-            self.buffer.remove(group)
-            self.returned.append(group.ordinal)
-            self.counts["groups_too_old"] += 1
-        must_wait = any(version - lease.version >= self.max_age for lease in self.leases.values())
-        if must_wait or len(self.buffer) < self.prompts_per_step:
-            return None
-        self.buffer.sort(key=lambda g: (g.oldest_version, g.ordinal))
-        batch, self.buffer = self.buffer[: self.prompts_per_step], self.buffer[self.prompts_per_step :]
-        self.num_taken += len(batch)
-        for group in batch:
-            del self.attempts[group.ordinal]
-        return batch
-
-    def check(self) -> None:
-        states = self.num_taken + len(self.buffer) + len(self.leases) + len(self.returned)
-        assert states == self.next_ordinal, f"ledger: {states} prompts accounted for, {self.next_ordinal} handed out"
-
-
 # ---- server --------------------------------------------------------------------------------------------------
 class Hub:
     """The server. `prompts[ordinal]` gives an example and `encode(example)` its token ids; `run` goes to the nodes
     as it is. `start` returns when the port is open (`self.url`); `next_batch` and `set_published` are for the trainer.
     """
 
+    node_timeout_s = 60.0  # a node that is silent this long loses its leases
+    body_timeout_s = 30.0  # a request has to arrive within
+
     def __init__(self, ledger: Ledger, prompts, encode, weights_dir: Path, vocab_size: int, token: str, run: dict):
-        self.ledger, self.prompts, self.encode, self.run, self.token = ledger, prompts, encode, run, token
+        self.ledger, self.prompts, self.encode, self.token = ledger, prompts, encode, token
+        self.run = {**run, "id": secrets.token_hex(8)}
         self.weights_dir, self.vocab_size = weights_dir, vocab_size
         self.version = 0  # the trainer's: how many steps it has finished
         self.published = -1  # the newest version on disk
@@ -211,7 +130,8 @@ class Hub:
         self.url = self._call(self._start(host, port), 30)
 
     def next_batch(self, version: int, timeout_s: float) -> list[Group] | None:
-        """The groups to train at `version`; None if they are not there within timeout_s."""
+        """The groups to train at `version`; None if they are not there within timeout_s.
+        Raises: RuntimeError when so many prompts in a row were set aside that no batch will ever come."""
         return self._call(self._next_batch(version, timeout_s), timeout_s + 30)
 
     def set_published(self, version: int) -> None:
@@ -219,6 +139,17 @@ class Hub:
 
     def status(self) -> dict:
         return self._call(self._status(), 30)
+
+    def release(self, node: str) -> None:
+        """A node is known to have ended: its prompts go back at once."""
+        self._call(self._release(node), 30)
+
+    def take_news(self) -> list[str]:
+        """What the log should say of the nodes and prompts since the last call."""
+        return self._call(self._take_news(), 30)
+
+    def ledger_state(self) -> dict:
+        return self._call(self._ledger_state(), 30)
 
     def take_timing(self) -> dict[str, float]:
         """Mean seconds of the rollout nodes' parts since the last call: reloads, and generation of a group."""
@@ -231,27 +162,30 @@ class Hub:
         self._thread.join(30)
 
     def _call(self, coroutine, timeout_s: float):
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        wait, future = Wait("hub thread", timeout_s), asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout_s)
         except FutureTimeout:
-            raise RuntimeError(f"the hub thread did not answer within {timeout_s:.0f} s") from None
+            raise WaitOver(wait.message(coroutine.__name__)) from None
 
     # -- event loop
     async def _start(self, host: str, port: int) -> str:
         self._changed = asyncio.Condition()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # often 1,024, and every node is a few connections
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16_384)), hard))
         group_bytes = self.run["num_generations"] * (self.run["max_new_tokens"] * 12 + 16)
         app = web.Application(client_max_size=group_bytes + (1 << 20), middlewares=[self._authorize])
         app.add_routes([
             web.post("/lease", self._lease), web.post("/groups", self._groups), web.post("/receipts", self._receipts),
-            web.get("/weights/latest", self._latest), web.get("/weights/{version:\\d+}/{name}", self._file),
+            web.post("/return", self._return), web.post("/beat", self._beat),
+            web.get("/weights/latest", self._latest), web.get("/weights/{version:\\d{1,9}}/{name}", self._file),
             web.get("/status", self._get_status), web.get("/run", self._get_run),
         ])  # fmt: skip
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, host, port)
         await site.start()
-        self._expiry = asyncio.create_task(self._expire_leases())
+        self._expiry = asyncio.create_task(self._expire())
         return f"http://{host}:{self._runner.addresses[0][1]}"
 
     async def _close(self, patience_s: float) -> None:
@@ -278,16 +212,35 @@ class Hub:
             await self._changed.wait()
         return found
 
-    async def _expire_leases(self) -> None:
+    async def _expire(self) -> None:
+        """Once a second: leases and nodes whose time is up, and connections that never made a request."""
+        since: dict[object, float] = {}
         while True:
             await asyncio.sleep(1.0)
-            self.ledger.expire(time.monotonic())
+            now = time.monotonic()
+            self.ledger.expire(now)
+            for node, seen in self.nodes.items():
+                silence = Wait("node", self.node_timeout_s, whom=node, start=seen["last_seen_s"])
+                if silence.over and (held := [x.id for x in self.ledger.leases.values() if x.node == node]):
+                    self.ledger.news.append(silence.message(f"{len(held)} prompts"))
+                    for lease in held:
+                        self.ledger.give_back(lease, "leases_of_lost_nodes", failure=f"contact with {node} was lost")
+            self.nodes = {n: seen for n, seen in self.nodes.items() if now - seen["last_seen_s"] < 3600}
+            # aiohttp has no limit on how long a client may take over its headers.
+            silent = [c for c in self._runner.server.connections if c.transport and c._request_count == 0]
+            since = {c: since.get(c, now) for c in silent}
+            for connection in [c for c, start in since.items() if now - start > self.body_timeout_s]:
+                connection.force_close()
             await self._notify()
 
     async def _next_batch(self, version: int, timeout_s: float):
         self.version = version
         batch = await self._wait_for(lambda: self.ledger.take(version), timeout_s)
         self.ledger.check()
+        if self.ledger.set_aside_in_a_row >= 2 * self.ledger.prompts_per_step:
+            last = next(reversed(self.ledger.set_aside.items()))
+            raise RuntimeError(f"{self.ledger.set_aside_in_a_row} prompts in a row were set aside, the last of them "
+                               f"{last[0]}: {last[1]}")  # fmt: skip
         if batch:
             await self._notify()
         return batch
@@ -300,16 +253,31 @@ class Hub:
 
     async def _take_timing(self) -> dict[str, float]:
         rows, self.reloads, gen_s, self.gen_s = self.reloads, [], self.gen_s, []
-        parts = ("fetch_s", "load_s", "stopped_s", "total_s")
-        timing = {name: [row[name] for row in rows if name in row] for name in parts} | {"generate_group_s": gen_s}
+        timing = {part: [row[part] for row in rows if part in row] for part in TIMING_PARTS}
+        timing["generate_group_s"] = [s for s in gen_s if math.isfinite(s)]
         return {f"timing/rollout/{name}": sum(s) / len(s) for name, s in timing.items() if s}
+
+    async def _release(self, node: str) -> None:
+        for lease in [x.id for x in self.ledger.leases.values() if x.node == node]:
+            self.ledger.give_back(lease, "leases_of_lost_nodes", failure=f"{node} ended")
+        self.nodes.pop(node, None)
+        await self._notify()
+
+    async def _take_news(self) -> list[str]:
+        news, self.ledger.news = self.ledger.news, []
+        return news
+
+    async def _ledger_state(self) -> dict:
+        return self.ledger.state()
 
     async def _status(self) -> dict:
         ledger, now = self.ledger, time.monotonic()
         return {
             "version": self.version, "published": self.published, "handed_out": ledger.next_ordinal,
             "taken": ledger.num_taken, "buffered": len(ledger.buffer), "leased": len(ledger.leases),
-            "returned": len(ledger.returned), "counts": dict(ledger.counts),
+            "returned": len(ledger.returned), "set_aside": len(ledger.set_aside), "counts": dict(ledger.counts),
+            "in_flight": sum(seen["vllm"].get("running", 0) for seen in self.nodes.values() if "vllm" in seen),
+            "waiting": sum(seen["vllm"].get("waiting", 0) for seen in self.nodes.values() if "vllm" in seen),
             "nodes": {n: {**seen, "last_seen_s": now - seen["last_seen_s"]} for n, seen in self.nodes.items()},
         }  # fmt: skip
 
@@ -317,8 +285,10 @@ class Hub:
     @web.middleware
     async def _authorize(self, request: web.Request, handler):
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.token.encode()):
+        if not hmac.compare_digest(given.encode(errors="surrogateescape"), self.token.encode()):
             return web.json_response({"error": "missing or wrong bearer token"}, status=401)
+        if request.headers.get("X-Run", self.run["id"]) != self.run["id"] and request.path != "/run":
+            return web.json_response({"error": "this is another run: ask /run again"}, status=412)
         try:
             return await handler(request)
         except Refused as e:
@@ -331,24 +301,32 @@ class Hub:
     async def _json(self, request: web.Request, **fields: type) -> dict:
         """The JSON object of a request. Raises: Refused unless it has these fields, of these types."""
         try:
-            body = json.loads(await request.read())
-        except ValueError:
+            body = json.loads(await self._body(request))
+        except (ValueError, RecursionError):
             raise Refused(400, "body is not JSON") from None
         for name, kind in fields.items():
             if not isinstance(body, dict) or type(body.get(name)) is not kind:
                 raise Refused(400, f"expected a JSON object with {name} of type {kind.__name__}")
-        self.nodes.setdefault(body["node"], {})["last_seen_s"] = time.monotonic()
+        if body["node"] in self.nodes:
+            self.nodes[body["node"]]["last_seen_s"] = time.monotonic()
         return body
+
+    async def _body(self, request: web.Request) -> bytes:
+        wait = Wait("body", self.body_timeout_s, whom=f"the body of {request.path} from {request.remote}")
+        try:
+            return await asyncio.wait_for(request.read(), self.body_timeout_s)
+        except TimeoutError:
+            raise Refused(408, wait.message()) from None
 
     async def _lease(self, request: web.Request) -> web.Response:
         body = await self._json(request, node=str, max=int)
         node, wanted = body["node"], body["max"]
-        if "version" not in self.nodes[node] or wanted < 1:
+        if node not in self.nodes or wanted < 1:
             raise Refused(422, f"max is {wanted}, or node {node!r} has not sent a receipt of its weights yet")
 
         def grant():
             # The node's version is read anew each time: a receipt that comes while this request waits may admit it.
-            version, now = self.nodes[node]["version"], time.monotonic()
+            version, now = self.nodes.get(node, {"version": -1})["version"], time.monotonic()
             granted = (self.ledger.grant(node, version, now) for _ in range(wanted))
             return [] if self.over else [lease for lease in granted if lease] or None
 
@@ -364,8 +342,30 @@ class Hub:
         return {"lease": lease.id, "deadline_s": self.ledger.lease_timeout_s, "example": example,
                 "prompt_ids": self.encode(example)}  # fmt: skip
 
+    async def _return(self, request: web.Request) -> web.Response:
+        body = await self._json(request, node=str, lease=str, why=str)
+        lease = self.ledger.leases.get(body["lease"])
+        if lease is None or lease.node != body["node"]:
+            raise Refused(409, f"lease {body['lease'][:50]!r} is not held by {body['node'][:50]!r}")
+        self.ledger.give_back(lease.id, "leases_returned", failure=f"{body['why'][:300]} ({lease.node})")
+        await self._notify()
+        return web.json_response({"returned": lease.id})
+
+    async def _beat(self, request: web.Request) -> web.Response:
+        body = await self._json(request, node=str, leases=list, vllm=dict)
+        node, held = body["node"], {x for x in body["leases"] if isinstance(x, str)}
+        if node not in self.nodes:
+            raise Refused(422, f"node {node[:50]!r} has not sent a receipt of its weights yet")
+        self.nodes[node]["vllm"] = _numbers(body["vllm"], ("running", "waiting", "kv", "limit", "preemptions"))
+        mine = {x.id: x.granted for x in self.ledger.leases.values() if x.node == node}
+        for lease, granted in mine.items():  # an answer to /lease that never arrived; some may be on their way still
+            if lease not in held and granted < time.monotonic() - 10.0:
+                self.ledger.give_back(lease, "leases_not_held")
+        await self._notify()
+        return web.json_response({"drop": sorted(held - mine.keys())})
+
     async def _groups(self, request: web.Request) -> web.Response:
-        metadata, tensors = parse_group(await request.read())
+        metadata, tensors = parse_group(await self._body(request))
         lease = self.ledger.leases.get(metadata.get("lease", ""))
         if lease is None:
             raise Refused(409, f"unknown lease {metadata.get('lease')!r}: never granted, expired, or already used")
@@ -373,7 +373,7 @@ class Hub:
                     versions=(lease.version, self.version))  # fmt: skip
         prompt_ids = self.encode(self.prompts[lease.ordinal])
         self.ledger.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))
-        self.gen_s.append(float(metadata.get("gen_s", "nan")))
+        self.gen_s.append(metadata["gen_s"])
         self.ledger.counts["samples_dropped"] += self.run["num_generations"] - len(tensors["lengths"])
         await self._notify()
         return web.json_response({"accepted": lease.id})
@@ -382,10 +382,15 @@ class Hub:
         body = await self._json(request, node=str, version=int, digest=str, timing=dict)
         if not 0 <= body["version"] <= self.published:
             raise Refused(422, f"version {body['version']} was never published: the newest is {self.published}")
-        if body["version"] == self.published and body["digest"] != digest(self.manifest):
+        if len(body["digest"]) != 64 or (body["version"] == self.published and body["digest"] != digest(self.manifest)):
             raise Refused(409, f"digest of version {self.published} differs from the published one")
-        self.nodes[body["node"]].update({key: body[key] for key in ("version", "digest", "timing")})
-        self.reloads.append(body["timing"])
+        node = body["node"]
+        if len(node) > 200 or (node not in self.nodes and len(self.nodes) >= MAX_NODES):
+            raise Refused(422, f"node's name is longer than 200, or there are {MAX_NODES} nodes already")
+        timing = _numbers(body["timing"], TIMING_PARTS)
+        seen = {"version": body["version"], "digest": body["digest"], "timing": timing, "last_seen_s": time.monotonic()}
+        self.nodes[node] = {**self.nodes.get(node, {}), **seen}
+        self.reloads.append(timing)
         await self._notify()
         return web.json_response({"newest": self.published})
 
@@ -410,3 +415,8 @@ class Hub:
 
     async def _get_run(self, request: web.Request) -> web.Response:
         return web.json_response(self.run)
+
+
+def _numbers(given: dict, names) -> dict[str, float]:
+    """The finite numbers of these names; whatever else a node says is not kept."""
+    return {n: given[n] for n in names if type(given.get(n)) in (int, float) and math.isfinite(given[n])}

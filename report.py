@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import watch
-from hub import Group
+from ledger import Group
 from metrics import ratio_quantile
 
 

@@ -12,17 +12,16 @@ and is started again, on the current weights, whenever it dies.
 """
 
 import asyncio
-import ctypes
+import contextlib
+import fcntl
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -33,9 +32,9 @@ import tyro
 from safetensors.torch import save
 
 import weights
-from task import Codec, load_reward
-
-REPO = Path(__file__).resolve().parent
+from task import Codec
+from waits import Wait
+from workers import VLLM, RewardWorkers, backoff_s, log
 
 
 @dataclass
@@ -48,7 +47,14 @@ class RolloutConfig:
     vllm_threads: int = 0  # OpenMP threads of vLLM on a CPU; 0: half of the cores
     vllm_args: str = ""  # further arguments for vLLM's server, e.g. "--tensor-parallel-size 4"
     vllm_start_timeout_s: float = 900.0  # for vLLM to load the model and answer
-    request_timeout_s: float = 900.0  # for one generation request, and for one weight update
+    vllm_command: str = ""  # in place of "python -m vllm.entrypoints.openai.api_server"; it gets the same arguments
+    stall_timeout_s: float = 60.0  # vLLM may make no token for so long with requests in flight, or it is started again
+    load_timeout_s: float = 300.0  # for one weight update
+    request_timeout_s: float = 900.0  # for one generation request
+    max_tries: int = 5  # of a prompt on this node, before it goes back to the hub
+    reward_workers: int = 2  # processes that run the reward function
+    reward_timeout_s: float = 60.0  # for the reward of one sample
+    beat_s: float = 3.0  # between signs of life to the hub
     hub_timeout_s: float = 600.0  # the trainer may be silent this long before the node gives up
 
 
@@ -56,127 +62,19 @@ class RunOver(Exception):
     """The hub says that the run has ended."""
 
 
-def log(message: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] rollout: {message}", flush=True)
+class RunChanged(Exception):
+    """The trainer was started again: what this node holds is of the run before."""
 
 
-def die_with_parent() -> None:
-    """In a child, before exec: SIGTERM when the parent is gone (Linux), so that even kill -9 leaves no orphan."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+class HubRefusal(RuntimeError):
+    """The hub's answer is an error."""
+
+    def __init__(self, route: str, status: int, text: str):
+        super().__init__(f"hub refused {route} with {status}: {text[:300]}")
+        self.status = status
 
 
-# ---- vLLM ----------------------------------------------------------------------------------------------------
-class VLLM:
-    """One vLLM server process on the loopback address, and the routes of it that are used here."""
-
-    def __init__(self, cfg: RolloutConfig, run: dict, log_path: Path):
-        self.cfg, self.run, self.log_path = cfg, run, log_path
-        self.process: asyncio.subprocess.Process | None = None
-
-    async def start(self, checkpoint: Path) -> None:
-        """Start the server on a checkpoint directory and wait until it is healthy.
-
-        Raises: RuntimeError with the end of vLLM's log when it exits or takes too long.
-        """
-        await self.stop()
-        with socket.socket() as s:  # a free port; vLLM binds it a moment later
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-            "--model", str(checkpoint), "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", self.run["dtype"], "--max-model-len", str(self.run["max_model_len"]),
-            "--seed", str(self.run["seed"]),
-            "--enable-scale-out",  # opens /inference/v1/generate: token ids in, token ids out
-            "--generation-config", "vllm",  # or the checkpoint's top_p and top_k would silently truncate sampling
-            "--logprobs-mode", "processed_logprobs",  # at the sampling temperature, as the trainer computes them
-            "--worker-extension-cls", "vllm_engine.WorkerExtension",
-            "--weight-transfer-config", '{"backend": "safetensors"}',
-            "--disable-uvicorn-access-log",
-            *shlex.split(self.cfg.vllm_args),
-        ]  # fmt: skip
-        env = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-               "VLLM_SERVER_DEV_MODE": "1"}  # dev mode opens the weight update routes  # fmt: skip
-        env.pop("CISPO_TOKEN", None)
-        if not torch.cuda.is_available():
-            threads = self.cfg.vllm_threads or max(1, os.cpu_count() // 2)
-            env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                    "OMP_NUM_THREADS": str(threads)}  # fmt: skip
-            command.append("--enforce-eager")
-        with open(self.log_path, "a") as out:
-            self.process = await asyncio.create_subprocess_exec(
-                *command, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True, preexec_fn=die_with_parent,
-            )  # fmt: skip
-        self.session = aiohttp.ClientSession(
-            f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s),
-            connector=aiohttp.TCPConnector(limit=0),
-        )  # fmt: skip
-        start = time.monotonic()
-        while not await self.healthy():
-            waited = time.monotonic() - start
-            if self.process.returncode is not None or waited > self.cfg.vllm_start_timeout_s:
-                tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-30:])
-                await self.stop()
-                raise RuntimeError(f"vLLM is not up after {waited:.0f} s; {self.log_path} ends with:\n{tail}")
-            if int(waited) % 5 == 0:
-                log(f"vLLM is starting ({waited:.0f} s)")
-            await asyncio.sleep(1.0)  # polling another process: there is no event to wait for
-        log(f"vLLM is up after {time.monotonic() - start:.0f} s, pid {self.process.pid}, port {port}")
-
-    async def healthy(self) -> bool:
-        try:
-            async with self.session.get("/health", timeout=aiohttp.ClientTimeout(total=30)) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError, RuntimeError):  # RuntimeError: the session of a stopped server
-            return False
-
-    async def stop(self) -> None:
-        if self.process is None:
-            return
-        await self.session.close()
-        for sig, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-            try:
-                os.killpg(self.process.pid, sig)  # its engine processes too: they share the session
-                await asyncio.wait_for(self.process.wait(), patience_s)
-            except (ProcessLookupError, TimeoutError):
-                pass
-        self.process = None
-
-    async def post(self, route: str, body: dict | None = None) -> dict:
-        """Raises: RuntimeError when vLLM answers with an error, aiohttp.ClientError when it does not answer."""
-        async with self.session.post(route, json=body) as response:
-            text = await response.text()
-            if response.status != 200:
-                raise RuntimeError(f"vLLM answered {route} with {response.status}: {text[:500]}")
-            return json.loads(text)
-
-    async def load(self, checkpoint: Path, version: int) -> dict[str, float]:
-        """Put the weights of a verified directory into the running model. Returns the seconds of each part.
-
-        Between pause and resume no engine step runs, so no token is sampled from half-loaded weights. Requests in
-        flight are kept; vLLM labels the tokens before and after.
-        """
-        start = time.perf_counter()
-        await self.post("/pause?mode=keep")
-        paused = time.perf_counter()
-        await self.post("/start_weight_update")
-        await self.post("/update_weights", {"update_info": {"path": str(checkpoint)}})
-        await self.post("/finish_weight_update", {"weight_version": str(version)})
-        loaded = time.perf_counter()
-        await self.post("/resume")
-        return {"pause_s": paused - start, "load_s": loaded - paused, "stopped_s": time.perf_counter() - start}
-
-    async def checksums(self) -> dict[str, str]:
-        return (await self.post("/weight_checker", {"action": "checksum"}))["checksums"]
-
-    async def generate(self, prompt_ids: list[int], sampling: dict, version: int) -> list[dict]:
-        """All samples of a prompt in one request; vLLM shares the prompt's prefill between them."""
-        # The salt keeps a prefix that older weights computed from being reused under newer ones.
-        body = {"token_ids": prompt_ids, "sampling_params": sampling, "cache_salt": f"v{version}"}
-        return (await self.post("/inference/v1/generate", body))["choices"]
-
-
+# ---- groups --------------------------------------------------------------------------------------------------
 def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: float) -> bytes:
     """The safetensors body of POST /groups; hub.Group says what each tensor is."""
     versions = [int(span["version"]) for c in choices for span in c["weight_versions"]
@@ -192,52 +90,99 @@ def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: flo
     return save(tensors, metadata={"lease": lease, "gen_s": f"{gen_s:.6f}"})
 
 
-def is_whole(choice: dict) -> bool:
-    """Whether a sample has a finite log-prob and a version for each token; vLLM may send NaN, which JSON makes null."""
+def damage(choice: dict, max_new_tokens: int | None = None) -> str:
+    """Why a sample cannot be trained on, or "": it needs a finite log-prob and a version for each of its tokens. vLLM
+    may send NaN, which JSON may make null."""
     tokens, entries = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("content") or []
     covered = sum(span["end"] - span["start"] for span in choice.get("weight_versions") or [])
-    finite = all(isinstance(x["logprob"], float | int) and math.isfinite(x["logprob"]) for x in entries)
-    return bool(tokens) and finite and len(entries) == len(tokens) == covered
+    if not tokens:
+        return "no tokens"
+    if max_new_tokens and len(tokens) > max_new_tokens:
+        return f"{len(tokens)} tokens, asked for at most {max_new_tokens}"
+    if not all(isinstance(x["logprob"], float | int) and math.isfinite(x["logprob"]) for x in entries):
+        return "a log-prob that is not finite"
+    if not len(entries) == len(tokens) == covered:
+        return f"{len(tokens)} tokens, {len(entries)} log-probs, versions of {covered}"
+    return ""
+
+
+def next_limit(limit: int, most: int, in_flight: int, vitals: dict, preempted: bool) -> int:
+    """Prompts that may be in flight, by what vLLM says of itself: up by a quarter while there is room and all are
+    used, down by a quarter when its KV cache is full. A preempted request is computed again from its start, so a full
+    cache costs more than an idle place; a queue that stands means that more prompts would only stand in it."""
+    if preempted or vitals["kv"] > 0.9:
+        return max(1, min(limit, in_flight) * 3 // 4)
+    if in_flight >= limit and vitals["kv"] < 0.7 and not vitals["waiting"]:
+        return min(most, limit + max(1, limit // 4))
+    return limit
 
 
 async def ask(hub: aiohttp.ClientSession, method: str, route: str, patience_s: float, **kwargs) -> bytes:
     """A request to the hub, repeated for patience_s while the network fails: the trainer may be starting again.
-    Raises: RunOver at the end of the run, RuntimeError for the hub's refusals and its silence."""
-    give_up, pause_s = time.monotonic() + patience_s, 0.2
+    Raises: RunOver, RunChanged, HubRefusal; WaitOver for its silence."""
+    wait, attempt = Wait("hub", patience_s, whom=f"the hub's answer to {route}"), 0
     while True:
         try:
             async with hub.request(method, route, **kwargs) as response:
                 body = await response.read()
                 if response.status == 410:
                     raise RunOver
+                if response.status == 412:
+                    raise RunChanged
+                if response.status >= 500:
+                    raise aiohttp.ClientError(f"status {response.status}")
                 if response.status != 200:
-                    raise RuntimeError(f"hub refused {route} with {response.status}: {body.decode()[:300]}")
+                    raise HubRefusal(route, response.status, body.decode(errors="replace"))
                 return body
         except (aiohttp.ClientError, TimeoutError) as e:
-            if time.monotonic() > give_up:
-                raise RuntimeError(f"hub does not answer {route} for {patience_s:.0f} s: {e!r}") from e
-            if pause_s > 2:
+            wait.check(repr(e))
+            if attempt > 3:
                 log(f"hub does not answer {route}, asking again: {e!r}")
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, 5.0)
+            await asyncio.sleep(min(backoff_s(attempt, most=5.0), max(0.05, patience_s - wait.waited_s)))
+            attempt += 1
 
 
 # ---- the node ------------------------------------------------------------------------------------------------
 class Node:
     """The tasks of a rollout node around one vLLM."""
 
-    def __init__(self, cfg: RolloutConfig, hub: aiohttp.ClientSession, run: dict, reward: Callable[[str, dict], float]):
-        self.cfg, self.hub, self.run, self.reward = cfg, hub, run, reward
+    def __init__(self, cfg: RolloutConfig, hub: aiohttp.ClientSession):
+        self.cfg, self.hub = cfg, hub
         self.name = f"{socket.gethostname()}:{os.getpid()}"
-        self.root = Path(cfg.dir or f"/dev/shm/cispo-{os.getpid()}")
-        self.root.mkdir(parents=True, exist_ok=True)
-        self.vllm = VLLM(cfg, run, self.root / "vllm.log")
+        self.root = own_directory(cfg)
+        self.vllm = self.workers = None
+        self.run: dict = {}
         self.ready = asyncio.Event()  # vLLM is up on the weights of self.version, and the hub knows
         self.engine = asyncio.Lock()  # held by whoever starts vLLM or loads weights into it
-        self.version, self.checkpoint = -1, None
+        self.joined = asyncio.Event()  # the hub has a receipt, and takes the node's beats
+        self.version, self.checkpoint, self.loading = -1, None, False
+        self.held: dict[str, asyncio.Task] = {}  # leases, and who answers them
+        self.limit, self.in_vllm, self.vitals = min(32, cfg.max_groups), 0, {}
 
     async def ask(self, method: str, route: str, **kwargs) -> bytes:
         return await ask(self.hub, method, route, self.cfg.hub_timeout_s, **kwargs)
+
+    async def join(self) -> None:
+        """Ask the hub what the run is. A vLLM that fits it is kept, its weights are not trusted."""
+        self.hub.headers.pop("X-Run", None)
+        run = json.loads(await self.ask("GET", "/run"))
+        fits = {**self.run, "id": ""} == {**run, "id": ""}
+        if self.vllm is not None and (self.loading or not fits):
+            await self.vllm.stop(kill=self.loading)
+        if not fits:
+            await self.close()
+            self.vllm = VLLM(self.cfg, run, self.root / "vllm.log")
+            self.workers = RewardWorkers(run.get("reward", ""), self.cfg.reward_workers, self.cfg.reward_timeout_s)
+        self.run = self.vllm.run = run
+        self.hub.headers["X-Run"] = run["id"]
+        self.version, self.loading = -1, False
+        self.ready.clear()
+        self.joined.clear()
+
+    async def close(self) -> None:
+        if self.vllm is not None:
+            await self.vllm.stop()
+            await self.workers.close()
 
     async def follow_weights(self) -> None:
         """Fetch every newer version as it is published, and load it."""
@@ -260,124 +205,222 @@ class Node:
         async with self.engine:
             previous, self.checkpoint = self.checkpoint, checkpoint
             self.ready.clear()  # a request sent now would run on the new weights with the old ones' cache salt
+            self.loading = True
             if self.vllm.process is None:
                 await self._start(version)
             else:
                 try:
                     timing |= await self.vllm.load(checkpoint, version)
                     self.version = version
-                except (RuntimeError, aiohttp.ClientError, TimeoutError) as e:
+                except (RuntimeError, aiohttp.ClientError) as e:
                     # A load that broke off leaves the model in an unknown state: only a fresh start is safe.
                     log(f"loading v{version} failed, vLLM is started again: {e!r}")
-                    await self._start(version)
+                    await self._start(version, kill=True)
+            self.loading = False
         if previous is not None and previous != checkpoint:
             shutil.rmtree(previous)
         timing["total_s"] = time.perf_counter() - start
         receipt = {"node": self.name, "version": version, "digest": digest, "timing": timing}
         await self.ask("POST", "/receipts", json=receipt)
+        self.joined.set()
         self.ready.set()  # after the receipt, since the hub leases by the version it names
 
-    async def _start(self, version: int) -> None:
+    async def _start(self, version: int, kill: bool = False) -> None:
         """Start vLLM on self.checkpoint, and prove that the reload path is sound before anything depends on it:
-        reloading the very weights that it just loaded by itself must leave every runtime tensor as it is."""
-        await self.vllm.start(self.checkpoint)
-        fresh = await self.vllm.checksums()
-        await self.vllm.load(self.checkpoint, version)  # also gives the weights their version label
-        reloaded = await self.vllm.checksums()
+        reloading the very weights that it just loaded by itself must leave every runtime tensor as it is.
+        Raises: RuntimeError when it does not come up three times in a row, or when the proof fails."""
+        for attempt in range(3):
+            try:
+                await self.vllm.stop(kill=kill)
+                await self.vllm.start(self.checkpoint)
+                fresh = await self.vllm.checksums()
+                await self.vllm.load(self.checkpoint, version)  # also gives the weights their version label
+                reloaded = await self.vllm.checksums()
+                break
+            except (RuntimeError, aiohttp.ClientError) as e:
+                if attempt == 2:
+                    raise RuntimeError(f"vLLM did not start {attempt + 1} times in a row: {e}") from e
+                log(f"vLLM did not start, trying again: {e}")
+                await asyncio.sleep(backoff_s(attempt + 2))
         if changed := [name for name in fresh if fresh[name] != reloaded.get(name)]:
             raise RuntimeError(f"reloading the same weights changed {len(changed)} tensors in vLLM: {changed[:3]}")
         log(f"reloading v{version} onto itself leaves all {len(fresh)} tensors equal")
         self.version = version
 
     async def watch_vllm(self) -> None:
-        """Start vLLM again when its process ends or its engine is reported dead."""
+        """Once a second: is it alive, do tokens move, and how many prompts does it bear? A hang is a vLLM that says it
+        is well while requests are in flight and no token moves; it is ended like a dead one and started again."""
+        stall, last = Wait("vllm progress", self.cfg.stall_timeout_s), None
         while True:
+            await asyncio.sleep(1.0)  # polling another process
             await self.ready.wait()
+            why = ""
             try:
-                await asyncio.wait_for(self.vllm.process.wait(), timeout=5.0)
-            except TimeoutError:
-                if self.engine.locked() or await self.vllm.healthy():
-                    continue
+                found = await self.vllm.vitals()
+            except RuntimeError as e:
+                found, why = None, str(e)
+            if self.engine.locked() or not self.ready.is_set():
+                continue  # a weight update, with a deadline of its own, which also starts what has died
+            if found:
+                moved = (found["tokens"], found["prompt_tokens"])
+                if moved != last or not self.in_vllm:
+                    stall = Wait("vllm progress", self.cfg.stall_timeout_s)
+                preempted = found["preemptions"] > self.vitals.get("preemptions", math.inf)
+                self.limit = next_limit(self.limit, self.cfg.max_groups, len(self.held), found, preempted)
+                last, self.vitals = moved, found
+            if not why and not stall.over:
+                continue
             async with self.engine:
-                if await self.vllm.healthy():  # the weight update that held the engine has started it again
-                    continue
-                log(f"vLLM is gone (exit code {self.vllm.process.returncode}); starting it again on v{self.version}")
+                log(f"{why or stall.message(f'{self.in_vllm} requests in flight')}; starting it on v{self.version}")
                 self.ready.clear()
-                await self._start(self.version)
+                self.loading = True
+                await self._start(self.version, kill=True)
+                self.loading = False
+                stall, last, self.vitals = Wait("vllm progress", self.cfg.stall_timeout_s), None, {}
                 self.ready.set()
 
-    async def answer(self, lease: dict) -> None:
-        """One prompt, from lease to push. A vLLM that dies under it only delays it."""
-        sampling, gen_start = self.run["sampling"], time.perf_counter()
-        deadline = time.monotonic() + lease["deadline_s"]
-        while time.monotonic() < deadline:
-            await self.ready.wait()
-            try:
-                choices = await self.vllm.generate(lease["prompt_ids"], sampling, self.version)
-            except (aiohttp.ClientError, TimeoutError, RuntimeError) as e:
-                log(f"lease {lease['lease']}: generation failed, trying again: {e!r}")
-                await asyncio.sleep(2.0)  # time for watch_vllm to notice
-                continue
-            whole = [c for c in choices if is_whole(c)]
-            if len(whole) < len(choices):
-                log(f"lease {lease['lease']}: {len(choices) - len(whole)} samples without finite log-probs dropped")
-            if len(whole) >= 2:  # a sample needs a sibling to be compared with
-                break
-        else:
-            log(f"lease {lease['lease']} expired before it was answered")
-            return
-        gen_s = time.perf_counter() - gen_start
-        rewards = await asyncio.to_thread(self.score, whole, lease["example"])
-        body = pack_group(whole, rewards, lease["lease"], gen_s)
-        try:
-            await self.ask("POST", "/groups", data=body)
-        except RuntimeError as e:
-            log(f"lease {lease['lease']}: {e}")  # expired, most likely; the hub has counted it
+    async def beat(self) -> None:
+        """A sign of life, with what this node holds: the hub leases the rest again, and says what is void here."""
+        while True:
+            await self.joined.wait()
+            vllm = {
+                **{n: self.vitals.get(n, 0) for n in ("running", "waiting", "kv", "preemptions")},
+                "limit": self.limit,
+            }
+            body = {
+                "node": self.name,
+                "leases": [name for name, task in self.held.items() if not task.done()],
+                "vllm": vllm,
+            }
+            for lease in json.loads(await self.ask("POST", "/beat", json=body))["drop"]:
+                if (task := self.held.get(lease)) and not task.done():
+                    log(f"lease {lease} is no longer ours")
+                    task.cancel()
+            await asyncio.sleep(self.cfg.beat_s)
 
-    def score(self, choices: list[dict], example: dict) -> list[float]:
+    async def answer(self, lease: dict) -> None:
+        """One prompt, from lease to push, or back to the hub after max_tries. A vLLM that dies under it is waited
+        for, and counts as a try: it may be this prompt that kills it."""
+        name, why = lease["lease"], ""
+        for attempt in range(self.cfg.max_tries):
+            if attempt:
+                log(f"lease {name}: {why}; trying again")
+                await asyncio.sleep(backoff_s(attempt))
+            await self.ready.wait()
+            start = time.perf_counter()
+            self.in_vllm += 1
+            try:
+                choices = await self.vllm.generate(lease["prompt_ids"], self.run["sampling"], self.version)
+            except (aiohttp.ClientError, TimeoutError, RuntimeError) as e:
+                why = f"generation failed: {e!r}"[:300]
+                continue
+            finally:
+                self.in_vllm -= 1
+            gen_s = time.perf_counter() - start
+            choices, rewards, why = await self.score(choices[: self.run["num_generations"]], lease["example"])
+            if why:
+                log(f"lease {name}: {why}")
+            if len(choices) < 2:  # a sample needs a sibling to be compared with
+                continue
+            try:
+                await self.ask("POST", "/groups", data=pack_group(choices, rewards, name, gen_s))
+                return
+            except HubRefusal as e:
+                log(f"lease {name}: {e}")
+                if e.status == 409:  # expired, or it came through in an earlier attempt; the hub has counted it
+                    return
+                why = str(e)
+        await self.give_back(name, f"{self.cfg.max_tries} tries, the last: {why}", self.cfg.hub_timeout_s)
+
+    async def give_back(self, lease: str, why: str, patience_s: float) -> None:
         try:
-            return [float(self.reward(self.codec.decode(c["token_ids"]), example)) for c in choices]
-        except Exception as e:
-            raise RuntimeError(f"the reward function failed on {example}: {e!r}") from e
+            body = {"node": self.name, "lease": lease, "why": why}
+            await ask(self.hub, "POST", "/return", patience_s, json=body)
+        except HubRefusal as e:
+            log(f"lease {lease}: {e}")  # expired meanwhile
+
+    async def score(self, choices: list[dict], example: dict) -> tuple[list[dict], list[float], str]:
+        """The samples that can be trained on, their rewards, and what was wrong with the others."""
+        wrong = [damage(c, self.run["max_new_tokens"]) for c in choices]
+        whole = [c for c, bad in zip(choices, wrong) if not bad]
+        scores = await self.workers.score([self.codec.decode(c["token_ids"]) for c in whole], example)
+        wrong += [f"reward: {s}" for s in scores if isinstance(s, str)]
+        scored = [(c, s) for c, s in zip(whole, scores) if not isinstance(s, str)]
+        reasons = [f"{wrong.count(bad)} x {bad}" for bad in dict.fromkeys(wrong) if bad]
+        why = f"samples dropped of {str(example)[:200]}: {', '.join(reasons)}" if reasons else ""
+        return [c for c, _ in scored], [s for _, s in scored], why
 
     async def answer_prompts(self) -> None:
         await self.ready.wait()
         self.codec = Codec(self.checkpoint)
-        running: set[asyncio.Task] = set()
-        while True:
-            while len(running) >= self.cfg.max_groups:
-                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                running = {task for task in running if not _raise_if_failed(task)}
-            wanted = {"node": self.name, "max": self.cfg.max_groups - len(running)}
-            reply = await self.ask("POST", "/lease", json=wanted)
-            running |= {asyncio.create_task(self.answer(lease)) for lease in json.loads(reply)["leases"]}
-            running = {task for task in running if not _raise_if_failed(task)}
+        try:
+            while True:
+                if len(self.held) >= self.limit:  # the second is for when the limit has grown
+                    await asyncio.wait(self.held.values(), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in self.held.values() if task.done() and not task.cancelled()]:
+                    task.result()  # raises what it raised
+                self.held = {lease: task for lease, task in self.held.items() if not task.done()}
+                if len(self.held) >= self.limit:
+                    continue
+                wanted = {"node": self.name, "max": self.limit - len(self.held)}
+                for lease in json.loads(await self.ask("POST", "/lease", json=wanted))["leases"]:
+                    self.held[lease["lease"]] = asyncio.create_task(self.answer(lease))
+        finally:
+            while left := [task for task in self.held.values() if not task.done()]:
+                for task in left:
+                    task.cancel()
+                await asyncio.wait(left, timeout=1.0)  # or they would go on beside whoever closes the node
+
+    async def leave(self) -> None:
+        """Give back what is held, without a word against the prompts: the node ends, or has failed by itself."""
+        for lease, task in self.held.items():
+            if task.cancelled() or not task.done():
+                await self.give_back(lease, "", patience_s=1.0)
 
 
-def _raise_if_failed(task: asyncio.Task) -> bool:
-    """Whether the task is done; raises what it raised."""
-    if task.done():
-        task.result()
-    return task.done()
+def own_directory(cfg: RolloutConfig) -> Path:
+    """The node's directory, locked while it lives. Directories in /dev/shm that nodes killed by -9 left are removed:
+    their locks are free. Raises: RuntimeError when another node holds this one and does not end."""
+    for left in Path("/dev/shm").glob("cispo-*") if not cfg.dir else ():
+        with contextlib.suppress(OSError), open(left / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    root = Path(cfg.dir or f"/dev/shm/cispo-{os.getpid()}")
+    root.mkdir(parents=True, exist_ok=True)
+    own_directory.lock = open(root / "lock", "w")  # open, and so locked, until the process ends
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            fcntl.flock(own_directory.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return root
+        except OSError:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{root} is in use by another node") from None
+            time.sleep(0.1)  # the one before, on its way out
 
 
 async def main(cfg: RolloutConfig) -> None:
     token = os.environ.get("CISPO_TOKEN", "")
     headers, timeout = {"Authorization": f"Bearer {token}"}, aiohttp.ClientTimeout(total=None, sock_read=120)
     async with aiohttp.ClientSession(cfg.hub, headers=headers, timeout=timeout) as hub:
-        run = json.loads(await ask(hub, "GET", "/run", cfg.hub_timeout_s))
-        node = Node(cfg, hub, run, load_reward(run["reward"]))
+        node = Node(cfg, hub)
         loop = asyncio.get_running_loop()
         me = asyncio.current_task()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, me.cancel)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(node.follow_weights())
-                tasks.create_task(node.watch_vllm())
-                tasks.create_task(node.answer_prompts())
+            while True:
+                await node.join()
+                try:
+                    async with asyncio.TaskGroup() as tasks:
+                        for work in (node.follow_weights, node.watch_vllm, node.answer_prompts, node.beat):
+                            tasks.create_task(work())
+                except* RunChanged:
+                    log("the trainer was started again: what was in flight is dropped")
         finally:
-            await node.vllm.stop()
+            with contextlib.suppress(RunOver, RunChanged, RuntimeError):
+                await node.leave()
+            await node.close()
             if not cfg.dir:
                 shutil.rmtree(node.root, ignore_errors=True)
 

@@ -12,16 +12,12 @@ no sample is ever right and a policy gradient has nothing to reinforce.
 import importlib.util
 import json
 import math
+import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-
-from model import ModelConfig, Qwen3MoE
-from weights import write_version
 
 
 # ---- rewards -------------------------------------------------------------------------------------------------
@@ -46,6 +42,22 @@ def load_reward(spec: str) -> Callable[[str, dict], float]:
     if not callable(getattr(module, function, None)):
         raise ValueError(f"--reward {spec!r}: {file} has no function {function!r}")
     return getattr(module, function)
+
+
+def serve_rewards(spec: str) -> None:
+    """A reward worker: a line of JSON in ("completion", "example") and one out ("reward" or "error"), until stdin ends.
+    What the function prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    reward = load_reward(spec)
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            value = float(reward(job["completion"], job["example"]))
+            answer = {"reward": value} if math.isfinite(value) else {"error": f"it returned {value}"}
+        except Exception as e:  # any: the user's code
+            answer = {"error": f"it raised {e!r}"[:300]}
+        answers.write(json.dumps(answer) + "\n")
 
 
 # ---- prompts -------------------------------------------------------------------------------------------------
@@ -168,6 +180,12 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
     Supervised training on fresh examples, until a sample drawn from the model is right with probability `until`:
     that probability is exact, exp(sum of the answer's log-probs), and needs no sampling.
     """
+    import torch  # takes seconds, and the reward workers import this file too
+    import torch.nn.functional as F
+
+    from model import ModelConfig, Qwen3MoE
+    from weights import write_version
+
     make, alphabet = TASKS[task]
     scratch = path.parent / f"{path.name}.tmp"  # renamed as a whole: an interrupted warm start leaves no checkpoint
     vocab = write_char_tokenizer(scratch, alphabet)
@@ -211,3 +229,7 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
     written = write_version(scratch, 0, list(model.hf_tensors()), static=scratch)
     written.rename(path)
     shutil.rmtree(scratch)
+
+
+if __name__ == "__main__":
+    serve_rewards(sys.argv[1])

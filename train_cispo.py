@@ -23,12 +23,8 @@ import itertools
 import json
 import os
 import secrets
-import shlex
-import signal
-import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,13 +37,15 @@ import dry_run
 import loss
 import task
 from batch import MicroBatch, pack_batch, unpack_batch
-from hub import Group, Hub, Ledger
+from hub import Hub
+from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks, make_mesh, reduce_metrics
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
-from rollout import die_with_parent
+from waits import Signals, Wait, agree, stop_word
 from weights import Publisher, gather_hf, load_hf
+from workers import LocalRollout
 
 # ---- config --------------------------------------------------------------------------------------------------
 Preset = Literal["tiny", "add", "qwen3-30b-a3b"]
@@ -81,7 +79,9 @@ class Config:
     hub_host: str = "127.0.0.1"  # address that the rollout nodes reach; they are the only ones to call it
     hub_port: int = 0  # 0 picks a free one
     lease_timeout_s: float = 600.0  # a prompt not answered by then is handed out again
-    batch_timeout_s: float = 1800.0  # longest wait for a batch before the run stops with a report
+    max_prompt_failures: int = 5  # a prompt that fails this often, on whatever node, is set aside and named
+    batch_timeout_s: float = 1800.0  # longest wait for a batch before the run stops, its state saved
+    collective_timeout_s: float = 600.0  # longest wait of a rank for another in a collective
     # loss
     use_cispo: bool = True  # CISPO; --no-use-cispo is the PPO/GRPO clipped loss
     ratio_clip_min: float | None = None  # ratio is clamped from 1 - this; unset: 1.0 with CISPO, else 0.2
@@ -390,30 +390,27 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name))
 
 
-def start_local_rollout(cfg: Config, hub: Hub) -> subprocess.Popen:
-    """A rollout process on this machine, for when no rollout node is configured."""
-    command = [sys.executable, str(Path(__file__).with_name("rollout.py")), hub.url,
-               "--dir", str(cfg.run_dir / "rollout"), *shlex.split(cfg.rollout_args)]  # fmt: skip
-    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    env = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith("TORCHELASTIC")}
-    with open(cfg.run_dir / "rollout.log", "w") as out:
-        return subprocess.Popen(
-            command, env={**env, "CISPO_TOKEN": hub.token}, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
-        )  # fmt: skip
-
-
-def wait_for_batch(hub: Hub, version: int, cfg: Config, rollout: subprocess.Popen | None) -> list[Group]:
-    """The groups of a step. Raises: RuntimeError that says who was waited for, when the deadline passes or the
-    local rollout process is gone."""
-    start, log_path = time.monotonic(), cfg.run_dir / "rollout.log"
-    while (batch := hub.next_batch(version, timeout_s=2.0)) is None:
-        if rollout is not None and rollout.poll() is not None:
-            why = last_line(log_path)
-            raise RuntimeError(f"the rollout process ended with status {rollout.returncode}: {why} ({log_path})")
-        if (waited := time.monotonic() - start) > cfg.batch_timeout_s:
-            raise RuntimeError(f"no batch for step {version} in {waited:.0f} s; hub: {json.dumps(hub.status())}")
-    return batch
+def wait_for_batch(hub: Hub, version: int, cfg: Config, rollout: LocalRollout | None) -> tuple[list[Group] | None, str]:
+    """The groups of a step and the word "train", or None and why the run stops here: the deadline, a signal, or
+    rollouts that cannot be kept alive."""
+    wait, status = Wait("batch", cfg.batch_timeout_s), {}
+    try:
+        while not (stop := Signals.stop or stop_word()):
+            batch = hub.next_batch(version, timeout_s=0.5)
+            for line in hub.take_news():
+                say(line)
+            if batch:
+                # The hub never hands over a token older than the bound; this is where it would do harm.
+                oldest = min(g.oldest_version for g in batch)
+                assert version - oldest <= cfg.max_trajectory_age_steps, f"a token of v{oldest} at step {version}"
+                return batch, "train"
+            status = hub.status()
+            if rollout is not None:
+                rollout.keep(status["taken"] + status["buffered"], say)
+            wait.check(f"step {version}, hub: {json.dumps(status)}")
+    except RuntimeError as e:
+        return None, str(e)
+    return None, stop
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -436,7 +433,8 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
             "stop_token_ids": task.eos_token_ids(checkpoint),
         },
     }  # fmt: skip
-    ledger = Ledger(cfg.num_prompts_per_step, cfg.max_trajectory_age_steps, cfg.max_num_steps, cfg.lease_timeout_s)
+    ledger = Ledger(cfg.num_prompts_per_step, cfg.max_trajectory_age_steps, cfg.max_num_steps, cfg.lease_timeout_s,
+                    cfg.max_prompt_failures)  # fmt: skip
     token = os.environ.get("CISPO_TOKEN") or secrets.token_urlsafe(32)
     weights_dir = cfg.run_dir / "weights"
     hub = Hub(ledger, prompts, codec.encode, weights_dir, vocab_size, token, run)
@@ -447,7 +445,7 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
 def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None) -> None:
     """The run. Rank 0 alone has prompts and codec."""
     # ---- processes and seeds
-    join_ranks(cfg.batch_timeout_s + 120)  # a collective may wait for rank 0, and rank 0 for a batch
+    join_ranks(cfg.collective_timeout_s)  # the wait for a batch is not one of them: see waits.agree
     torch.distributed.barrier()  # the checkpoint may just have been made by rank 0
     model_cfg = ModelConfig.from_dir(checkpoint)
     mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads)
@@ -473,14 +471,15 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
         hub, publisher = start_hub(cfg, checkpoint, prompts, codec, model_cfg.vocab_size, mesh.device)
         publisher.publish(0, published)
         if cfg.local_rollout:
-            rollout = start_local_rollout(cfg, hub)
+            rollout = LocalRollout(hub, cfg.run_dir / "rollout", cfg.rollout_args, cfg.run_dir / "rollout.log")
         num_parameters = sum(shape.numel() for shape in model.checkpoint_shapes().values())
         say(f"{num_parameters / 1e6:.1f} M parameters on {mesh.world_size} rank(s), "
             f"hub at {hub.url}, weight clamped to [{1 - cfg.algorithm.ratio_clip_min:g}, "
             f"{1 + cfg.algorithm.ratio_clip_max:g}], results in {cfg.run_dir}")  # fmt: skip
 
     # ---- loop
-    step, clock, done = 0, Clock(), threading.Event()
+    step, clock, done, word = 0, Clock(), threading.Event(), "train"
+    Signals.in_loop = True  # from here on SIGTERM is a word, not an exception
     if rank == 0:
         now = lambda: f"step {step}, {clock.doing} for {clock.since():.0f} s; {last_line(cfg.run_dir / 'rollout.log')}"
         threading.Thread(target=say_something, args=(now, done), daemon=True).start()
@@ -492,8 +491,11 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
 
-            # 1 wait for a batch: rank 0 has it, every rank gets it
-            groups = wait_for_batch(hub, step, cfg, rollout) if rank == 0 else None
+            # 1 wait for a batch: rank 0 has it, says so, and every rank gets it
+            groups, word = wait_for_batch(hub, step, cfg, rollout) if rank == 0 else (None, None)
+            word = agree(step, word, rank, cfg.batch_timeout_s + 60, stop=lambda: Signals.stop)
+            if word != "train":
+                break
             clock.begin("data_processing")
             blob = broadcast_bytes(pack_batch(groups, cfg) if rank == 0 else None, mesh)
             updates, counts = unpack_batch(blob, cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
@@ -536,6 +538,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
                 norms = values.pop("grad_norms")
                 record = {
                     "step": step, "train/lr": lr, "train/grad_norm": sum(norms) / len(norms), "train/grad_norms": norms,
+                    "ordinals": [g.ordinal for g in groups],
                     "train/zero_variance_dropped": sum(len(g.rewards) for g in groups) - sum(n for _, n in counts),
                     **rollout_metrics(groups, step), **update_metrics(values, counts), **clock.seconds(),
                     "timing/train/publish_write": publisher.write_s, **hub.take_timing(), "hub": hub.status(),
@@ -543,11 +546,12 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
                 log_step(record, cfg.run_dir)
         if rank == 0:
             publisher.close()
+        if not word.startswith(("train", "SIGTERM")):
+            raise SystemExit(f"train_cispo.py: rank {rank}: stopped at step {step}: {word}")
     finally:
         done.set()
         if rollout is not None:
-            rollout.terminate()
-            rollout.wait(60)
+            rollout.stop()
         if hub is not None:
             hub.close(patience_s=0.0 if cfg.local_rollout else 5.0)
     if rank == 0:
@@ -556,8 +560,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # as an exception, so that what was started is ended
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    Signals.install()
     rank, local_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         cfg = parse_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))

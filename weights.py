@@ -12,6 +12,7 @@ the file is written, so a match on the far side covers the writer, both disks an
 The part that runs inside vLLM is vllm_engine.py.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -356,7 +357,7 @@ async def fetch(session, manifest: dict, root: Path, have: Path | None) -> Path:
             with open(tmp / name, "wb") as f:
                 async for chunk in response.content.iter_chunked(1 << 20):
                     f.write(chunk)
-    verify(tmp, manifest)
+    await asyncio.to_thread(verify, tmp, manifest)  # seconds for a large model: meanwhile the node must say it lives
     (tmp / MANIFEST).write_text(json.dumps(manifest))
     shutil.rmtree(final, ignore_errors=True)
     tmp.rename(final)

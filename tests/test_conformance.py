@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from batch import pack_batch, unpack_batch
-from hub import Group
+from ledger import Group
 from loss import policy_loss
 from train_cispo import Config
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from hub import Group, Hub, Ledger
+from hub import Hub
+from ledger import Group, Ledger
 from weights import digest, write_version
 
 TOKEN, VOCAB, G, NEW = "secret", 32, 4, 8
@@ -208,7 +209,7 @@ def test_under_random_delays_losses_and_retries_every_prompt_is_trained_once_and
     """A simulated run: leases are answered in any order, some never; nodes lag behind with their weights."""
     rng = random.Random(max_age)
     P, steps = 4, 50
-    ledger = Ledger(P, max_age, steps, lease_timeout_s=30)
+    ledger = Ledger(P, max_age, steps, lease_timeout_s=30, max_failures=1000)  # every second lease is lost
     trained, now, version, node_version, held = [], 0.0, 0, 0, []
     while version < steps:
         now += 1.0

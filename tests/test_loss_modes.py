@@ -9,7 +9,7 @@ from test_loss import INPUTS, NARROW, PRINTED
 from torch.testing import assert_close
 
 from batch import pack_batch
-from hub import Group
+from ledger import Group
 from loss import Algorithm, group_advantages, kl_estimate, policy_loss, row_weights, token_loss
 from metrics import BINS, ratio_quantile
 from report import fetch, update_metrics

@@ -15,7 +15,7 @@ import loss
 import parallel
 import train_cispo
 from batch import pack_batch, unpack_batch
-from hub import Group
+from ledger import Group
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from train_cispo import Config, learning_rate, main, micro_batch_logprobs, train_update
@@ -328,7 +328,7 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     updated = lambda model, opt, batches, *rest: trained.extend(batches) or train_update(model, opt, batches, *rest)
     for name, stand_in in {
         "join_ranks": lambda *args: None, "make_mesh": lambda *args: Mesh(),
-        "start_hub": lambda *args: (Standby(), Standby()), "wait_for_batch": lambda *args: groups,
+        "start_hub": lambda *args: (Standby(), Standby()), "wait_for_batch": lambda *args: (groups, "train"),
         "sum_up": lambda run_dir: None, "micro_batch_logprobs": counted, "train_update": updated,
     }.items():  # fmt: skip
         monkeypatch.setattr(train_cispo, name, stand_in)

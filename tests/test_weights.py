@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import weights
-from hub import Hub, Ledger
+from hub import Hub
+from ledger import Ledger
 from model import ModelConfig, Qwen3MoE
 from weights import MANIFEST, Publisher, WeightsError, fetch, gather_hf, load_hf, verify, write_version
 

@@ -1,0 +1,157 @@
+"""Who has which prompt: the book-keeping of a run, without any I/O. hub.py is the server around it."""
+
+from bisect import insort
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from waits import Wait
+
+
+@dataclass
+class Group:
+    """All samples of one prompt. Flat tensors over the samples' response tokens, R of them in all."""
+
+    ordinal: int
+    prompt_ids: list[int]
+    lengths: torch.Tensor  # (S,) int32: response tokens of each sample
+    token_ids: torch.Tensor  # (R,) int32
+    logprobs: torch.Tensor  # (R,) float32: the sampler's, in nats
+    versions: torch.Tensor  # (R,) int32: the policy version that sampled each token
+    rewards: torch.Tensor  # (S,) float32
+    truncated: torch.Tensor  # (S,) uint8: 1 where max_new_tokens cut the sample off
+
+    @property
+    def oldest_version(self) -> int:
+        return int(self.versions.min())
+
+
+@dataclass
+class Lease:
+    id: str
+    ordinal: int
+    node: str
+    version: int  # of the weights that the node held when it took the lease: no token of it can be older
+    granted: float  # time.monotonic()
+    deadline: float
+
+
+class Ledger:
+    """Who has which prompt. Every ordinal handed out is leased, buffered, returned (to be leased again), taken for
+    training, or set aside after failing max_failures times; it is taken once. `frontier` is the lowest ordinal that is
+    neither taken nor set aside, `beyond` what was taken past it: together they are all that a checkpoint needs.
+
+    A lease is granted while
+        taken + buffered + leased < (node's version + max_age + 1) * prompts_per_step,
+    which is admission control, backpressure and staleness bound in one line: at most that many prompts are trained
+    at versions up to the node's own + max_age. The other half of the bound is `take`: it waits for the leases that
+    would be too old one step later. So nothing is dropped for age, unless a lease passes its deadline first.
+    """
+
+    def __init__(self, prompts_per_step: int, max_age: int, num_steps: int, lease_timeout_s: float,
+                 max_failures: int = 5):  # fmt: skip
+        self.prompts_per_step, self.max_age, self.num_steps = prompts_per_step, max_age, num_steps
+        self.lease_timeout_s, self.max_failures = lease_timeout_s, max_failures
+        self.leases: dict[str, Lease] = {}
+        self.buffer: list[Group] = []
+        self.returned: list[int] = []  # ordinals to be leased again, lowest first
+        self.num_taken = self.next_ordinal = self.frontier = 0
+        self.beyond: set[int] = set()
+        self.set_aside: dict[int, str] = {}  # ordinal: why
+        self.set_aside_in_a_row = 0  # with no group between them: then it is not the prompts
+        self.failures: dict[int, list[str]] = {}
+        self.attempts: Counter[int] = Counter()
+        self.counts: Counter[str] = Counter()  # of everything that did not go straight through
+        self.news: list[str] = []  # what the log should say, until the trainer takes it
+
+    def grant(self, node: str, node_version: int, now: float) -> Lease | None:
+        outstanding = self.num_taken + len(self.buffer) + len(self.leases)
+        if outstanding >= min(node_version + self.max_age + 1, self.num_steps) * self.prompts_per_step:
+            return None
+        if self.returned:
+            ordinal = self.returned.pop(0)
+        else:
+            ordinal, self.next_ordinal = self.next_ordinal, self.next_ordinal + 1
+        self.attempts[ordinal] += 1
+        name = f"{ordinal}-{self.attempts[ordinal]}"
+        self.leases[name] = Lease(name, ordinal, node, node_version, now, now + self.lease_timeout_s)
+        return self.leases[name]
+
+    def give_back(self, lease_id: str, count: str, failure: str = "") -> None:
+        """A lease that ends without a group: its prompt is leased again, unless this was one failure too many."""
+        lease = self.leases.pop(lease_id)
+        self.counts[count] += 1
+        failures = self.failures.setdefault(lease.ordinal, [])
+        failures += [failure] if failure else []
+        if len(failures) < self.max_failures:
+            insort(self.returned, lease.ordinal)
+            return
+        self.set_aside[lease.ordinal] = "; ".join(self.failures.pop(lease.ordinal))
+        self.set_aside_in_a_row += 1
+        self.news.append(f"prompt {lease.ordinal} failed {self.max_failures} times and is set aside: "
+                         f"{self.set_aside[lease.ordinal]}")  # fmt: skip
+        self._advance(lease.ordinal)
+
+    def expire(self, now: float) -> None:
+        for lease in [lease for lease in self.leases.values() if lease.deadline <= now]:
+            late = Wait("lease", self.lease_timeout_s, who=f"hub (prompt {lease.ordinal})", whom=lease.node,
+                        start=lease.granted).message()  # fmt: skip
+            self.news.append(late)
+            self.give_back(lease.id, "leases_expired", failure=f"no answer from {lease.node}")
+
+    def accept(self, lease_id: str, group: Group) -> None:
+        del self.leases[lease_id]
+        self.buffer.append(group)
+        self.set_aside_in_a_row = 0
+
+    def _advance(self, *ordinals: int) -> None:
+        """These are done with: taken, or set aside."""
+        for ordinal in ordinals:
+            self.attempts.pop(ordinal, None)
+            self.failures.pop(ordinal, None)
+        while self.frontier in self.beyond or self.frontier in self.set_aside:
+            self.beyond.discard(self.frontier)
+            self.frontier += 1
+
+    def take(self, version: int) -> list[Group] | None:
+        """The groups to train at `version`, or None while they are not all there. Oldest policy first."""
+        for group in [g for g in self.buffer if version - g.oldest_version > self.max_age]:
+            self.buffer.remove(group)
+            insort(self.returned, group.ordinal)
+            self.counts["groups_too_old"] += 1
+            self.counts["tokens_too_old"] += int((version - group.versions > self.max_age).sum())
+        must_wait = any(version - lease.version >= self.max_age for lease in self.leases.values())
+        if must_wait or len(self.buffer) < self.prompts_per_step:
+            return None
+        self.buffer.sort(key=lambda g: (g.oldest_version, g.ordinal))
+        batch, self.buffer = self.buffer[: self.prompts_per_step], self.buffer[self.prompts_per_step :]
+        for group in batch:
+            assert group.ordinal >= self.frontier and group.ordinal not in self.beyond, f"{group.ordinal} taken twice"
+            self.beyond.add(group.ordinal)
+        self.num_taken += len(batch)
+        self._advance(*(g.ordinal for g in batch))
+        return batch
+
+    def check(self) -> None:
+        done = self.num_taken + len(self.set_aside)
+        states = done + len(self.buffer) + len(self.leases) + len(self.returned)
+        assert states == self.next_ordinal, f"ledger: {states} prompts accounted for, {self.next_ordinal} handed out"
+        past = self.frontier + len(self.beyond) + sum(ordinal > self.frontier for ordinal in self.set_aside)
+        assert done == past, f"ledger: {done} prompts taken or set aside, but the frontier says {past}"
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, JSON: the trained frontier. What is in flight or buffered is generated again."""
+        set_aside = {str(ordinal): why for ordinal, why in self.set_aside.items()}
+        return {"taken": self.num_taken, "frontier": self.frontier, "beyond": sorted(self.beyond),
+                "set_aside": set_aside, "counts": dict(self.counts)}  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint: the holes before what was taken last are leased first, then the sequence goes on."""
+        self.num_taken, self.frontier, self.beyond = state["taken"], state["frontier"], set(state["beyond"])
+        self.set_aside = {int(o): why for o, why in state["set_aside"].items()}
+        self.counts = Counter(state["counts"])
+        self.next_ordinal = max([self.frontier - 1, *self.beyond, *self.set_aside]) + 1
+        done = self.beyond | self.set_aside.keys()
+        self.returned = [o for o in range(self.frontier, self.next_ordinal) if o not in done]
+        self.check()

@@ -1,0 +1,282 @@
+"""A stand-in for vLLM's server: every route that rollout.py uses, real samples and log-probs, and faults on order.
+
+    python rollout.py HUB --vllm-command "python tests/fake_vllm.py"
+
+It computes Qwen3-MoE a second time, apart from model.py, from the published files alone, so that a wrong publish shows
+in gen_kl_error as it does with vLLM. A request is a batch of its own with a random stream of its own, drawn from seed,
+weights' version and prompt: its samples depend on nothing else that is in flight, which is what lets a test compare
+whole runs bit for bit.
+
+    POST /fault {"kind": KIND, ...}      FAKE_VLLM_FAULT='{"kind": ...}' orders one from the start
+        hang                   health says fine, no token moves
+        crash                  the process ends, as after the kernel's OOM killer
+        crash_update           it ends in the middle of the next weight update
+        stall_update           the next weight update is never answered
+        slow, "s": 0.1         every engine step takes so much longer
+        drop, nan, null, empty, long, twice, oom, "count": 3     the next so many requests: connection dropped; a sample
+                               with a NaN or null log-prob, without tokens, with too many; samples twice; status 500
+        poison, "token": 5     every request whose prompt holds this token gets status 500
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from aiohttp import web
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from weights import describe, read_tensors
+
+COUNTED = ("drop", "nan", "null", "empty", "long", "twice", "oom")
+
+
+# ---- the model -----------------------------------------------------------------------------------------------
+class Policy:
+    """Qwen3-MoE on the tensors of a checkpoint directory. Shapes: B samples, L new tokens, T tokens in all."""
+
+    def __init__(self, path: Path):
+        self.cfg = json.loads((path / "config.json").read_text())
+        self.w = {name: t.float() for name, t in read_tensors(path)}
+        for i in range(self.cfg["num_hidden_layers"]):
+            for p in ("gate_proj", "up_proj", "down_proj"):
+                names = [f"model.layers.{i}.mlp.experts.{e}.{p}.weight" for e in range(self.cfg["num_experts"])]
+                self.w[f"{i}.{p}"] = torch.stack([self.w[name] for name in names])  # (E, out, in)
+
+    def norm(self, x, name):
+        return self.w[name] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.cfg["rms_norm_eps"])
+
+    @torch.inference_mode()
+    def logits(self, ids_BL, cache: list) -> torch.Tensor:
+        """(B, V) after the last token; `cache` holds each layer's keys and values and grows by L."""
+        c, w = self.cfg, self.w
+        C, past = c["head_dim"], cache[0][0].shape[2] if cache else 0
+        angles = torch.outer(torch.arange(past, past + ids_BL.shape[1]).float(),
+                             c["rope_theta"] ** (-torch.arange(0, C, 2).float() / C)).repeat(1, 2)  # fmt: skip
+        rope = lambda x: x * angles.cos() + torch.cat((-x[..., C // 2 :], x[..., : C // 2]), -1) * angles.sin()
+        heads = lambda x: x.unflatten(-1, (-1, C)).transpose(1, 2)
+        x = w["model.embed_tokens.weight"][ids_BL]
+        for i in range(c["num_hidden_layers"]):
+            at = f"model.layers.{i}."
+            h = self.norm(x, at + "input_layernorm.weight")
+            q, k, v = (heads(F.linear(h, w[f"{at}self_attn.{n}_proj.weight"])) for n in "qkv")
+            q, k = (
+                rope(self.norm(q, at + "self_attn.q_norm.weight")),
+                rope(self.norm(k, at + "self_attn.k_norm.weight")),
+            )
+            if len(cache) > i:
+                k, v = torch.cat((cache[i][0], k), 2), torch.cat((cache[i][1], v), 2)
+            cache[i : i + 1] = [(k, v)]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=past == 0, enable_gqa=True)
+            x = x + F.linear(out.transpose(1, 2).flatten(2), w[at + "self_attn.o_proj.weight"])
+            h = self.norm(x, at + "post_attention_layernorm.weight")
+            top, chosen = F.linear(h, w[at + "mlp.gate.weight"]).softmax(-1).topk(c["num_experts_per_tok"])
+            top = top / top.sum(-1, keepdim=True) if c["norm_topk_prob"] else top
+            weights_BLE = torch.zeros(*h.shape[:2], c["num_experts"]).scatter(-1, chosen, top)
+            gate, up = (torch.einsum("bld,efd->belf", h, w[f"{i}.{p}"]) for p in ("gate_proj", "up_proj"))
+            y = torch.einsum("belf,edf->beld", F.silu(gate) * up, w[f"{i}.down_proj"])  # all experts: it is tiny
+            x = x + torch.einsum("beld,ble->bld", y, weights_BLE)
+        head = "model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"
+        return F.linear(self.norm(x[:, -1], "model.norm.weight"), w[head])
+
+
+class Request:
+    """All samples of a prompt, one token further with each step."""
+
+    def __init__(self, prompt: list[int], sampling: dict, seed: int, version: str):
+        self.prompt, self.n, self.limit = prompt, sampling.get("n", 1), sampling["max_tokens"]
+        self.temperature, self.stop = sampling.get("temperature", 1.0), set(sampling.get("stop_token_ids") or ())
+        self.rng = torch.Generator().manual_seed(random.Random(f"{seed}/{version}/{prompt}").getrandbits(63))
+        self.tokens = torch.empty(self.n, 0, dtype=torch.long)
+        self.logprobs, self.versions, self.cache = torch.empty(self.n, 0), [], []
+        self.open = torch.ones(self.n, dtype=torch.bool)
+        self.done = asyncio.get_running_loop().create_future()
+
+    def step(self, policy: Policy, version: str) -> int:
+        """Draw a token for each sample. Returns how many were still open."""
+        if self.versions and self.versions[-1] != version:
+            self.cache = []  # as vLLM does: keys and values of older weights are computed anew
+        if self.cache:
+            new = self.tokens[:, -1:]
+        elif self.versions:
+            new = torch.cat((torch.tensor(self.prompt).expand(self.n, -1), self.tokens), 1)
+        else:
+            new = torch.tensor([self.prompt])  # one prefill for all samples
+        logits = policy.logits(new, self.cache)
+        if len(logits) < self.n:
+            logits = logits.expand(self.n, -1)
+            self.cache = [tuple(x.expand(self.n, -1, -1, -1) for x in layer) for layer in self.cache]
+        if self.temperature:
+            logprobs = (logits / self.temperature).log_softmax(-1)
+            drawn = torch.multinomial(logprobs.exp(), 1, generator=self.rng)
+        else:
+            logprobs = logits.log_softmax(-1)
+            drawn = logits.argmax(-1, keepdim=True)
+        self.tokens = torch.cat((self.tokens, drawn), 1)
+        self.logprobs = torch.cat((self.logprobs, logprobs.gather(1, drawn)), 1)
+        self.versions.append(version)
+        moved = int(self.open.sum())
+        self.open &= torch.tensor([token not in self.stop for token in drawn[:, 0].tolist()])
+        if (not self.open.any() or len(self.versions) == self.limit) and not self.done.done():
+            self.done.set_result(self.choices())
+        return moved
+
+    def choices(self) -> list[dict]:
+        found = []
+        for i, (tokens, logprobs) in enumerate(zip(self.tokens.tolist(), self.logprobs.tolist())):
+            length = next((at + 1 for at, token in enumerate(tokens) if token in self.stop), len(tokens))
+            edges = [at for at in range(length) if at == 0 or self.versions[at] != self.versions[at - 1]]
+            found.append({
+                "index": i, "token_ids": tokens[:length], "finish_reason": "stop" if tokens[length - 1] in self.stop
+                else "length", "logprobs": {"content": [{"logprob": x} for x in logprobs[:length]]},
+                "weight_versions": [{"version": self.versions[a], "start": a, "end": b}
+                                    for a, b in zip(edges, [*edges[1:], length])],
+            })  # fmt: skip
+        return found
+
+
+# ---- the server ----------------------------------------------------------------------------------------------
+class Server:
+    def __init__(self, model: Path, seed: int, max_num_seqs: int):
+        self.policy, self.version, self.seed, self.max_num_seqs = Policy(model), "default", seed, max_num_seqs
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.paused, self.tokens, self.requests = False, 0, 0
+        self.faults = {kind: 0 for kind in COUNTED}
+        self.hang = self.crash_update = self.stall_update = False
+        self.slow_s, self.poison = 0.0, None
+        self.work = asyncio.Event()
+
+    async def engine(self):
+        """Every engine step is one token of every running request."""
+        while True:
+            while self.waiting and len(self.running) * 16 < self.max_num_seqs:
+                self.running.append(self.waiting.pop(0))
+            if self.paused or self.hang or not self.running:
+                self.work.clear()
+                await self.work.wait()
+                continue
+            for request in self.running:
+                self.tokens += request.step(self.policy, self.version)
+                await asyncio.sleep(0)  # /health and /pause are heard in between
+                if self.paused:  # between engine steps only, as in vLLM: `step` of the others comes after the pause
+                    break
+            self.running = [r for r in self.running if not r.done.done()]
+            await asyncio.sleep(self.slow_s)
+
+    def order(self, fault: dict):
+        kind = fault["kind"]
+        if kind == "crash":
+            os._exit(1)
+        elif kind in COUNTED:
+            self.faults[kind] += fault.get("count", 1)
+        elif kind == "slow":
+            self.slow_s = fault["s"]
+        elif kind == "poison":
+            self.poison = fault["token"]
+        else:
+            assert kind in ("hang", "crash_update", "stall_update"), kind
+            setattr(self, kind, True)
+
+    async def generate(self, http: web.Request):
+        body = await http.json()
+        hit = {kind for kind in COUNTED if self.faults[kind]}
+        for kind in hit:
+            self.faults[kind] -= 1
+        if "drop" in hit:
+            http.transport.abort()
+            return web.Response()
+        if "oom" in hit or self.poison in body["token_ids"]:
+            return web.json_response({"error": "torch.OutOfMemoryError: out of memory"}, status=500)
+        request = Request(body["token_ids"], body["sampling_params"], self.seed, self.version)
+        self.waiting.append(request)
+        self.work.set()
+        try:
+            choices = await request.done
+        except asyncio.CancelledError:  # the client is gone: vLLM aborts such requests too
+            request.done.cancel()
+            self.waiting = [r for r in self.waiting if r is not request]
+            raise
+        self.requests += 1
+        first = choices[0]
+        if hit & {"nan", "null"}:
+            first["logprobs"]["content"][-1]["logprob"] = math.nan if "nan" in hit else None
+        if "empty" in hit:
+            first |= {"token_ids": [], "logprobs": {"content": []}, "weight_versions": []}
+        if "long" in hit:
+            extra = request.limit
+            first["token_ids"] += [0] * extra
+            first["logprobs"]["content"] += [{"logprob": -1.0}] * extra
+            first["weight_versions"][-1]["end"] += extra
+        return web.json_response({"choices": choices * (2 if "twice" in hit else 1)})
+
+    async def route(self, http: web.Request):
+        name = http.path.strip("/")
+        body = await http.json() if http.can_read_body else {}
+        if name == "fault":
+            self.order(body)
+        elif name == "pause":
+            self.paused = True
+        elif name == "update_weights":
+            if self.crash_update:
+                os._exit(1)
+            if self.stall_update:
+                await asyncio.Event().wait()
+            try:
+                self.policy = Policy(Path(body["update_info"]["path"]))
+            except Exception as e:  # any: vLLM answers 500 too, with the weights half-loaded
+                return web.json_response({"error": repr(e)}, status=500)
+        elif name == "finish_weight_update":
+            self.version = body["weight_version"]
+        elif name == "resume":
+            self.paused = False
+            self.work.set()
+        elif name == "weight_checker":
+            return web.json_response({"checksums": {n: describe(t)["blake3"] for n, t in self.policy.w.items()}})
+        return web.json_response({})
+
+    async def metrics(self, http: web.Request):
+        used = sum(len(r.prompt) + len(r.versions) for r in self.running) * 16
+        label = '{engine="0",model_name="fake"}'
+        values = {
+            "num_requests_running": sum(r.n for r in self.running), "generation_tokens_total": self.tokens,
+            "num_requests_waiting": sum(r.n for r in self.waiting), "kv_cache_usage_perc": min(1.0, used / 65536),
+            "prompt_tokens_total": 0, "num_preemptions_total": 0, "request_success_total": self.requests,
+        }  # fmt: skip
+        return web.Response(text="".join(f"vllm:{n}{label} {float(v)}\n" for n, v in values.items()))
+
+
+async def serve(args):
+    server = Server(args.model, args.seed, args.max_num_seqs)
+    if fault := os.environ.get("FAKE_VLLM_FAULT"):
+        server.order(json.loads(fault))
+    app = web.Application()
+    app.router.add_get("/health", lambda http: asyncio.sleep(0, web.Response()))
+    app.router.add_get("/metrics", server.metrics)
+    app.router.add_post("/inference/v1/generate", server.generate)
+    for name in ("pause", "start_weight_update", "update_weights", "finish_weight_update", "resume", "weight_checker",
+                 "fault"):  # fmt: skip
+        app.router.add_post(f"/{name}", server.route)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5, handler_cancellation=True)
+    await runner.setup()
+    await web.TCPSite(runner, args.host, args.port).start()
+    print(f"fake vLLM on port {args.port}", flush=True)
+    await server.engine()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-num-seqs", type=int, default=1024)
+    args, _ = parser.parse_known_args()  # the rest is for the real one
+    torch.set_num_threads(1)
+    asyncio.run(serve(args))

@@ -1,0 +1,112 @@
+"""Every wait of a run: who waits for whom, and how long at most. A wait that nobody named is a hang.
+
+`WAITS` is the whole list. Where one of them is entered a `Wait` is made; when its deadline passes, `check` raises (or
+`message` is logged, where the waiter can mend it) one line that says who waits for whom, since when, and what is
+known of the other side.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+WAITS = {  # name: who waits, for whom, and what happens when the deadline passes
+    "batch": ("trainer rank 0", "groups from the rollout nodes", "the run stops with its state saved"),
+    "turn": ("a trainer rank", "rank 0's word on the next step", "the rank fails, and torchrun starts the job again"),
+    "hub thread": ("trainer rank 0", "the hub's thread", "the run stops with its state saved"),
+    "rollout end": ("trainer rank 0", "its rollout process to end", "it is killed"),
+    "checkpoint": ("trainer rank 0", "every rank's part of a checkpoint", "the run stops; the one before it is whole"),
+    "lease": ("hub", "a node's answer to a prompt", "the prompt is handed out again"),
+    "node": ("hub", "a sign of life from a node", "its prompts are handed out again"),
+    "body": ("hub", "the rest of a request", "the request is refused with 408"),
+    "hub": ("rollout node", "the hub's answer", "the node ends"),
+    "vllm start": ("rollout node", "vLLM to come up", "it is started again, then the node ends"),
+    "vllm progress": ("rollout node", "a token from vLLM", "vLLM is killed and started again"),
+    "weight update": ("rollout node", "vLLM to load weights", "vLLM is killed and started on them"),
+    "reward": ("rollout node", "the reward function", "its worker is killed and the sample dropped"),
+}  # fmt: skip
+
+
+class WaitOver(RuntimeError):
+    """The deadline of a wait has passed."""
+
+
+@dataclass
+class Wait:
+    """One wait, from now on."""
+
+    name: str  # a key of WAITS
+    deadline_s: float
+    whom: str = ""  # whom exactly, where the table can only say the kind
+    who: str = ""
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def over(self) -> bool:
+        return self.waited_s > self.deadline_s
+
+    def message(self, known: str = "") -> str:
+        who, whom, then = WAITS[self.name]
+        since = time.strftime("%H:%M:%S", time.localtime(time.time() - self.waited_s))
+        message = f"wait {self.name!r}: {self.who or who} waits for {self.whom or whom} since {since}, "
+        message += f"{self.waited_s:.1f} s of {self.deadline_s:g} s; {then}"
+        return f"{message}; {known}" if known else message
+
+    def check(self, known: str = "") -> None:
+        """Raises: WaitOver once the deadline has passed."""
+        if self.over:
+            raise WaitOver(self.message(known))
+
+
+# ---- what ranks agree upon before a collective starts ----------------------------------------------------------
+def agree(step: int, word: str | None, rank: int, deadline_s: float, stop: Callable[[], str]) -> str:
+    """Rank 0's word on what comes at this step, on every rank; the others pass None and wait in the process group's
+    store rather than in a collective. An unmatched collective is killed by a watchdog that knows nothing of why.
+
+    `stop()` gives a reason to stop that reached this rank alone, as a signal may: it is passed on to rank 0.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set(f"word/{step}", word)
+        if step >= 2:  # nobody is two steps behind: a step has collectives
+            store.delete_key(f"word/{step - 2}")
+        return word
+    wait = Wait("turn", deadline_s, who=f"trainer rank {rank}")
+    while not store.check([f"word/{step}"]):
+        if why := stop():
+            store.set("stop", f"{why} on rank {rank}")
+        wait.check(f"step {step}")
+        time.sleep(0.005)  # polling another process; the store's own wait cannot be interrupted
+    return store.get(f"word/{step}").decode()
+
+
+def stop_word() -> str:
+    """Why another rank wants the run to stop, or ""."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.get("stop").decode() if store.check(["stop"]) else ""
+
+
+class Signals:
+    """SIGTERM, as preemption sends it, asks the loop to stop where its state is whole; a second one, SIGINT, or any
+    before the loop runs ends the process as an exception, so that what was started is ended."""
+
+    stop = ""  # the word that asks for it
+    in_loop = False
+
+    @classmethod
+    def install(cls) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, cls._handle)
+
+    @classmethod
+    def _handle(cls, number, frame) -> None:
+        if number != signal.SIGTERM or cls.stop or not cls.in_loop:
+            sys.exit(128 + number)
+        cls.stop = "SIGTERM"
