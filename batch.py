@@ -51,6 +51,7 @@ class MicroBatch:
     tokens_T: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int  # longest sequence
+    num_tokens: int  # without padding; 0 if all is masked
     rows_N: torch.Tensor  # positions whose hidden state predicts a sampled token
     targets_N: torch.Tensor  # those tokens
     lengths_B: torch.Tensor  # sampled tokens of each sequence
@@ -145,6 +146,7 @@ def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 
                     tokens_T=torch.nn.functional.pad(tokens, (0, padded - len(tokens))).to(device),
                     cu_seqlens=cu_seqlens.to(device),
                     max_seqlen=int(cu_seqlens.diff().max()),
+                    num_tokens=ends[-1] * live,
                     rows_N=rows_N.to(device),
                     targets_N=torch.cat([samples[r] for r in chosen]).to(device),
                     lengths_B=lengths_B.to(device),

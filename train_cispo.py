@@ -330,6 +330,13 @@ def micro_batch_logprobs(model, mb: MicroBatch, cfg: Config):
     return logprobs, entropy, expert_ids
 
 
+def expert_tokens(expert_ids_LtK, num_tokens: int, model):
+    """Rows that this rank sent to each expert of each layer, (L, E), padding left out."""
+    mine = max(0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1])  # the row's padding is at its end
+    count = lambda ids_tK: ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
+    return torch.stack([count(ids_tK) for ids_tK in expert_ids_LtK])
+
+
 def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg: Config, policy_loss):
     """One optimizer update on this rank's micro-batches. counts: loss tokens and samples of the update, all ranks.
     Returns metrics as tensors, partial over the dp ranks but for grad_norm; without experts nothing waits for the
@@ -359,10 +366,9 @@ def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg:
             _, stats = policy_loss(logprobs, *aux, *rest)
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
         if expert_ids is not None:
-            count = lambda ids_tK: ids_tK.flatten().bincount(minlength=model.cfg.num_experts)
-            stats["expert_tokens"] = torch.stack([count(ids_tK) for ids_tK in expert_ids])
+            stats["expert_tokens"] = expert_tokens(expert_ids, mb.num_tokens, model)
         metrics = merge(metrics, stats)
-    if "expert_tokens" in metrics:  # each rank of a tp group has routed its own part of the tokens
+    if "expert_tokens" in metrics:  # each rank of a tp group has routed its own slice of the tokens
         all_reduce(metrics["expert_tokens"], tp_group)
     return metrics, optimizer.step()
 

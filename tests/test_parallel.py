@@ -105,8 +105,7 @@ def train(case, dtype, checkpoint, mesh, num_updates=3):
         for bucket in optimizer.buckets:
             bucket.__dict__.pop("reduce_grads", None)
         stats = expert_load(reduce_metrics(stats, mesh.dp_group))
-        padding = [n for n in stats if n.startswith("moe_") and mesh.tp > 1]  # these count padding tokens, too
-        metrics.append({n: v.tolist() for n, v in {**stats, "norm": norm}.items() if n not in padding})
+        metrics.append({name: value.tolist() for name, value in {**stats, "norm": norm}.items()})
     return model, optimizer, metrics, grads
 
 

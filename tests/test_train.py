@@ -329,7 +329,8 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     for name, stand_in in {
         "join_ranks": lambda *args: None, "make_mesh": lambda *args: Mesh(),
         "start_hub": lambda *args: (Standby(), Standby()), "wait_for_batch": lambda *args: (groups, "train"),
-        "agree": lambda step, word, *args, **kwargs: word, "sum_up": lambda run_dir: None, "micro_batch_logprobs": counted, "train_update": updated,
+        "agree": lambda step, word, *args, **kwargs: word, "sum_up": lambda run_dir: None,
+        "micro_batch_logprobs": counted, "train_update": updated,
     }.items():  # fmt: skip
         monkeypatch.setattr(train_cispo, name, stand_in)
     for name in ("barrier", "destroy_process_group"):
