@@ -132,6 +132,13 @@ def mismatch_by_age(prev, gen, mask, age, max_age: int):
     return sums
 
 
+def expert_tokens(expert_ids_LtK, num_tokens: int, model):
+    """Rows that this rank sent to each expert of each layer, (L, E), padding left out."""
+    mine = max(0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1])  # the row's padding is at its end
+    count = lambda ids_tK: ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
+    return torch.stack([count(ids_tK) for ids_tK in expert_ids_LtK])
+
+
 def expert_load(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`expert_tokens` (L, E), rows that each layer sent to each expert, as what one looks at: the busiest expert's
     share of an even one, layer by layer (1 is balanced, E / K is everything to the same experts), and the share of

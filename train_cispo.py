@@ -39,7 +39,7 @@ import task
 from batch import MicroBatch, pack_batch, unpack_batch
 from hub import Hub
 from ledger import Group, Ledger
-from metrics import LOG_RATIO_MAX, expert_load
+from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks, make_mesh, reduce_metrics
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
@@ -328,13 +328,6 @@ def micro_batch_logprobs(model, mb: MicroBatch, cfg: Config):
         model.mesh.tp_group,
     )  # fmt: skip
     return logprobs, entropy, expert_ids
-
-
-def expert_tokens(expert_ids_LtK, num_tokens: int, model):
-    """Rows that this rank sent to each expert of each layer, (L, E), padding left out."""
-    mine = max(0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1])  # the row's padding is at its end
-    count = lambda ids_tK: ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
-    return torch.stack([count(ids_tK) for ids_tK in expert_ids_LtK])
 
 
 def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg: Config, policy_loss):
