@@ -28,6 +28,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 
 
 # ---- who is where --------------------------------------------------------------------------------------------
@@ -119,32 +120,23 @@ def make_mesh(tp: int, ep: int, kv_heads: int) -> Mesh:
     )  # fmt: skip
 
 
-# torch 2.13 renames the two; 2.11 knows the old names only.
-_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
 # ---- collectives of the forward pass, and what they are backward ---------------------------------------------
 def group_size(group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+# The functional form, whose result is new: torch 2.11 compiles the in-place form in a backward pass to wrong gradients,
+# silently (found by tests/test_parallel.py's comparison with eager; 2.13 is right with both).
 def _gathered(x, group):
-    out = x.new_empty((x.shape[0] * dist.get_world_size(group), *x.shape[1:]))
-    _all_gather_into(out, x.contiguous(), group=group)
-    return out
+    return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), 0, group))
 
 
 def _reduce_scattered(x, group):
-    out = x.new_empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]))
-    _reduce_scatter_into(out, x.contiguous(), group=group)
-    return out
+    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
 
 
 def _exchanged(x, receive, send, group):
-    out = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
-    return out
+    return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), receive, send, group))
 
 
 class _AllGather(torch.autograd.Function):
@@ -205,9 +197,7 @@ def exchange_counts(counts_E, group):
     """Rows per expert, mine for all -> everyone's for mine, (ranks * e,), by rank. Without gradient."""
     if group is None:
         return counts_E
-    out = torch.empty_like(counts_E)
-    dist.all_to_all_single(out, counts_E, group=group)
-    return out
+    return funcol.wait_tensor(funcol.all_to_all_single(counts_E, None, None, group))
 
 
 # ---- messages of the training loop ---------------------------------------------------------------------------
@@ -285,7 +275,8 @@ class Bucket:
         if self.group is None:
             self.values.copy_(mine)
         else:
-            _all_gather_into(self.values, mine, group=self.group)
+            all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # 2.13's name
+            all_gather_into(self.values, mine, group=self.group)
 
 
 @torch.no_grad()
