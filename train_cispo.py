@@ -563,7 +563,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             rollout.stop()
         if hub is not None:
             hub.close(patience_s=0.0 if cfg.local_rollout else 5.0)
-    if rank == 0:
+    if rank == 0 and word == "train":
         sum_up(cfg.run_dir)
     torch.distributed.destroy_process_group()
 
