@@ -60,8 +60,8 @@ class Run:
             rollout += " --vllm-command " + shlex.quote(f"{sys.executable} {fake}")
         else:
             rollout = rollout.replace("--stall-timeout-s 4 --load-timeout-s 6", "--stall-timeout-s 20")
-        self.command = [sys.executable, str(REPO / "train_cispo.py"), "--use-cispo", "--max-num-steps", str(steps), "--no-compile",
-                        "--checkpoint-every-steps", "5", "--resume", "auto", "--reward", str(root / "my.py") + ":score",
+        self.command = [sys.executable, str(REPO / "train_cispo.py"), "--use-cispo", "--max-num-steps", str(steps),
+                        "--no-compile", "--checkpoint-every-steps", "5", "--resume", "auto", "--reward", str(root / "my.py") + ":score",
                         f"--rollout-args={rollout}"]  # fmt: skip
         self.process, self.ends = None, 0
         self.start()
