@@ -60,10 +60,11 @@ class Run:
             rollout += " --vllm-command " + shlex.quote(f"{sys.executable} {fake}")
         else:
             rollout = rollout.replace("--stall-timeout-s 4 --load-timeout-s 6", "--stall-timeout-s 20")
-        self.command = [sys.executable, str(REPO / "train_cispo.py"), "--use-cispo", "--max-num-steps", str(steps),
-                        "--no-compile", "--checkpoint-every-steps", "5", "--resume", "auto", "--reward", str(root / "my.py") + ":score",
-                        f"--rollout-args={rollout}"]  # fmt: skip
-        self.process, self.ends = None, 0
+        self.command = [
+            sys.executable, str(REPO / "train_cispo.py"), "--use-cispo", "--no-compile", "--max-num-steps", str(steps),
+            "--checkpoint-every-steps", "5", "--resume", "auto", "--reward", f"{root / 'my.py'}:score",
+            f"--rollout-args={rollout}",
+        ]  # fmt: skip
         self.start()
 
     def start(self):
@@ -137,13 +138,13 @@ class Run:
         }  # fmt: skip
 
 
-def chaos(seed: int, faults: int, real: bool = False, per_run: int = 40, steps: int = 160, root: Path | None = None):
+def chaos(seed: int, faults: int, real: bool = False, per_run: int = 40, steps: int = 160, within_s: float = 60.0):
     """Returns (step, fault, seconds to recover) of each fault, and each run's verdict; prints both as they come."""
     rng, rows, verdicts = random.Random(seed), [], []
     kinds = FAULTS if not real else [f for f in FAULTS if not f.startswith("vllm")]
     deck = []
     for number in range(-(-faults // per_run)):
-        with tempfile.TemporaryDirectory(dir=root) as directory:
+        with tempfile.TemporaryDirectory() as directory:
             run = Run(Path(directory), real, steps)
             try:
                 run.wait(lambda run=run: run.steps_done() >= 3, 240, "the start")
@@ -156,7 +157,7 @@ def chaos(seed: int, faults: int, real: bool = False, per_run: int = 40, steps: 
                     fault, before, start = deck.pop(), run.steps_done(), time.monotonic()
                     run.strike(fault, rng)
                     over = lambda: run.steps_done() >= before + 2 or run.process.poll() == 0  # noqa: B023
-                    run.wait(over, 60, f"recovery from {fault!r}")
+                    run.wait(over, within_s, f"recovery from {fault!r}")
                     rows.append((before, fault, time.monotonic() - start))
                     print(f"run {number}  after step {before:4d}  {fault:20}  {rows[-1][2]:5.1f} s", flush=True)
                 run.wait(lambda run=run: run.process.poll() == 0, 600, "the end")
@@ -177,8 +178,9 @@ if __name__ == "__main__":
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--per-run", type=int, default=40)
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--within-s", type=float, default=60.0, help="to recover from a fault")
     parser.add_argument("--real", action="store_true")
     args = parser.parse_args()
-    _, verdicts = chaos(args.seed, args.faults, args.real, args.per_run, args.steps)
+    _, verdicts = chaos(args.seed, args.faults, args.real, args.per_run, args.steps, args.within_s)
     bad = [v for v in verdicts if v["lost"] or v["twice"] or v["too_old"] or v["reward"] < 0.9]
     sys.exit(f"failed: {bad}" if bad else 0)
