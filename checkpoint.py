@@ -94,7 +94,7 @@ class Checkpointer:
 
     def __init__(self, root: Path, rank: int, world_size: int, keep: int):
         self.root, self.rank, self.world_size, self.keep = root, rank, world_size, keep
-        self.newest_step, self.error = -1, None
+        self.newest_step, self.error, self._told = -1, None, ""
         self._thread: threading.Thread | None = None
 
     def save(self, step: int, model, optimizer, run: dict | None) -> None:
@@ -141,8 +141,10 @@ class Checkpointer:
         text = json.dumps({"step": step, "world_size": self.world_size, "files": files, **run}, indent=1)
         finish(text)
         store.set(f"checkpoint/{step}/whole", text)
-        for key in parts:
+        # The one before was read by all, or their parts of this one would not be here.
+        for key in [*parts, *([self._told] if self._told else [])]:
             store.delete_key(key)
+        self._told = f"checkpoint/{step}/whole"
         return text
 
     def _finish(self, tmp: Path, final: Path, manifest: str) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,14 +36,14 @@ SMALL = {"num_prompts_per_step": 8, "num_generations_per_prompt": 8, "train_glob
          "max_trajectory_age_steps": 0, "compile": False}  # fmt: skip
 
 
-def start(cwd, tiny_checkpoint, fake_vllm_command, steps, *flags, launcher=(sys.executable,)):
+def start(cwd, tiny_checkpoint, fake_vllm_command, steps, *flags, launcher=(sys.executable,), env=None):
     """A training run; `compile` is off since what is compiled depends on the shapes that a process meets first."""
     command = [*launcher, str(REPO / "train_cispo.py"), "--model", str(tiny_checkpoint), "--max-num-steps", str(steps),
                "--num-prompts-per-step", "8", "--num-generations-per-prompt", "8", "--train-global-batch-size", "32",
                "--cpu-threads", "1", "--max-trajectory-age-steps", "0", "--no-compile",
                f"--rollout-args=--vllm-command '{fake_vllm_command}'", *flags]  # fmt: skip
     with open(cwd / "out", "a") as out:
-        return subprocess.Popen(command, cwd=cwd, stdout=out, stderr=out)
+        return subprocess.Popen(command, cwd=cwd, stdout=out, stderr=out, env=env)
 
 
 def finish(process, cwd, status=0, within_s=240):
@@ -182,6 +183,38 @@ def test_when_a_rank_dies_torchrun_starts_the_job_again_and_it_resumes_by_itself
     finish(run, tmp_path)
     assert "going on from" in (tmp_path / "out").read_text()
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
+
+
+@pytest.mark.slow
+def test_a_node_keeps_trying_while_the_trainer_is_away_and_keeps_its_vllm(tmp_path, tiny_checkpoint, fake_vllm_command):
+    """kill -9 of the trainer, and another on the same port: what the node held is void, its vLLM is not."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    env = {**os.environ, "CISPO_TOKEN": "shared"}
+    flags = ["--no-local-rollout", "--hub-port", port, "--resume", "auto", "--checkpoint-every-steps", "2"]
+    node_command = [
+        sys.executable,
+        str(REPO / "rollout.py"),
+        f"http://127.0.0.1:{port}",
+        "--vllm-command",
+        fake_vllm_command,
+    ]
+    with open(tmp_path / "node", "w") as out:
+        node = subprocess.Popen(node_command, env=env, stdout=out, stderr=out)
+    try:
+        run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags, env=env)
+        wait_for(tmp_path, run, lambda out: "step    5 " in out)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags, env=env), tmp_path)
+        assert node.wait(60) == 0
+    finally:
+        node.kill()
+    log = (tmp_path / "node").read_text()
+    assert log.count("vLLM is up") == 1 and "the trainer was started again" in log and "stopped: RunOver" in log
+    assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
+    assert same(final(tmp_path, 12), plain_loop(tiny_checkpoint, tmp_path / "plain", 12))
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------
