@@ -205,7 +205,7 @@ def print_report(cfg, world: int) -> None:
         raise ValueError(f"--dry-run: --model {cfg.model!r} is neither a directory nor {', '.join(KNOWN_MODELS)}")
     m = KNOWN_MODELS.get(cfg.model) or ModelConfig.from_dir(cfg.model)
     check_layout(m, world, cfg.tp, cfg.ep)
-    cfg.validate(world)
+    cfg.validate()
     terms, act = memory(m, cfg, world), {name: size / GIB for name, size in activation_memory(m, cfg).items()}
     peak = sum(terms.values())
     print(f"{cfg.model} on {world} ranks: tp {cfg.tp}, ep {cfg.ep}, data parallel {world // cfg.tp}, micro-batches of "

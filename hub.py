@@ -107,7 +107,7 @@ class Hub:
     as it is. `start` returns when the port is open (`self.url`); `next_batch` and `set_published` are for the trainer.
     """
 
-    node_timeout_s = 60.0  # a node that is silent this long loses its leases
+    node_timeout_s = 30.0  # a node that is silent this long loses its leases
     body_timeout_s = 30.0  # a request has to arrive within
 
     def __init__(self, ledger: Ledger, prompts, encode, weights_dir: Path, vocab_size: int, token: str, run: dict):
@@ -172,7 +172,8 @@ class Hub:
     async def _start(self, host: str, port: int) -> str:
         self._changed = asyncio.Condition()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # often 1,024, and every node is a few connections
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16_384)), hard))
+        if 0 <= soft < 16_384:  # below 0: no limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (16_384 if hard < 0 else min(hard, 16_384), hard))
         group_bytes = self.run["num_generations"] * (self.run["max_new_tokens"] * 12 + 16)
         app = web.Application(client_max_size=group_bytes + (1 << 20), middlewares=[self._authorize])
         app.add_routes([

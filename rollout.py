@@ -253,13 +253,16 @@ class Node:
         stall, last = Wait("vllm progress", self.cfg.stall_timeout_s), None
         while True:
             await asyncio.sleep(1.0)  # polling another process
-            await self.ready.wait()
+            if not self.ready.is_set():
+                await self.ready.wait()
+                stall = Wait("vllm progress", self.cfg.stall_timeout_s)
             why = ""
             try:
                 found = await self.vllm.vitals()
             except RuntimeError as e:
                 found, why = None, str(e)
             if self.engine.locked() or not self.ready.is_set():
+                stall = Wait("vllm progress", self.cfg.stall_timeout_s)
                 continue  # a weight update, with a deadline of its own, which also starts what has died
             if found:
                 moved = (found["tokens"], found["prompt_tokens"])

@@ -37,6 +37,7 @@ import dry_run
 import loss
 import task
 from batch import MicroBatch, pack_batch, unpack_batch
+from checkpoint import Checkpointer, CheckpointError, load_state_tensors, newest, verify
 from hub import Hub
 from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
@@ -136,6 +137,9 @@ class Config:
     compile: bool = True  # torch.compile the model's blocks and the loss; off computes the same, eagerly
     publish_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of published weights; auto: bfloat16 on CUDA
     keep_versions: int = 4  # published versions kept on disk
+    checkpoint_every_steps: int = 20  # 0: only when the run is asked to stop
+    keep_checkpoints: int = 2  # the last ones; the one with the best reward is kept besides
+    resume: str = "off"  # auto: from the last whole checkpoint of runs/NAME, if there is one; or a checkpoint directory
     cpu_threads: int = 0  # of each trainer process on a CPU; 0: half of the cores in all, vLLM has the other half
 
     @property
@@ -166,7 +170,7 @@ class Config:
                          "its own are --ratio-clip-min 1 --ratio-clip-max 5")  # fmt: skip
         return found
 
-    def validate(self, world_size: int) -> None:
+    def validate(self) -> None:
         """Raises: ValueError with one line that names the value, the limit and the flag."""
         batch, alg = self.train_global_batch_size, self.algorithm
         kind = self.truncated_importance_sampling_type
@@ -235,9 +239,12 @@ class Config:
             (self.temperature <= 0, f"--temperature {self.temperature}: must be above 0; greedy samples have no ratio"),
             (self.max_trajectory_age_steps < 0,
              f"--max-trajectory-age-steps {self.max_trajectory_age_steps}: must be at least 0"),
-            (min(self.max_num_steps, self.num_prompts_per_step, batch, self.max_new_tokens, self.keep_versions) < 1,
-             "--max-num-steps, --num-prompts-per-step, --train-global-batch-size, --max-new-tokens and "
-             "--keep-versions must be at least 1"),
+            (min(self.max_num_steps, self.num_prompts_per_step, batch, self.max_new_tokens, self.keep_versions,
+                 self.keep_checkpoints, self.max_prompt_failures) < 1,
+             "--max-num-steps, --num-prompts-per-step, --train-global-batch-size, --max-new-tokens, "
+             "--keep-versions, --keep-checkpoints and --max-prompt-failures must be at least 1"),
+            (self.resume not in ("auto", "off") and not Path(self.resume).is_dir(),
+             f"--resume {self.resume!r}: auto, off, or a checkpoint directory"),
             (self.logprob_chunk_size < 0, f"--logprob-chunk-size {self.logprob_chunk_size}: must be at least 0"),
             (batch > 0 and self.samples_per_step % batch != 0,
              f"--train-global-batch-size {batch} does not divide the step's {self.num_prompts_per_step} prompts x "
@@ -273,7 +280,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def parse_config(argv: list[str], world_size: int) -> Config:
+def parse_config(argv: list[str]) -> Config:
     """Flags to a valid Config. Raises: ValueError with one line that says what is wrong."""
     chosen = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
     defaults = PRESETS.get(chosen[-1] if chosen else "tiny", PRESETS["tiny"])  # tyro refuses an unknown one
@@ -282,7 +289,7 @@ def parse_config(argv: list[str], world_size: int) -> Config:
         names = [f.name.replace("_", "-") for f in dataclasses.fields(Config)]
         close = difflib.get_close_matches(unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1)
         raise ValueError(f"unknown flag {unknown[0]!r}" + (f", did you mean {close[0]}?" if close else ""))
-    cfg.validate(world_size)
+    cfg.validate()
     task.load_reward(cfg.reward)
     if cfg.data:
         task.read_examples(cfg.data)
@@ -412,6 +419,12 @@ def wait_for_batch(hub: Hub, version: int, cfg: Config, rollout: LocalRollout | 
     return None, stop
 
 
+def about(cfg: Config, hub: Hub, rewards: list[float]) -> dict:
+    """Rank 0's part of a checkpoint; the mean reward since the one before decides which is best."""
+    reward = sum(rewards) / len(rewards) if rewards else None
+    return {"ledger": hub.ledger_state(), "config": dataclasses.asdict(cfg), "reward": reward}
+
+
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up from lr / 10 over lr_warmup_steps rollout batches, then constant. It moves once per batch, not
     per update, as in the seed system."""
@@ -441,8 +454,39 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
     return hub, Publisher(weights_dir, checkpoint, cfg.keep_versions, hub.set_published)
 
 
-def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None) -> None:
-    """The run. Rank 0 alone has prompts and codec."""
+def begin_run_dir(cfg: Config) -> Path | None:
+    """The run's directory, and the checkpoint to go on from; nobody's results are overwritten. A job that torchrun has
+    started again goes on by itself. Raises: CheckpointError for a checkpoint of another run."""
+    auto = cfg.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    found = newest(cfg.run_dir / "checkpoints", say) if auto else None
+    if found is None and cfg.resume not in ("auto", "off"):
+        found = Path(cfg.resume)
+    if found is not None:
+        saved = verify(found, 0, sys.maxsize)  # rank 0's file; the ranks check theirs before they load them
+        for name in ("seed", "num_prompts_per_step", "task", "data"):
+            if saved["config"][name] != getattr(cfg, name):
+                raise CheckpointError(f"{found} was made with {name} = {saved['config'][name]!r}, this run has "
+                                      f"{getattr(cfg, name)!r}: the sequence of prompts would be another")  # fmt: skip
+    if found is not None and found.parent.parent.resolve() == cfg.run_dir.resolve():
+        metrics = cfg.run_dir / "metrics.jsonl"  # steps after the checkpoint will be made again
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        replaced = metrics.with_suffix(".tmp")
+        replaced.write_text("".join(line for line in whole if json.loads(line)["step"] < saved["step"]))
+        replaced.replace(metrics)
+    elif cfg.run_dir.exists():
+        aside = next(p for i in itertools.count(1) if not (p := Path(f"{cfg.run_dir}.{i}")).exists())
+        cfg.run_dir.rename(aside)
+        say(f"{cfg.run_dir} exists: moved to {aside}")
+        if found is not None and not found.exists():  # it was in there
+            found = aside / found.relative_to(cfg.run_dir)
+    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None,
+          resume: Path | None = None) -> None:  # fmt: skip
+    """The run. Rank 0 alone has prompts, codec and the checkpoint to go on from."""
     # ---- processes and seeds
     join_ranks(cfg.collective_timeout_s)  # the wait for a batch is not one of them: see waits.agree
     torch.distributed.barrier()  # the checkpoint may just have been made by rank 0
@@ -462,13 +506,23 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
         eps=cfg.adam_eps, weight_decay=cfg.weight_decay,
     )  # fmt: skip
     policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
+    saver = Checkpointer(cfg.run_dir / "checkpoints", rank, mesh.world_size, cfg.keep_checkpoints)
+    if resume := broadcast_bytes(f"{resume or '-'}".encode() if rank == 0 else None, mesh).decode().strip("-"):
+        saved = verify(Path(resume), rank, mesh.world_size)
+        torch.distributed.barrier()  # a damaged file stops all before any weight is touched
+        updates = next(iter(saved["files"].values()))["updates"]
+        load_state_tensors(Path(resume), model, optimizer, updates)
+    start = saver.newest_step = saved["step"] if resume else 0
 
     # ---- hub and rollout
     hub = rollout = publisher = None
     published = gather_hf(model, resolve_dtype(cfg.publish_dtype, mesh.device))
     if rank == 0:
         hub, publisher = start_hub(cfg, checkpoint, prompts, codec, model_cfg.vocab_size, mesh.device)
-        publisher.publish(0, published)
+        if resume:
+            hub.ledger.restore(saved["ledger"])  # before there are weights to lease a prompt for
+            say(f"going on from {resume}: step {start}, {saved['ledger']['taken']} prompts trained")
+        publisher.publish(start, published)
         if cfg.local_rollout:
             rollout = LocalRollout(hub, cfg.run_dir / "rollout", cfg.rollout_args, cfg.run_dir / "rollout.log")
         num_parameters = sum(shape.numel() for shape in model.checkpoint_shapes().values())
@@ -477,14 +531,14 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             f"{1 + cfg.algorithm.ratio_clip_max:g}], results in {cfg.run_dir}")  # fmt: skip
 
     # ---- loop
-    step, clock, done, word = 0, Clock(), threading.Event(), "train"
+    step, clock, done, word, rewards = start, Clock(), threading.Event(), "train", []
     Signals.in_loop = True  # from here on SIGTERM is a word, not an exception
     if rank == 0:
         now = lambda: f"step {step}, {clock.doing} for {clock.since():.0f} s; {last_line(cfg.run_dir / 'rollout.log')}"
         threading.Thread(target=say_something, args=(now, done), daemon=True).start()
     try:
         hide_bar = True if rank != 0 else None  # None: tqdm shows a bar on a terminal only; the lines come anyway
-        for step in tqdm(range(cfg.max_num_steps), desc="steps", disable=hide_bar, dynamic_ncols=True):
+        for step in tqdm(range(start, cfg.max_num_steps), desc="steps", disable=hide_bar, dynamic_ncols=True):
             clock = Clock("exposed_generation")
             lr = learning_rate(step, cfg)
             for param_group in optimizer.param_groups:
@@ -531,7 +585,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             if rank == 0:
                 publisher.publish(step + 1, published)
 
-            # 6 log
+            # 6 log and checkpoint
             if rank == 0:
                 values = fetch({**metrics, "grad_norms": torch.stack(grad_norms)})  # sync: one per step
                 norms = values.pop("grad_norms")
@@ -543,8 +597,18 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
                     "timing/train/publish_write": publisher.write_s, **hub.take_timing(), "hub": hub.status(),
                 }  # fmt: skip
                 log_step(record, cfg.run_dir)
+                rewards.append(record["train/reward"])
+            every = cfg.checkpoint_every_steps
+            if every and ((step + 1) % every == 0 or step + 1 == cfg.max_num_steps):
+                saver.save(step + 1, model, optimizer, about(cfg, hub, rewards) if rank == 0 else None)
+                rewards = []
+        if word != "train" and saver.newest_step != step:  # asked to stop before this step: all before it is whole
+            saver.save(step, model, optimizer, about(cfg, hub, rewards) if rank == 0 else None)
+        saver.wait()
         if rank == 0:
             publisher.close()
+            if word != "train":
+                say(f"stopped at step {step}, its state is in {saver.root}: {word}")
         if not word.startswith(("train", "SIGTERM")):
             raise SystemExit(f"train_cispo.py: rank {rank}: stopped at step {step}: {word}")
     finally:
@@ -553,7 +617,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             rollout.stop()
         if hub is not None:
             hub.close(patience_s=0.0 if cfg.local_rollout else 5.0)
-    if rank == 0:
+    if rank == 0 and word == "train":
         sum_up(cfg.run_dir)
     torch.distributed.destroy_process_group()
 
@@ -562,7 +626,7 @@ def main() -> None:
     Signals.install()
     rank, local_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
-        cfg = parse_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+        cfg = parse_config(sys.argv[1:])
         if cfg.dry_run:
             if rank == 0:
                 dry_run.print_report(cfg, int(os.environ.get("WORLD_SIZE", cfg.dry_run_ranks)))
@@ -575,22 +639,18 @@ def main() -> None:
             dry_run.check_layout(model_cfg, world_size, cfg.tp, cfg.ep)
             dry_run.check_memory(model_cfg, cfg, world_size)
         prompts, codec = load_prompts(cfg, checkpoint) if rank == 0 else (None, None)
-    except ValueError as e:
+        resume = begin_run_dir(cfg) if rank == 0 else None
+    except (ValueError, CheckpointError) as e:
         if rank == 0:
             print(f"train_cispo.py: error: {e}", file=sys.stderr)
         sys.exit(2)
     if rank == 0:
-        if cfg.run_dir.exists():  # nobody's results are overwritten
-            aside = next(p for i in itertools.count(1) if not (p := Path(f"{cfg.run_dir}.{i}")).exists())
-            cfg.run_dir.rename(aside)
-            say(f"{cfg.run_dir} exists: moved to {aside}")
-        cfg.run_dir.mkdir(parents=True)
         text = json.dumps({**dataclasses.asdict(cfg), **dataclasses.asdict(cfg.algorithm)}, indent=1)
         (cfg.run_dir / "config.json").write_text(text)
         print(text)
         for warning in cfg.warnings():
             say(f"warning: {warning}")
-    train(cfg, checkpoint, prompts, codec)
+    train(cfg, checkpoint, prompts, codec, resume)
 
 
 if __name__ == "__main__":

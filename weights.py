@@ -14,7 +14,6 @@ The part that runs inside vLLM is vllm_engine.py.
 
 import asyncio
 import json
-import math
 import os
 import queue
 import shutil
@@ -138,101 +137,6 @@ def gather_hf(model, dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
         if mesh.rank == 0:
             tensors += model.hf_views(name, whole.to("cpu", copy=True))
     return tensors
-
-
-# ---- training state ------------------------------------------------------------------------------------------
-KINDS = ("weight", "exp_avg", "exp_avg_sq")  # master weights and AdamW's moments, in fp32
-
-
-def _parts_in(model, name: str, low: int, high: int):
-    """A flat range of a parameter as (HF name, split, flat range in that tensor's part, range in the range)."""
-    start = 0
-    for hf_name, view, split in model.hf_parts(name):
-        first, last = max(low, start), min(high, start + view.numel())
-        if first < last:
-            yield hf_name, split, (first - start, last - start), (first - low, last - low)
-        start += view.numel()
-
-
-@torch.no_grad()
-def state_tensors(model, optimizer) -> list[tuple[str, torch.Tensor]]:
-    """Copies of what this rank alone holds of the training state: its ZeRO shards of the trained parameters, and a
-    replica's share of the frozen ones. In pieces named `KIND/HF NAME/DIM.INDEX.COUNT/FIRST ELEMENT`: which part of
-    the whole tensor (parallel.Split) the flat piece lies in, and where. All ranks' pieces together are the model,
-    whatever the layout, so any other layout can read them."""
-    found = []
-    for bucket in optimizer.buckets:
-        state = optimizer.state[bucket.master]
-        flats = {"weight": bucket.master.detach(), **{kind: state.get(kind) for kind in KINDS[1:]}}
-        for name, (low, high), (shard_low, _) in bucket.pieces():
-            for hf_name, split, (first, _), (a, b) in _parts_in(model, name, low, high):
-                key = f"{hf_name}/{split.dim}.{split.index}.{split.count}/{first}"
-                for kind, flat in flats.items():
-                    values = flat[shard_low + a : shard_low + b] if flat is not None else torch.zeros(b - a)
-                    found.append((f"{kind}/{key}", values.to("cpu", copy=True)))
-    for name, p in model.named_parameters():
-        group = model.split_of(name).replicas
-        if not p.requires_grad and (group is None or dist.get_rank(group) == 0):
-            for hf_name, view, split in model.hf_parts(name):
-                key = f"weight/{hf_name}/{split.dim}.{split.index}.{split.count}/0"
-                found.append((key, view.flatten().to("cpu", copy=True)))
-    return found
-
-
-class _StatePieces:
-    """The pieces in a checkpoint's state-*.safetensors, and whole tensors put together from them."""
-
-    def __init__(self, path: Path, shapes: dict[str, torch.Size]):
-        self.shapes, self.pieces = shapes, {}
-        self.files = {file.name: safe_open(file, framework="pt") for file in path.glob("state-*.safetensors")}
-        for file_name, file in self.files.items():
-            for key in file.keys():
-                kind, hf_name, split, start = key.split("/")
-                where = (*(int(n) for n in split.split(".")), int(start), file_name, key)
-                self.pieces.setdefault((kind, hf_name), []).append(where)
-
-    def whole(self, kind: str, hf_name: str) -> torch.Tensor:
-        pieces = sorted(self.pieces.get((kind, hf_name), []))
-        if not pieces:
-            raise WeightsError(f"the checkpoint has no {kind} of {hf_name}")
-        dim, _, count, *_ = pieces[0]
-        shape = list(self.shapes[hf_name])
-        shape[dim] //= count
-        flats: dict[int, list[torch.Tensor]] = {index: [] for index in range(count)}
-        for _, index, _, start, file_name, key in pieces:
-            if start == sum(map(len, flats[index])):  # else there is a gap, and the sum below is too small
-                flats[index].append(self.files[file_name].get_tensor(key))
-        for index, flat in flats.items():
-            if (found := sum(map(len, flat))) != math.prod(shape):
-                raise WeightsError(f"the checkpoint's {kind} of {hf_name}, part {index + 1} of {count}, ends at "
-                                   f"element {found} of {math.prod(shape)}: a rank's file is missing")  # fmt: skip
-        return torch.cat([torch.cat(flats[index]).view(shape) for index in range(count)], dim=dim)
-
-
-@torch.no_grad()
-def load_state_tensors(path: Path, model, optimizer, step: int) -> None:
-    """Restore weights and moments from the state files of all ranks, of this layout or another, bit for bit.
-    step: optimizer updates done, for AdamW's bias correction.
-
-    Raises: WeightsError naming the tensor that is not all there.
-    """
-    pieces = _StatePieces(path, model.checkpoint_shapes())
-    for bucket in optimizer.buckets:
-        moments = {kind: torch.zeros_like(bucket.master) for kind in KINDS[1:]}
-        optimizer.state[bucket.master] = {"step": torch.tensor(float(step)), **moments}
-        flats = {"weight": bucket.master.detach(), **moments}
-        for name, (low, high), (shard_low, _) in bucket.pieces():
-            for hf_name, split, (first, last), (a, b) in _parts_in(model, name, low, high):
-                for kind, flat in flats.items():
-                    part = pieces.whole(kind, hf_name)
-                    part = part[split.of(part.shape)].flatten()[first:last]
-                    flat[shard_low + a : shard_low + b] = part
-        bucket.gather_values()
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            for hf_name, view, split in model.hf_parts(name):
-                whole = pieces.whole("weight", hf_name)
-                view.copy_(whole[split.of(whole.shape)])
 
 
 # ---- publish -------------------------------------------------------------------------------------------------

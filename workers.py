@@ -5,6 +5,7 @@ Each is ended with whoever started it, even by kill -9 (`with_parent`), and none
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -242,6 +243,9 @@ class RewardWorkers:
         except ConnectionError:
             line = b""
         if not line:
+            with contextlib.suppress(TimeoutError):  # it has closed its end: its own status, if it has one
+                async with asyncio.timeout(2.0):
+                    await worker.wait()
             self._kill(worker)
             return f"the reward function's process ended with status {await worker.wait()}", None
         answer = json.loads(line)

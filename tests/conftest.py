@@ -1,5 +1,8 @@
 """`pytest` runs what takes seconds or one vLLM start; `pytest --slow` adds whole training runs."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -25,3 +28,9 @@ def tiny_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
     task.warm_start(path, "reverse", seed=0, until=0.36, progress=lambda message: None)
     return path
+
+
+@pytest.fixture(scope="session")
+def fake_vllm_command():
+    """What stands in vLLM's place: `--vllm-command`."""
+    return f"{sys.executable} {Path(__file__).with_name('fake_vllm.py')}"

@@ -227,6 +227,7 @@ class Server:
             if self.crash_update:
                 os._exit(1)
             if self.stall_update:
+                print("stalled in mid-update", flush=True)
                 await asyncio.Event().wait()
             try:
                 self.policy = Policy(Path(body["update_info"]["path"]))

@@ -89,7 +89,7 @@ def our_weights(cfg, p, q, g, advantage):
 @pytest.mark.parametrize("peer", PEERS)
 def test_flags_make_our_weights_those_of_the_peer(peer, advantage):
     formula, flags, *_ = PEERS[peer]
-    (cfg := Config(**flags)).validate(1)
+    (cfg := Config(**flags)).validate()
     # Each ratio to prev with trainer and sampler equal, far apart by more than any bound, and either way round.
     cases = [(r * 1e-3, 1e-3, 1e-3 / w) for r in RATIOS for w in (1.0, 0.3, 0.95, 1.1, 2.5)]
     found = our_weights(cfg, *zip(*cases), advantage)
@@ -118,7 +118,7 @@ def test_flags_make_our_mean_over_tokens_that_of_the_peer(peer):
 def test_trl_with_the_loss_type_alone_cannot_be_had_here():
     """There the cap is then 0.2, also for a token whose probability has not changed at all."""
     with pytest.raises(ValueError, match=r"--ratio-clip-max -0\.8: must be at least 0"):
-        Config(**PREV, ratio_clip_max=-0.8).validate(1)
+        Config(**PREV, ratio_clip_max=-0.8).validate()
 
 
 def table_rows():

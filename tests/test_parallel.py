@@ -22,13 +22,13 @@ from test_train import random_groups
 
 import loss
 import parallel
-import weights
 from batch import pack_batch, unpack_batch
+from checkpoint import CheckpointError, Pieces, load_state_tensors, state_tensors
 from metrics import expert_load
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, Split, join_ranks, make_mesh, reduce_metrics
 from train_cispo import Config, micro_batch_logprobs, train_update
-from weights import gather_hf, load_hf, load_state_tensors, state_tensors
+from weights import gather_hf, load_hf
 
 # No two widths agree; 2 kv heads, so that tp 4 has to replicate them; a dense layer between two with experts.
 MODEL = ModelConfig(
@@ -394,7 +394,8 @@ def save_state(path, layout, case):
 
 def write_state(path, name, model, optimizer, mesh):
     (path / name).mkdir(exist_ok=True)
-    tensors = state_tensors(model, optimizer)
+    tensors, extra = state_tensors(model, optimizer)
+    assert extra == {"updates": 3}
     save_file(dict(tensors), path / name / f"state-{mesh.rank:05d}.safetensors")
     assert len(dict(tensors)) == len(tensors)
 
@@ -404,14 +405,14 @@ def load_and_save_state(path, layout, case):
     join_ranks(120)
     mesh = make_mesh(*layout, MODEL.num_key_value_heads)
     model, optimizer, *_ = train(CASES[case], torch.float32, path / case / "float32", mesh, num_updates=0)
-    load_state_tensors(path / "saved", model, optimizer, step=3)
+    load_state_tensors(path / "saved", model, optimizer, updates=3)
     write_state(path, "again", model, optimizer, mesh)
     assert all(int(state["step"]) == 3 for state in optimizer.state.values())
     return {name: p.detach().double().sum().item() for name, p in model.named_parameters()}
 
 
 def whole_state(path, cfg):
-    pieces = weights._StatePieces(path, Qwen3MoE(cfg).checkpoint_shapes())
+    pieces = Pieces(path, Qwen3MoE(cfg).checkpoint_shapes())
     return {key: pieces.whole(*key) for key in pieces.pieces}
 
 
@@ -428,5 +429,5 @@ def test_a_state_saved_under_one_layout_resumes_under_another_bit_for_bit(case, 
     assert sum(t.abs().sum() > 0 for (kind, _), t in before.items() if kind == "exp_avg") > 20
 
     (path / "saved/state-00001.safetensors").unlink()
-    with pytest.raises(weights.WeightsError, match=r"a rank's file is missing|has no weight of"):
+    with pytest.raises(CheckpointError, match=r"a rank's file is missing|has no weight of"):
         whole_state(path / "saved", cfg)

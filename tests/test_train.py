@@ -315,7 +315,7 @@ class Standby:
 ])  # fmt: skip
 def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_path, monkeypatch):
     cfg = dataclasses.replace(SMALL, max_num_steps=3, local_rollout=False, lr=1e-2, **flags)
-    cfg.validate(1)
+    cfg.validate()
     groups = [dataclasses.replace(g, versions=torch.zeros_like(g.versions)) for g in random_groups()]
     for token_ids in (g.token_ids for g in groups):
         token_ids %= 16  # the tiny model's vocabulary is smaller than TINY's

@@ -1,0 +1,241 @@
+"""Checkpoints: all that a run needs to go on as if nothing had happened.
+
+    runs/NAME/checkpoints/step-000040/
+        state-00000.safetensors    rank 0's share of weights and AdamW's moments; one such file for each rank
+        checkpoint.json            step, ledger, size and digest of each file; written last
+
+It is written as `step-N.tmp` and renamed, so a directory without `.tmp` is whole, and `verify` proves it. The
+tensors are copied to host memory between two steps; the rest happens in a thread while training goes on. What is in
+flight at the rollout nodes is not saved: the ledger's frontier is, and the rest is generated again.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from waits import Wait
+from weights import digest, write_safetensors
+
+MANIFEST = "checkpoint.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is incomplete, damaged, or of another run. The message names the file."""
+
+
+# ---- what is saved -------------------------------------------------------------------------------------------
+KINDS = ("weight", "exp_avg", "exp_avg_sq")  # master weights and AdamW's moments
+
+
+def _parts_in(model, name: str, low: int, high: int):
+    """A flat range of a parameter as (HF name, split, flat range in that tensor's part, range in the range)."""
+    start = 0
+    for hf_name, view, split in model.hf_parts(name):
+        first, last = max(low, start), min(high, start + view.numel())
+        if first < last:
+            yield hf_name, split, (first - start, last - start), (first - low, last - low)
+        start += view.numel()
+
+
+@torch.no_grad()
+def state_tensors(model, optimizer) -> tuple[list[tuple[str, torch.Tensor]], dict]:
+    """Copies of this rank's share of the training state, and what of it is not a tensor (JSON): its ZeRO shards and
+    the frozen parameters. In pieces named `KIND/HF NAME/DIM.INDEX.COUNT/FIRST ELEMENT`: which part of the whole tensor
+    (parallel.Split) the flat piece lies in, and where. All ranks' pieces together are the model, whatever the layout,
+    so any other layout can read them."""
+    found, updates = [], 0
+    for bucket in optimizer.buckets:
+        state = optimizer.state[bucket.master]
+        updates = int(state["step"]) if "step" in state else 0
+        zeros = torch.zeros_like(bucket.master)
+        flats = {"weight": bucket.master.detach(), **{kind: state.get(kind, zeros) for kind in KINDS[1:]}}
+        for name, (low, high), (shard_low, _) in bucket.pieces():
+            for hf_name, split, (first, _), (a, b) in _parts_in(model, name, low, high):
+                key = f"{hf_name}/{split.dim}.{split.index}.{split.count}/{first}"
+                for kind, flat in flats.items():
+                    found.append((f"{kind}/{key}", flat[shard_low + a : shard_low + b].to("cpu", copy=True)))
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            for hf_name, view, split in model.hf_parts(name):
+                key = f"weight/{hf_name}/{split.dim}.{split.index}.{split.count}/0"
+                found.append((key, view.flatten().to("cpu", copy=True)))
+    return found, {"updates": updates}
+
+
+class Pieces:
+    """The pieces of the state that are here: of all ranks, or on a disk that is not shared, of this node's."""
+
+    def __init__(self, path: Path, shapes: dict[str, torch.Size]):
+        self.path, self.shapes, self.pieces = path, shapes, {}
+        self.files = {file.name: safe_open(file, framework="pt") for file in sorted(path.glob("state-*.safetensors"))}
+        for file_name, file in self.files.items():
+            for key in file.keys():
+                kind, hf_name, split, start = key.split("/")
+                size = file.get_slice(key).get_shape()[0]
+                where = (*(int(n) for n in split.split(".")), int(start), size, file_name, key)
+                self.pieces.setdefault((kind, hf_name), []).append(where)
+
+    def part(self, kind: str, hf_name: str, split, first: int, last: int) -> torch.Tensor:
+        """A flat range of a rank's part of a tensor."""
+        wanted = (split.dim, split.index, split.count)
+        for *found, start, size, file_name, key in self.pieces.get((kind, hf_name), []):
+            if tuple(found) == wanted and start <= first and last <= start + size:  # saved under the same layout
+                return self.files[file_name].get_slice(key)[first - start : last - start]
+        whole = self.whole(kind, hf_name)
+        return whole[split.of(whole.shape)].flatten()[first:last]
+
+    def whole(self, kind: str, hf_name: str) -> torch.Tensor:
+        """A whole tensor. Raises: CheckpointError when a piece is not here."""
+        pieces = sorted(self.pieces.get((kind, hf_name), []))
+        if not pieces:
+            raise CheckpointError(f"{self.path} has no {kind} of {hf_name}")
+        dim, _, count, *_ = pieces[0]
+        shape = list(self.shapes[hf_name])
+        shape[dim] //= count
+        flats: list[list[torch.Tensor]] = [[] for _ in range(count)]
+        for _, index, _, start, _, file_name, key in pieces:
+            if start == sum(map(len, flats[index])):  # else it is there already, or there is a gap, which is seen below
+                flats[index].append(self.files[file_name].get_tensor(key))
+        for index, flat in enumerate(flats):
+            if (found := sum(map(len, flat))) != math.prod(shape):
+                raise CheckpointError(f"{self.path}: {kind} of {hf_name}, part {index + 1} of {count}, ends at element "
+                                      f"{found} of {math.prod(shape)}: a rank's file is missing")  # fmt: skip
+        return torch.cat([torch.cat(flat).view(shape) for flat in flats], dim=dim)
+
+
+@torch.no_grad()
+def load_state_tensors(path: Path, model, optimizer, updates: int) -> None:
+    """Weights and moments from the state files, of this layout or another, bit for bit. updates: of the optimizer so
+    far, for AdamW's bias correction. Raises: CheckpointError naming the tensor that is not all there."""
+    pieces = Pieces(path, model.checkpoint_shapes())
+    for bucket in optimizer.buckets:
+        moments = {kind: torch.zeros_like(bucket.master) for kind in KINDS[1:]}
+        optimizer.state[bucket.master] = {"step": torch.tensor(float(updates)), **moments}
+        flats = {"weight": bucket.master.detach(), **moments}
+        for name, (low, high), (shard_low, _) in bucket.pieces():
+            for hf_name, split, (first, last), (a, b) in _parts_in(model, name, low, high):
+                for kind, flat in flats.items():
+                    flat[shard_low + a : shard_low + b] = pieces.part(kind, hf_name, split, first, last)
+        bucket.gather_values()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            for hf_name, view, split in model.hf_parts(name):
+                view.copy_(pieces.part("weight", hf_name, split, 0, view.numel()).view_as(view))
+
+
+# ---- reading -------------------------------------------------------------------------------------------------
+def verify(path: Path, rank: int, world_size: int) -> dict:
+    """The manifest of a checkpoint. Of its state files, rank r of n ranks checks those numbered r, r + n, r + 2n, ...
+    Raises: CheckpointError when one is not what the manifest says."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name in sorted(manifest["files"])[rank::world_size]:
+            want, data = manifest["files"][name], (path / name).read_bytes()
+            if len(data) != want["bytes"] or digest(data) != want["blake3"]:
+                raise CheckpointError(f"{path / name} is damaged: size or digest differs from {MANIFEST}")
+    except (OSError, ValueError, KeyError) as e:
+        raise CheckpointError(f"{path} is incomplete: {e!r}") from None
+    return manifest
+
+
+def newest(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The last checkpoint whose manifest and own state are whole, as rank 0 sees it; a damaged one is named and passed
+    over. The other ranks check theirs before they load it."""
+    for path in sorted((p for p in root.glob("step-*") if p.suffix != ".tmp"), reverse=True):
+        try:
+            verify(path, 0, sys.maxsize)  # the first file
+            return path
+        except CheckpointError as e:
+            say(f"passing over a checkpoint: {e}")
+    return None
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+class Checkpointer:
+    """Writes checkpoints in a thread, one at a time. Every rank makes one and calls `save` at the same steps."""
+
+    deadline_s = 600.0  # for all ranks' parts to be on disk
+
+    def __init__(self, root: Path, rank: int, world_size: int, keep: int):
+        self.root, self.rank, self.world_size, self.keep = root, rank, world_size, keep
+        self.newest_step, self.error, self._told = -1, None, ""
+        self._thread: threading.Thread | None = None
+
+    def save(self, step: int, model, optimizer, run: dict | None) -> None:
+        """run: rank 0's ledger and the like. Returns once the state is copied, and the one before is on disk."""
+        self.wait()
+        tensors, extra = state_tensors(model, optimizer)
+        self.newest_step = step
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, extra, run), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was saved is on disk. Raises: CheckpointError when it could not be."""
+        if self._thread is not None:
+            self._thread.join()
+        if self.error is not None:
+            raise CheckpointError(f"rank {self.rank}: no checkpoint in {self.root}: {self.error}") from self.error
+
+    def _write(self, step: int, tensors, extra: dict, run: dict | None) -> None:
+        try:
+            tmp, final = self.root / f"step-{step:06d}.tmp", self.root / f"step-{step:06d}"
+            tmp.mkdir(parents=True, exist_ok=True)
+            file = tmp / f"state-{self.rank:05d}.safetensors"
+            blake3 = write_safetensors(file, tensors)
+            part = {file.name: {"bytes": file.stat().st_size, "blake3": blake3, **extra}}
+            manifest = self._gather(step, part, run, lambda text: self._finish(tmp, final, text))
+            if self.rank != 0 and tmp.exists():  # rank 0's disk is not ours: this node keeps its own parts
+                self._finish(tmp, final, manifest)
+        except Exception as e:  # any: it must reach the training thread, not die with this one
+            self.error = e
+
+    def _gather(self, step: int, part: dict, run: dict | None, finish: Callable[[str], None]) -> str:
+        """Every rank's part to rank 0, and the manifest back. In the store, since collectives are the main thread's."""
+        store = dist.distributed_c10d._get_default_store()
+        parts = [f"checkpoint/{step}/{rank}" for rank in range(self.world_size)]
+        store.set(parts[self.rank], json.dumps(part))
+        wait = Wait("checkpoint", self.deadline_s, who=f"trainer rank {self.rank}")
+        wanted = parts if self.rank == 0 else [f"checkpoint/{step}/whole"]
+        while missing := [key for key in wanted if not store.check([key])]:
+            wait.check(f"missing: {', '.join(missing)}")
+            time.sleep(0.05)  # polling other processes
+        if self.rank != 0:
+            return store.get(wanted[0]).decode()
+        files = {name: entry for key in parts for name, entry in json.loads(store.get(key)).items()}
+        text = json.dumps({"step": step, "world_size": self.world_size, "files": files, **run}, indent=1)
+        finish(text)
+        store.set(f"checkpoint/{step}/whole", text)
+        # The one before was read by all, or their parts of this one would not be here.
+        for key in [*parts, *([self._told] if self._told else [])]:
+            store.delete_key(key)
+        self._told = f"checkpoint/{step}/whole"
+        return text
+
+    def _finish(self, tmp: Path, final: Path, manifest: str) -> None:
+        with open(tmp / MANIFEST, "w") as f:
+            f.write(manifest)
+            f.flush()
+            os.fsync(f.fileno())
+        shutil.rmtree(final, ignore_errors=True)  # of a run that went back and came here again
+        tmp.rename(final)
+        directory = os.open(self.root, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Keep the last ones, and the one with the best reward."""
+        found = sorted(p for p in self.root.glob("step-*") if p.suffix != ".tmp")
+        reward = lambda path: json.loads((path / MANIFEST).read_text()).get("reward") or 0.0
+        for old in set(found) - set(found[-self.keep :]) - {max(reversed(found), key=reward)}:
+            shutil.rmtree(old)

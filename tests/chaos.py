@@ -1,0 +1,186 @@
+"""Whole training runs under random faults: nothing may be lost, trained twice or trained too late.
+
+    python tests/chaos.py --seed 0 --faults 200            five runs on the fake vLLM, about half an hour
+    python tests/chaos.py --seed 0 --faults 4 --real       with the real one: only what can be done to it from outside
+
+Each fault strikes between two steps at random; it is over when two more steps are trained, which may take a minute.
+At the end of a run its log of ordinals, which is what the optimizer saw, is compared with the ledger.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+REPO = Path(__file__).resolve().parent.parent
+VLLM = ("hang", "crash", "crash_update", "stall_update", "drop", "nan", "null", "empty", "long", "twice", "oom")
+REWARD = ("raise", "nan", "exit", "hang")
+PARTS = ("kill -9 vllm", "kill -9 rollout", "stop rollout 8 s", "kill -9 trainer", "SIGTERM trainer")
+FAULTS = [*(f"vllm {kind}" for kind in VLLM), *(f"reward {kind}" for kind in REWARD), *PARTS]
+REWARD_FILE = """
+import os, signal, sys
+from pathlib import Path
+ORDER = Path(__file__).with_name("order")
+def score(completion, example):
+    if ORDER.exists():
+        try:
+            os.rename(ORDER, f"{ORDER}.{os.getpid()}")  # one worker carries it out
+        except OSError:
+            return float(completion == example["answer"])
+        kind = Path(f"{ORDER}.{os.getpid()}").read_text()
+        if kind == "raise": raise ValueError("ordered")
+        if kind == "exit": sys.exit(5)
+        if kind == "hang": signal.pause()
+        if kind == "nan": return float("nan")
+    return float(completion == example["answer"])
+"""
+
+
+class Run:
+    """A training run in a directory of its own, started again when a fault has ended the trainer."""
+
+    def __init__(self, root: Path, real: bool, steps: int):
+        self.root, self.steps = root, steps
+        (root / "my.py").write_text(REWARD_FILE)
+        rollout = "--stall-timeout-s 4 --load-timeout-s 6 --reward-timeout-s 4 --beat-s 0.5"
+        if not real:
+            fake = Path(__file__).with_name("fake_vllm.py")
+            rollout += " --vllm-command " + shlex.quote(f"{sys.executable} {fake}")
+        else:
+            rollout = rollout.replace("--stall-timeout-s 4 --load-timeout-s 6", "--stall-timeout-s 20")
+        self.command = [
+            sys.executable, str(REPO / "train_cispo.py"), "--use-cispo", "--no-compile", "--max-num-steps", str(steps),
+            "--checkpoint-every-steps", "5", "--resume", "auto", "--reward", f"{root / 'my.py'}:score",
+            f"--rollout-args={rollout}",
+        ]  # fmt: skip
+        self.start()
+
+    def start(self):
+        with open(self.root / "out", "a") as out:
+            self.process = subprocess.Popen(self.command, cwd=self.root, stdout=out, stderr=out)
+
+    def steps_done(self) -> int:
+        """Steps ever trained, those made again after a restart included."""
+        path = self.root / "out"
+        return len(re.findall(r"\] step +\d+  reward", path.read_text(errors="replace"))) if path.exists() else 0
+
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in (self.root / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+
+    def wait(self, condition, within_s: float, what: str):
+        deadline = time.monotonic() + within_s
+        while not condition():
+            tail = (self.root / "out").read_text()[-3000:]
+            assert time.monotonic() < deadline, f"{what} took more than {within_s:.0f} s:\n{tail}"
+            assert self.process.poll() is None or self.process.returncode == 0, f"the trainer ended by itself:\n{tail}"
+            time.sleep(0.05)  # polling another program's output
+
+    def rollout(self) -> psutil.Process | None:
+        children = psutil.Process(self.process.pid).children()
+        return next((p for p in children if any(x.endswith("rollout.py") for x in p.cmdline())), None)
+
+    def strike(self, fault: str, rng: random.Random):
+        what, _, how = fault.partition(" ")
+        log = self.root / "runs/tiny/rollout.log"
+        up = re.findall(r"vLLM is up after .*, pid (\d+), port (\d+)", log.read_text())
+        if what == "vllm":
+            order = json.dumps({"kind": how, "count": rng.randint(1, 4)}).encode()
+            request = urllib.request.Request(f"http://127.0.0.1:{up[-1][1]}/fault", order,
+                                             {"Content-Type": "application/json"})  # fmt: skip
+            try:
+                urllib.request.urlopen(request, timeout=5).read()
+            except OSError:
+                pass  # a crash does not answer, and it may be down already
+        elif what == "reward":
+            (self.root / "order.tmp").write_text(how)
+            (self.root / "order.tmp").rename(self.root / "order")
+        elif fault == "kill -9 vllm":
+            try:
+                os.killpg(int(up[-1][0]), signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        elif fault.endswith("trainer"):
+            self.process.send_signal(signal.SIGKILL if "-9" in fault else signal.SIGTERM)
+            status = self.process.wait(90)
+            assert status == (-9 if "-9" in fault else 0), f"status {status}"
+            self.start()
+        elif (rollout := self.rollout()) is not None:
+            rollout.send_signal(signal.SIGKILL if "-9" in fault else signal.SIGSTOP)
+            if fault.startswith("stop"):
+                time.sleep(8)  # the fault itself: the node is not heard of for so long
+                rollout.send_signal(signal.SIGCONT)
+
+    def verdict(self) -> dict:
+        """What the optimizer saw, against the ledger of the last step."""
+        records = self.records()
+        assert [r["step"] for r in records] == list(range(self.steps)), [r["step"] for r in records]
+        trained = Counter(ordinal for r in records for ordinal in r["ordinals"])
+        hub = records[-1]["hub"]
+        assert hub["taken"] == trained.total(), (hub, trained.total())
+        lost = [o for o in range(max(trained) + 1) if o not in trained]
+        return {
+            "lost": len(lost) - hub["set_aside"], "set_aside": hub["set_aside"],
+            "twice": sum(n > 1 for n in trained.values()),
+            "too_old": sum(r["train/max_trajectory_age"] > 1 for r in records),
+            "reward": sum(r["train/reward"] for r in records[-5:]) / 5,
+        }  # fmt: skip
+
+
+def chaos(seed: int, faults: int, real: bool = False, per_run: int = 40, steps: int = 160, within_s: float = 60.0):
+    """Returns (step, fault, seconds to recover) of each fault, and each run's verdict; prints both as they come."""
+    rng, rows, verdicts = random.Random(seed), [], []
+    kinds = FAULTS if not real else [f for f in FAULTS if not f.startswith("vllm")]
+    deck = []
+    for number in range(-(-faults // per_run)):
+        with tempfile.TemporaryDirectory() as directory:
+            run = Run(Path(directory), real, steps)
+            try:
+                run.wait(lambda run=run: run.steps_done() >= 3, 240, "the start")
+                for _ in range(min(per_run, faults - len(rows))):
+                    if not deck:  # each kind once before any comes again
+                        deck = rng.sample(kinds, len(kinds))
+                    time.sleep(rng.random())  # where in a step it strikes is part of the draw
+                    if run.process.poll() is not None:
+                        break
+                    fault, before, start = deck.pop(), run.steps_done(), time.monotonic()
+                    run.strike(fault, rng)
+                    over = lambda: run.steps_done() >= before + 2 or run.process.poll() == 0  # noqa: B023
+                    run.wait(over, within_s, f"recovery from {fault!r}")
+                    rows.append((before, fault, time.monotonic() - start))
+                    print(f"run {number}  after step {before:4d}  {fault:20}  {rows[-1][2]:5.1f} s", flush=True)
+                run.wait(lambda run=run: run.process.poll() == 0, 600, "the end")
+                verdicts.append(run.verdict())
+                print(f"run {number}: {verdicts[-1]}", flush=True)
+            finally:
+                if run.process.poll() is None:
+                    run.process.terminate()
+                    run.process.wait(90)
+    worst = max(rows, key=lambda row: row[2])
+    print(f"{len(rows)} faults in {len(verdicts)} runs; slowest recovery {worst[2]:.1f} s ({worst[1]})")
+    return rows, verdicts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--per-run", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--within-s", type=float, default=60.0, help="to recover from a fault")
+    parser.add_argument("--real", action="store_true")
+    args = parser.parse_args()
+    _, verdicts = chaos(args.seed, args.faults, args.real, args.per_run, args.steps, args.within_s)
+    bad = [v for v in verdicts if v["lost"] or v["twice"] or v["too_old"] or v["reward"] < 0.9]
+    sys.exit(f"failed: {bad}" if bad else 0)

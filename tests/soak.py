@@ -1,0 +1,78 @@
+"""A long run on the fake vLLM: memory, file handles, threads and /dev/shm of every process stay where they were.
+
+python tests/soak.py --steps 1000
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+REPO = Path(__file__).resolve().parent.parent
+PARTS = {
+    "train_cispo.py": "trainer and hub",
+    "rollout.py": "rollout",
+    "task.py": "reward worker",
+    "fake_vllm.py": "vLLM",
+}
+
+
+def sample(trainer: psutil.Process) -> dict[str, tuple[int, int, int]]:
+    """(resident bytes, file handles, threads) of each part; of the reward workers, the largest."""
+    found = {"/dev/shm": (sum(f.stat().st_size for f in Path("/dev/shm").glob("cispo-*/**/*") if f.is_file()), 0, 0)}
+    for p in [trainer, *trainer.children(recursive=True)]:
+        names = [part for script, part in PARTS.items() if any(x.endswith(script) for x in p.cmdline())]
+        if names:
+            now = (p.memory_info().rss, p.num_fds(), p.num_threads())
+            found[names[0]] = max(found.get(names[0], (0, 0, 0)), now)
+    return found
+
+
+def soak(steps: int, every: int = 20) -> list[tuple[int, dict]]:
+    """Runs the tiny preset and samples its processes; returns (step, sample) of each."""
+    fake = Path(__file__).with_name("fake_vllm.py")
+    command = [sys.executable, str(REPO / "train_cispo.py"), "--use-cispo", "--max-num-steps", str(steps),
+               f"--rollout-args=--vllm-command '{sys.executable} {fake}'"]  # fmt: skip
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "runs/tiny/metrics.jsonl"
+        with open(Path(directory) / "out", "w") as out:
+            run = subprocess.Popen(command, cwd=directory, stdout=out, stderr=out)
+        try:
+            trainer = psutil.Process(run.pid)
+            while run.poll() is None:
+                step = len(log.read_text().splitlines()) if log.exists() else 0
+                if step >= every * (len(rows) + 1) and step < steps - 2:
+                    rows.append((step, sample(trainer)))
+                    print(f"step {step:5d}  " + "  ".join(
+                        f"{part}: {size >> 20} MiB {fds} fds {threads} thr" for part, (size, fds, threads) in
+                        sorted(rows[-1][1].items())), flush=True)  # fmt: skip
+                time.sleep(0.1)  # polling another program's output
+            assert run.returncode == 0, (Path(directory) / "out").read_text()[-3000:]
+            assert len([json.loads(line) for line in log.read_text().splitlines()]) == steps
+        finally:
+            if run.poll() is None:
+                run.terminate()
+                run.wait(90)
+    return rows
+
+
+def growth(rows: list[tuple[int, dict]]) -> dict[str, tuple[float, int, int]]:
+    """Of each part, from the first sample after a fifth of the run to the last: memory in percent, handles, threads."""
+    (_, first), (_, last) = rows[len(rows) // 5], rows[-1]
+    return {part: (100 * (last[part][0] / max(1, was[0]) - 1) if was[0] else 0.0, last[part][1] - was[1],
+                   last[part][2] - was[2]) for part, was in first.items() if part in last}  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=1000)
+    grown = growth(soak(parser.parse_args().steps))
+    print({part: f"{percent:+.1f} % memory, {fds:+d} handles, {threads:+d} threads" for part, (percent, fds, threads)
+           in grown.items()})  # fmt: skip
+    sys.exit(any(percent > 5 or fds > 4 or threads > 1 for percent, fds, threads in grown.values()))

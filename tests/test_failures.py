@@ -1,0 +1,291 @@
+"""Failures of parts: a rollout node with a fake vLLM, real weights and a real hub, and what breaks on order."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+
+import weights
+from hub import Hub
+from ledger import Ledger
+from model import ModelConfig, Qwen3MoE
+from rollout import Node, RolloutConfig, next_limit
+from task import Codec
+
+REPO = Path(__file__).resolve().parent.parent
+SAMPLES = 4
+
+
+def make_hub(tmp_path, tiny_checkpoint, reward="", prompts=None, **ledger):
+    """A hub that wants as many groups as it can get; versions 0 to 2 are on disk, 0 is published."""
+    model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
+    weights.load_hf(model, tiny_checkpoint)
+    for version in range(3):
+        weights.write_version(tmp_path / "hub", version, list(model.hf_tensors()), tiny_checkpoint)
+    sampling = {"n": SAMPLES, "temperature": 1.0, "max_tokens": 8, "stop_token_ids": [1]}
+    run = {"num_generations": SAMPLES, "max_new_tokens": 8, "sampling": sampling, "dtype": "float32", "seed": 0,
+           "max_model_len": 64, "reward": reward}  # fmt: skip
+    prompts = prompts or [{"prompt": "abcde>", "answer": "edcba"}] * 100_000
+    ledger = {"prompts_per_step": 1, "max_age": 10**6, "num_steps": 10**6, "lease_timeout_s": 120.0, **ledger}
+    hub = Hub(Ledger(**ledger), prompts, Codec(tiny_checkpoint).encode, tmp_path / "hub", 32, "t", run)
+    hub.start("127.0.0.1", 0)
+    hub.set_published(0)
+    return hub
+
+
+@pytest.fixture
+def hub(tmp_path, tiny_checkpoint):
+    hub = make_hub(tmp_path, tiny_checkpoint)
+    yield hub
+    hub.close(patience_s=0.0)
+
+
+def run_node(hub, tmp_path, command, scenario, **flags):
+    """A whole node, until `scenario(node)` returns."""
+    flags = {
+        "stall_timeout_s": 2.0,
+        "load_timeout_s": 5.0,
+        "beat_s": 0.2,
+        "reward_workers": 1,
+        "max_groups": 1,
+        **flags,
+    }
+
+    async def run():
+        async with aiohttp.ClientSession(hub.url, headers={"Authorization": "Bearer t"}) as session:
+            node = Node(RolloutConfig(hub.url, dir=str(tmp_path / "node"), vllm_command=command, **flags), session)
+            await node.join()
+            tasks = [
+                asyncio.create_task(t()) for t in (node.follow_weights, node.watch_vllm, node.answer_prompts, node.beat)
+            ]
+            done = asyncio.create_task(scenario(node))
+            try:
+                await asyncio.wait([done, *tasks], timeout=200, return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:
+                    assert not task.done(), task.exception()
+                assert done.done(), "the scenario did not end in 200 s"
+                return done.result()
+            finally:
+                for task in (*tasks, done):
+                    task.cancel()
+                await asyncio.wait([*tasks, done])
+                await node.close()
+
+    return asyncio.run(run())
+
+
+async def until(condition, within_s=60.0):
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.02)  # a short poll of another task's state
+
+
+async def groups(hub, more):
+    """Wait for so many more groups, within a minute: the bound on recovery."""
+    target = len(hub.ledger.buffer) + more
+    await until(lambda: len(hub.ledger.buffer) >= target)
+
+
+def test_requests_that_fail_or_come_back_damaged_cost_a_retry_or_a_sample(hub, tmp_path, fake_vllm_command, capfd):
+    """A dropped connection or a 500 is repeated; a damaged sample is dropped and counted, its siblings are used."""
+
+    async def scenario(node):
+        dropped = {}
+        await groups(hub, 2)
+        for kind in ("drop", "oom", "twice", "nan", "null", "empty", "long"):
+            before = hub.ledger.counts["samples_dropped"]
+            await node.vllm.post("/fault", {"kind": kind})
+            await groups(hub, 3)
+            dropped[kind] = hub.ledger.counts["samples_dropped"] - before
+        return dropped
+
+    dropped = run_node(hub, tmp_path, fake_vllm_command, scenario)
+    assert dropped == {"drop": 0, "oom": 0, "twice": 0, "nan": 1, "null": 1, "empty": 1, "long": 1}
+    assert all(len(g.lengths) in (SAMPLES, SAMPLES - 1) for g in hub.ledger.buffer)
+    log = capfd.readouterr().out
+    assert log.count("generation failed") == 2 and log.count("1 x a log-prob that is not finite") == 2
+    assert "1 x no tokens" in log and re.search(r"1 x \d+ tokens, asked for at most 8", log)
+    hub.ledger.check()
+
+
+def test_a_vllm_that_hangs_dies_or_stalls_in_an_update_is_started_again(hub, tmp_path, fake_vllm_command, capfd):
+    """Each within a minute, on the newest weights, without a prompt lost."""
+
+    async def scenario(node):
+        await groups(hub, 2)
+        for published, kind in [(0, "hang"), (0, "crash"), (1, "crash_update"), (2, "stall_update")]:
+            with contextlib.suppress(aiohttp.ClientError):  # a crash does not answer
+                await node.vllm.post("/fault", {"kind": kind})
+            await asyncio.to_thread(hub.set_published, published)
+            await until(lambda published=published: node.version == published and node.ready.is_set())
+            await groups(hub, 40)  # more than the answers that were on their way
+        return [max(g.versions.tolist()) for g in hub.ledger.buffer]
+
+    versions = run_node(hub, tmp_path, fake_vllm_command, scenario)
+    assert versions == sorted(versions) and versions[-1] == 2
+    log = capfd.readouterr().out
+    assert (
+        log.count("vLLM is up") == 5 and "wait 'vllm progress': rollout node waits for a token from vLLM since" in log
+    )
+    assert "vLLM ended with status 1" in log and log.count("failed, vLLM is started again") == 2
+    assert sorted(g.ordinal for g in hub.ledger.buffer) == list(range(len(hub.ledger.buffer)))
+    hub.ledger.check()
+    assert not [p for p in psutil.Process().children(recursive=True) if "fake_vllm" in " ".join(p.cmdline())]
+
+
+def test_a_prompt_that_fails_everywhere_is_set_aside_and_named(
+    tmp_path, tiny_checkpoint, fake_vllm_command, monkeypatch
+):
+    prompts = [{"prompt": "xyzab>" if i == 2 else "abcde>", "answer": "edcba"} for i in range(100_000)]
+    (poison,) = Codec(tiny_checkpoint).encode({"prompt": "x"})
+    monkeypatch.setenv("FAKE_VLLM_FAULT", json.dumps({"kind": "poison", "token": poison}))
+    hub = make_hub(tmp_path, tiny_checkpoint, prompts=prompts, max_failures=2)
+    try:
+        run_node(hub, tmp_path, fake_vllm_command, lambda node: groups(hub, 8), max_tries=2)
+        assert list(hub.ledger.set_aside) == [2] and hub.status()["set_aside"] == 1
+        (news,) = [line for line in hub.take_news() if "set aside" in line]
+        assert re.match(
+            r"prompt 2 failed 2 times and is set aside: 2 tries, the last: generation failed: .*out of memory", news
+        )
+        assert {g.ordinal for g in hub.ledger.buffer}.isdisjoint({2}) and len(hub.ledger.buffer) >= 8
+        hub.ledger.check()
+    finally:
+        hub.close(patience_s=0.0)
+
+
+def test_rewards_that_raise_exit_hang_or_are_nan_cost_samples_and_are_named(
+    tmp_path, tiny_checkpoint, fake_vllm_command, capfd
+):
+    """The third group of four samples is the last that the function spoils."""
+    (tmp_path / "bad.py").write_text(
+        "import signal, sys\nfrom pathlib import Path\n"
+        f"calls = Path({str(tmp_path / 'calls')!r})\n"
+        "def score(completion, example):\n"
+        "    number = len(calls.read_text()) if calls.exists() else 0\n"
+        "    calls.write_text('x' * (number + 1))\n"
+        "    print('a word on stdout')\n"
+        "    if number == 1: raise KeyError('no such thing')\n"
+        "    if number == 2: return float('nan')\n"
+        "    if number == 5: sys.exit(3)\n"
+        "    if number == 6: signal.pause()\n"
+        "    return 1.0\n"
+    )
+    hub = make_hub(tmp_path, tiny_checkpoint, reward=f"{tmp_path / 'bad.py'}:score")
+    try:
+        run_node(hub, tmp_path, fake_vllm_command, lambda node: groups(hub, 4), reward_timeout_s=5.0)
+        assert [len(g.rewards) for g in hub.ledger.buffer][:3] == [2, 2, 4]
+        assert hub.ledger.counts["samples_dropped"] == 4
+    finally:
+        hub.close(patience_s=0.0)
+    log = capfd.readouterr().out
+    for reason in (
+        "it raised KeyError('no such thing')",
+        "it returned nan",
+        "process ended with status 3",
+        "wait 'reward'",
+    ):
+        assert f"1 x reward: {reason}" in log or f"1 x reward: the reward function's {reason}" in log, (reason, log)
+    assert "abcde>" in log  # the example is named
+
+
+def test_a_reward_that_always_fails_stops_the_run_instead_of_eating_the_data(
+    tmp_path, tiny_checkpoint, fake_vllm_command
+):
+    (tmp_path / "bad.py").write_text("def score(completion, example):\n    return 1 / 0\n")
+    hub = make_hub(tmp_path, tiny_checkpoint, reward=f"{tmp_path / 'bad.py'}:score", max_failures=1)
+
+    async def scenario(node):
+        with pytest.raises(
+            RuntimeError, match=r"prompts in a row were set aside, the last of them \d+: .*ZeroDivisionError"
+        ):
+            while await asyncio.to_thread(hub.next_batch, 0, 1.0) is None:
+                pass
+
+    try:
+        run_node(hub, tmp_path, fake_vllm_command, scenario, max_tries=1)
+    finally:
+        hub.close(patience_s=0.0)
+
+
+def test_a_node_killed_between_pause_and_resume_leaves_no_process_and_loses_no_prompt(hub, tmp_path, fake_vllm_command):
+    command = [sys.executable, str(REPO / "rollout.py"), hub.url, "--dir", str(tmp_path / "node"), "--beat-s", "0.2",
+               "--vllm-command", fake_vllm_command]  # fmt: skip
+    hub.node_timeout_s = 2.0
+    env = {**os.environ, "CISPO_TOKEN": "t"}
+
+    def wait(condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, (tmp_path / "out").read_text()[-2000:]
+            time.sleep(0.05)  # polling other processes
+
+    with open(tmp_path / "out", "w") as out:
+        node = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+        try:
+            wait(lambda: len(hub.ledger.buffer) > 2)
+            children = psutil.Process(node.pid).children(recursive=True)
+            assert any("fake_vllm" in " ".join(p.cmdline()) for p in children)
+            (port,) = re.findall(r"port (\d+)", (tmp_path / "out").read_text())
+
+            async def stall():
+                async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+                    await session.post("/fault", json={"kind": "stall_update"})
+
+            asyncio.run(stall())
+            hub.set_published(1)
+            wait(lambda: "stalled in mid-update" in (tmp_path / "node/vllm.log").read_text())
+            node.send_signal(signal.SIGKILL)
+            node.wait()
+            _, alive = psutil.wait_procs(children, timeout=20)
+            assert not alive, [p.cmdline() for p in alive]
+            wait(lambda: not hub.ledger.leases)  # contact is lost: handed out again
+            node = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+            before = len(hub.ledger.buffer)
+            wait(lambda: len(hub.ledger.buffer) > before + 2)
+            assert hub.ledger.buffer[-1].oldest_version == 1
+        finally:
+            node.send_signal(signal.SIGTERM)
+            node.wait(30)
+    hub.ledger.check()
+
+
+def test_the_limit_of_prompts_in_flight_follows_vllm():
+    calm, full, queued = ({"kv": kv, "waiting": w} for kv, w in ((0.3, 0), (0.95, 0), (0.3, 9)))
+    assert next_limit(32, 64, 32, calm, False) == 40  # all used and room left: up
+    assert next_limit(60, 64, 60, calm, False) == 64 and next_limit(64, 64, 64, calm, False) == 64
+    assert next_limit(32, 64, 10, calm, False) == 32  # not what holds it back
+    assert next_limit(32, 64, 32, queued, False) == 32  # more would only stand in the queue
+    assert next_limit(32, 64, 32, full, False) == 24 and next_limit(32, 64, 32, calm, True) == 24
+    assert next_limit(1, 64, 1, full, True) == 1  # one prompt is always tried
+
+
+def test_a_lease_whose_answer_was_lost_and_one_that_is_void_are_settled_by_the_next_beat(hub):
+    async def scenario():
+        async with aiohttp.ClientSession(hub.url, headers={"Authorization": "Bearer t"}) as session:
+
+            async def post(route, **body):
+                async with session.post(route, json={"node": "n", **body}) as response:
+                    return await response.json()
+
+            await post("/receipts", version=0, digest=weights.digest(hub.manifest), timing={})
+            first, second = [x["lease"] for x in (await post("/lease", max=2))["leases"]]
+            assert (await post("/beat", leases=[first], vllm={})) == {"drop": []} and len(hub.ledger.leases) == 2
+            hub.ledger.leases[second].granted -= 11  # by now it would have arrived
+            assert (await post("/beat", leases=[first, "9-9"], vllm={"running": 3})) == {"drop": ["9-9"]}
+            assert hub.ledger.returned == [1] and hub.status()["in_flight"] == 3
+            assert (await post("/return", lease=first, why="cannot")) == {"returned": first}
+            assert hub.ledger.returned == [0, 1] and hub.ledger.failures[0] == ["cannot (n)"]
+            assert "error" in await post("/return", lease=first, why="again")
+
+    asyncio.run(scenario())
+    hub.ledger.check()
