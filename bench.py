@@ -5,9 +5,10 @@
 transformers with the same weights, and against the block with one batched GEMM in place of the loop over experts.
 
 One process per contender, on the same inputs; each first proves that it computes the same outputs and gradients, then
-they take turns, so that a noisy machine is noisy for all. Time is the median of --runs; memory the peak of another run
-above the inputs and weights, which has to hold the gradients. Liger and cut-cross-entropy are installed at their
-released version into .venv-bench, which is made here when it is missing and sees this environment's torch.
+they take turns, so that a noisy machine is noisy for all. Times are medians of --runs; CPU time, of all threads, hardly
+depends on the load with --threads 1. Memory is the peak of another run above the inputs and weights, which has to hold
+the gradients. Liger and cut-cross-entropy are installed at their released version into .venv-bench, which is made here
+when it is missing and sees this environment's torch.
 
 Bounded: memory for logits does not grow with N. Those of the others that give a token's log-prob have to make the
 logits twice, 8*D*V FLOPs a token; with full logits, or in one pass as here, it is 6*D*V.
@@ -270,12 +271,12 @@ def measure(run, x, trim):
             ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = memory_mib("VmRSS")
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     value = run()
     value.backward()
     if cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else memory_mib("VmHWM")
     check = {"value": [abs(value.item()), value.item()]}
     for name, leaf in leaves.items():
@@ -283,7 +284,7 @@ def measure(run, x, trim):
         parts = leaf.grad.chunk(2, dim=1) if len(names) > 1 else [leaf.grad]
         check.update(zip(names, map(fingerprint, parts)))
         leaf.grad = None
-    return {"s": seconds, "mib": peak - before, "check": check}
+    return {"s": seconds, "cpu_s": cpu_seconds, "mib": peak - before, "check": check}
 
 
 def contender(args):
@@ -343,28 +344,31 @@ def compare(args, what):
             error = max(abs(size - wanted[of][0]), abs(found - wanted[of][1]))
             assert error <= tolerance * wanted[of][0], f"{name} computes something else: {of} is off by {error}"
     mib = {name: turn(name, "memory")["mib"] for name in names}
-    runs = [{name: turn(name)["s"] for name in names} for _ in range(args.runs)]
+    runs = [{name: turn(name) for name in names} for _ in range(args.runs)]
     for proc in procs.values():
         proc.stdin.close()
         proc.wait()
+    median = lambda key: {name: statistics.median(r[name][key] for r in runs) for name in names}
     return {"shape": shape, "load": os.getloadavg()[0], "checks": checks, "mib": mib,
-            "seconds": {name: statistics.median(r[name] for r in runs) for name in names},
-            "all_seconds": {name: [r[name] for r in runs] for name in names}}  # fmt: skip
+            "seconds": median("s"), "cpu_seconds": median("cpu_s"),
+            "all_seconds": {name: [r[name]["s"] for r in runs] for name in names}}  # fmt: skip
 
 
 def show(result, what, args):
     seconds, mib, kinds = result["seconds"], result["mib"], {n: kind for n, (_, kind) in SUITES[what][2].items()}
     tokens, first = {"loss": args.N, "model": args.T, "moe": 1024}[what], next(iter(seconds))
     print(f"{what}: " + ", ".join(f"{k}={v}" for k, v in result["shape"].items()) + f", load {result['load']:.1f}")
-    print(f"{'':33} {'s':>7} {'x ours':>7} {'MiB':>7} {'x ours':>7} {'tokens/s':>9}")
+    print(f"{'':33} {'s':>7} {'x ours':>7} {'CPU s':>7} {'x ours':>7} {'MiB':>7} {'x ours':>7} {'tokens/s':>9}")
     for name in seconds:
-        cells = (seconds[name], seconds[name] / seconds[first], mib[name], mib[name] / max(mib[first], 1))
-        row = "{:7.3f} {:7.2f} {:7.0f} {:7.2f}".format(*cells)
+        columns = (seconds, result["cpu_seconds"], mib)
+        cells = [cell for v in columns for cell in (v[name], v[name] / max(v[first], 1e-9))]
+        row = "{:7.3f} {:7.2f} {:7.3f} {:7.2f} {:7.0f} {:7.2f}".format(*cells)
         print(f"{name:33} {row} {tokens / seconds[name]:9,.0f}  {kinds[name] if what == 'loss' else ''}".rstrip())
-    for values, unit in ((seconds, "time"), (mib, "memory")):
+    for values, unit in ((seconds, "time"), (result["cpu_seconds"], "CPU time"), (mib, "memory")):
         for kind in dict.fromkeys(kinds.values()):
             if peers := [(v, n) for n, v in values.items() if not n.startswith("ours") and kinds[n] == kind]:
-                print(f"{unit}: the best {kind} peer, {min(peers)[1]}, takes {min(peers)[0] / values[first]:.2f}x ours")
+                best, name = min(peers)
+                print(f"{unit}: the best {kind} peer, {name}, takes {best / max(values[first], 1e-9):.2f}x ours")
 
 
 def main():
