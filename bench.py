@@ -1,16 +1,21 @@
-"""Our numbers beside those of others: `python bench.py loss [--json]`.
+"""Our numbers beside those of others: `python bench.py loss [--json]`, `python bench.py model [--json]`.
 
 `loss`: forward and backward of vocabulary projection and CISPO loss, the largest part of a step outside the model.
-One process per contender, on the same inputs; each first proves that it computes the same loss and gradients, then
-they take turns, so that a noisy machine is noisy for all. Time is the median of --runs; memory the peak during a run
-above the inputs, which has to hold the gradients: V * D and N * D numbers. Others' code is installed at its released
-version into .venv-bench, which is made here when it is missing and sees this environment's torch.
+`model`: forward and backward of the whole model, token ids to final hidden states, and of one MoE block, against
+transformers with the same weights, and against the block with one batched GEMM in place of the loop over experts.
+
+One process per contender, on the same inputs; each first proves that it computes the same outputs and gradients, then
+they take turns, so that a noisy machine is noisy for all. Times are medians of --runs; CPU time, of all threads, hardly
+depends on the load with --threads 1. Memory is the peak of another run above the inputs and weights, which has to hold
+the gradients. Liger and cut-cross-entropy are installed at their released version into .venv-bench, which is made here
+when it is missing and sees this environment's torch.
 
 Bounded: memory for logits does not grow with N. Those of the others that give a token's log-prob have to make the
 logits twice, 8*D*V FLOPs a token; with full logits, or in one pass as here, it is 6*D*V.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -20,22 +25,44 @@ import sysconfig
 import time
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
+import loss
+from model import ModelConfig, MoE, Qwen3MoE
+from parallel import Mesh
+
 REPO = Path(__file__).resolve().parent
 PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"]
 CLIP = 6.0  # weights in [0, 6], the seed's default; Liger has no lower bound, and a ratio is never below 0
 SEQ = 32  # Liger takes one advantage per sequence, so everybody gets that
 
 
-# ---- contenders: a function of the inputs that returns the loss --------------------------------------------------
+# ---- loss: a contender is a function of the inputs that gives a function that returns the loss --------------------
+class LossInputs:
+    """Logits of size 3, and previous log-probs near enough that clipped and unclipped ratios are both there."""
+
+    def __init__(self, args, rand, g, device):
+        self.args = args
+        self.weight_VD = (0.1 * rand(args.V, args.D)).requires_grad_()
+        self.hidden_ND = (30 * args.D**-0.5 * rand(args.N, args.D)).requires_grad_()
+        self.targets_N = torch.randint(args.V, (args.N,), generator=g).to(device)
+        with torch.no_grad():
+            pieces = [self.hidden_ND[i : i + 64] @ self.weight_VD.t() for i in range(0, args.N, 64)]
+            picked = zip(pieces, self.targets_N.split(64))
+            logprobs = [z.float().log_softmax(-1).gather(1, t[:, None])[:, 0] for z, t in picked]
+        self.prev_N = torch.cat(logprobs) + torch.randn(args.N, generator=g).to(device)
+        self.advantages_N = torch.randn(args.N // SEQ, generator=g).repeat_interleave(SEQ).to(device)
+        self.leaves = {"weight": self.weight_VD, "hidden": self.hidden_ND}
+
+
 def cispo(logprobs_N, prev_N, advantages_N):
     """The loss as plain autograd, for those that give log-probs: the mean over tokens."""
     weight = (logprobs_N - prev_N).detach().exp().clamp(0, CLIP)
     return -(advantages_N * weight * logprobs_N).mean()
 
 
-def ours(x, compiled=True):
-    import loss
-
+def our_loss(x, compiled=True):
     alg = loss.Algorithm(ratio_clip_max=CLIP - 1, use_importance_sampling_correction=False)
     mean = x.advantages_N / len(x.hidden_ND)
     objective = lambda logprobs, prev, advantages: loss.cispo_loss(logprobs, prev, advantages, alg)[0]
@@ -44,15 +71,12 @@ def ours(x, compiled=True):
 
 
 def naive(x):
-    import torch
-
     logprobs = lambda: (x.hidden_ND @ x.weight_VD.t()).float().log_softmax(-1)
     return lambda: cispo(torch.gather(logprobs(), 1, x.targets_N[:, None])[:, 0], x.prev_N, x.advantages_N)
 
 
 def trl(x):
     """As TRL's selective_log_softmax has it for fp32: log-sum-exp sequence by sequence."""
-    import torch
 
     def run():
         logits_BTV = (x.hidden_ND @ x.weight_VD.t()).view(-1, SEQ, x.weight_VD.shape[0])
@@ -92,79 +116,186 @@ def liger(x):
     return lambda: head(hidden_BTD(), x.weight_VD, targets_BT, mask_BT, advantages_B, old_per_token_logps=prev_BT)[0]
 
 
-CONTENDERS = {  # name: (function, bounded memory)
-    "ours": (ours, True),
-    "ours, eager": (lambda x: ours(x, compiled=False), True),
-    "torch linear_cross_entropy": (torch_lce, True),
-    "liger chunked cispo": (liger, True),
-    "cut-cross-entropy torch_compile": (cce, False),
-    "TRL selective_log_softmax": (trl, False),
-    "naive full logits": (naive, False),
-}
+# ---- model and MoE block: ours, and transformers' with the same weights --------------------------------------------
+class ModelInputs:
+    """A packed row of ragged sequences, and a probe: the loss is its product with the final hidden states."""
+
+    def __init__(self, args, rand, g, device):
+        shares = torch.empty(args.T // 128).exponential_(generator=g) + 0.05  # mean length 128, long-tailed
+        lengths = (args.T * shares / shares.sum()).int()
+        lengths[0] += args.T - lengths.sum()
+        self.lengths, self.cfg = lengths.tolist(), ModelConfig(
+            vocab_size=1024, hidden_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+            head_dim=64, intermediate_size=512, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=96,
+            norm_topk_prob=True, initializer_range=0.06,
+        )  # fmt: skip
+        self.cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().to(device)
+        self.tokens_T = torch.randint(1024, (args.T,), generator=g).to(device)
+        self.probe, self.ours = rand(args.T, 256), Qwen3MoE(self.cfg)
+        self.ours.init_weights(g)
+        named = self.ours.to(device, self.probe.dtype).named_parameters()
+        self.leaves = {name: p for name, p in named if name != "lm_head.weight"}  # the loss has a bench of its own
+
+
+class MoEInputs:
+    """Tokens that the router spreads evenly: that suits the batched GEMM best, which then has no padding."""
+
+    def __init__(self, args, rand, g, device):
+        T, D, E, K = 1024, 512, 32, 8
+        self.cfg = ModelConfig(
+            vocab_size=8, hidden_size=D, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8, head_dim=64,
+            intermediate_size=D, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=256, norm_topk_prob=True,
+        )  # fmt: skip
+        self.ours, self.probe = MoE(self.cfg, Mesh()).to(device, getattr(torch, args.dtype)), rand(T, D)
+        chosen_TK = torch.stack([torch.randperm(E, generator=g) for _ in range(T * K // E)]).view(T, K).to(device)
+        with torch.no_grad():
+            for p in self.ours.parameters():
+                p.copy_(rand(*p.shape) / p.shape[-1] ** 0.5)
+            router_ED = torch.linalg.qr(rand(D, E).float())[0].t().to(self.probe.dtype)
+            self.ours.gate.weight.copy_(0.3 * router_ED)
+            self.x_TD = (rand(T, D) + 10 * router_ED[chosen_TK].sum(1)).requires_grad_()
+            counts_E = self.ours.route(self.x_TD)[1].flatten().bincount(minlength=E)
+        assert counts_E.min() == counts_E.max(), "the tokens were made to be balanced"
+        self.leaves = {"x": self.x_TD, **dict(self.ours.named_parameters())}
+
+
+def ours(x, compiled=True):
+    """Blocks compiled as in training, one graph for any number of tokens."""
+    if isinstance(x.ours, MoE):
+        x.ours.compile(fullgraph=True, dynamic=True) if compiled else None
+        return lambda: (x.ours(x.x_TD)[0] * x.probe).sum()
+    x.ours.compile_blocks() if compiled else None
+    return lambda: (x.ours(x.tokens_T, x.cu_seqlens, max(x.lengths))[0] * x.probe).sum()
+
+
+def bmm_block(x):
+    """Our block, each of its three grouped GEMMs a batched one. It needs equally many rows for every expert."""
+
+    def experts(rows_ND, counts_E):
+        rows, w = rows_ND.unflatten(0, (len(counts_E), -1)), [p.transpose(1, 2) for p in x.ours.experts.parameters()]
+        return ((F.silu(rows @ w[0]) * (rows @ w[1])) @ w[2]).flatten(0, 1)
+
+    x.ours.experts.forward = experts
+    return ours(x)
+
+
+def hf(x, experts, padded=False, compiled=False):
+    """transformers' model or block, with our weights. Packed: one row, its sequences known by their positions. Padded:
+    a row a sequence; a padding token comes after all others of its row, so causal attention without a mask will do."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
+
+    fields, is_block = {**vars(x.cfg), "mlp_only_layers": []}, isinstance(x.ours, MoE)
+    config = Qwen3MoeConfig(**fields, attn_implementation="sdpa", experts_implementation=experts)
+    module = (qwen3_moe.Qwen3MoeSparseMoeBlock if is_block else qwen3_moe.Qwen3MoeModel)(config)
+    module.to(x.probe.device, x.probe.dtype)
+    prefix, theirs = "" if is_block else "model.", {}
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            theirs[prefix + name] = p
+            parts = [x.leaves[n] for n in in_our_names(prefix + name)]
+            p.copy_(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+    x.leaves = {**theirs, **({"x": x.x_TD} if is_block else {})}
+    if compiled:
+        module.compile(dynamic=True)
+    if is_block:
+        return lambda: (module(x.x_TD[None])[0] * x.probe).sum()
+    pieces = x.tokens_T.split(x.lengths)
+    positions = torch.cat([torch.arange(n) for n in x.lengths])[None].to(x.tokens_T.device)
+    ids_BT = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=-1)
+    run = lambda ids, **where: module(ids, use_cache=False, **where).last_hidden_state
+    if padded:
+        return lambda: (run(ids_BT.clamp(min=0))[ids_BT >= 0] * x.probe).sum()
+    return lambda: (run(x.tokens_T[None], position_ids=positions)[0] * x.probe).sum()
+
+
+def in_our_names(name):
+    """transformers holds gate and up in one tensor."""
+    halves = ("gate_proj", "up_proj") if "gate_up_proj" in name else ("",)
+    return [name.replace("gate_up_proj", half) for half in halves]
+
+
+SUITES = {  # inputs, flags that matter, {contender: (function, remark)}
+    "loss": (LossInputs, ("V", "D", "N", "chunk"), {
+        "ours": (our_loss, "bounded"),
+        "ours, eager": (lambda x: our_loss(x, compiled=False), "bounded"),
+        "torch linear_cross_entropy": (torch_lce, "bounded"),
+        "liger chunked cispo": (liger, "bounded"),
+        "cut-cross-entropy torch_compile": (cce, "full logits"),
+        "TRL selective_log_softmax": (trl, "full logits"),
+        "naive full logits": (naive, "full logits"),
+    }),
+    "model": (ModelInputs, ("T",), {
+        "ours": (ours, "ours"),
+        "ours, eager": (lambda x: ours(x, compiled=False), "ours"),
+        "transformers eager, packed": (lambda x: hf(x, "eager"), "transformers"),
+        "transformers grouped_mm, packed": (lambda x: hf(x, "grouped_mm"), "transformers"),
+        "transformers grouped_mm, padded": (lambda x: hf(x, "grouped_mm", padded=True), "transformers"),
+        "transformers grouped_mm, compiled": (lambda x: hf(x, "grouped_mm", compiled=True), "transformers"),
+        "transformers batched_mm, packed": (lambda x: hf(x, "batched_mm"), "transformers"),
+    }),
+    "moe": (MoEInputs, (), {
+        "ours": (ours, "ours"),
+        "ours, eager": (lambda x: ours(x, compiled=False), "ours"),
+        "transformers eager": (lambda x: hf(x, "eager"), "eager"),
+        "transformers grouped_mm": (lambda x: hf(x, "grouped_mm"), "grouped_mm"),
+        "transformers grouped_mm, compiled": (lambda x: hf(x, "grouped_mm", compiled=True), "grouped_mm"),
+        "balanced bmm": (bmm_block, "bmm"),
+    }),
+}  # fmt: skip
+# batched_mm is not in "moe": it copies an expert's weights for every row, 8192 * 1.5 MB.
 
 
 # ---- one contender's process: a line in, a line out --------------------------------------------------------------
-class Inputs:
-    """Logits of size 3, and previous log-probs near enough that clipped and unclipped ratios are both there."""
-
-    def __init__(self, args):
-        import torch
-
-        g = torch.Generator().manual_seed(0)
-        dtype, device = getattr(torch, args.dtype), "cuda" if torch.cuda.is_available() else "cpu"
-        rand = lambda *shape, scale: (torch.randn(shape, generator=g).mul_(scale)).to(device, dtype)
-        self.args = args
-        self.weight_VD = rand(args.V, args.D, scale=0.1).requires_grad_()
-        self.hidden_ND = rand(args.N, args.D, scale=30 * args.D**-0.5).requires_grad_()
-        self.targets_N = torch.randint(args.V, (args.N,), generator=g).to(device)
-        with torch.no_grad():
-            pieces = [self.hidden_ND[i : i + 64] @ self.weight_VD.t() for i in range(0, args.N, 64)]
-            picked = zip(pieces, self.targets_N.split(64))
-            logprobs = [z.float().log_softmax(-1).gather(1, t[:, None])[:, 0] for z, t in picked]
-        self.prev_N = torch.cat(logprobs) + torch.randn(args.N, generator=g).to(device)
-        self.advantages_N = torch.randn(args.N // SEQ, generator=g).repeat_interleave(SEQ).to(device)
-
-
 def memory_mib(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def measure(run, x):
-    """One run: seconds, and MiB at its peak above what was there before it."""
-    import torch
+def fingerprint(tensor):
+    """A tensor's size, and its product with fixed random numbers: an error shows in the second as large as it is."""
+    probe = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device)
+    return [torch.linalg.vector_norm(tensor, dtype=torch.float64).item(), (tensor.double() * probe).sum().item()]
 
-    cuda, leaves = x.weight_VD.is_cuda, (x.weight_VD, x.hidden_ND)
-    for leaf in leaves:
-        leaf.grad = None
+
+def measure(run, x, trim):
+    """One run: seconds, and MiB at its peak above what was there before it. trim: what malloc keeps for later goes
+    back first, or the next run would seem to need little; that costs the run time."""
+    cuda, leaves = torch.cuda.is_available(), x.leaves
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
     else:
+        if trim:
+            ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = memory_mib("VmRSS")
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     value = run()
     value.backward()
     if cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else memory_mib("VmHWM")
-    sizes = [torch.linalg.vector_norm(leaf.grad, dtype=torch.float32).item() for leaf in leaves]
-    for leaf in leaves:
+    check = {"value": [abs(value.item()), value.item()]}
+    for name, leaf in leaves.items():
+        names = in_our_names(name)
+        parts = leaf.grad.chunk(2, dim=1) if len(names) > 1 else [leaf.grad]
+        check.update(zip(names, map(fingerprint, parts)))
         leaf.grad = None
-    return {"s": seconds, "mib": peak - before, "check": [value.item(), *sizes]}
+    return {"s": seconds, "cpu_s": cpu_seconds, "mib": peak - before, "check": check}
 
 
 def contender(args):
-    import torch
-
     torch.set_num_threads(args.threads)
-    x = Inputs(args)
-    run = CONTENDERS[args.contender][0](x)
-    for _ in sys.stdin:
-        print(json.dumps(measure(run, x)), flush=True)
+    g, device = torch.Generator().manual_seed(0), "cuda" if torch.cuda.is_available() else "cpu"
+    rand = lambda *shape: torch.randn(shape, generator=g).to(device, getattr(torch, args.dtype))
+    make_inputs, _, contenders = SUITES[args.what]
+    x = make_inputs(args, rand, g, device)
+    run = contenders[args.contender][0](x)
+    for line in sys.stdin:
+        print(json.dumps(measure(run, x, trim=line == "memory\n")), flush=True)
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------
@@ -184,66 +315,83 @@ def peer_python() -> str:
     return str(python)
 
 
-def compare(args):
-    python, flags = peer_python(), [f"--{k}={getattr(args, k)}" for k in ("V", "D", "N", "dtype", "chunk", "threads")]
-    names = [n for n in CONTENDERS if not args.only or n in args.only.split("/")]
+def compare(args, what):
+    """The suite's contenders in turns: {shape, seconds, mib, all_seconds}."""
+    python, (_, flags, contenders) = peer_python() if what == "loss" else sys.executable, SUITES[what]
+    shape = {k: getattr(args, k) for k in (*flags, "dtype", "threads", "runs")}
+    names = [n for n in contenders if not args.only or n in args.only.split("/")]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    procs = {}
+    procs, errors = {}, None if args.verbose else subprocess.DEVNULL  # transformers' graph breaks fill pages
     for name in names:
-        command = [python, __file__, "loss", *flags, "--contender", name]
-        procs[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        command = [python, __file__, what, *(f"--{k}={v}" for k, v in shape.items()), "--contender", name]
+        procs[name] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, stderr=errors
+        )
 
-    def turn(name):
-        procs[name].stdin.write("go\n")
+    def turn(name, what="time"):
+        procs[name].stdin.write(what + "\n")
         procs[name].stdin.flush()
         line = procs[name].stdout.readline()
-        assert line, f"{name}: its process ended with status {procs[name].wait()}"
+        assert line, f"{name}: its process ended with status {procs[name].wait()}; --verbose shows why"
         return json.loads(line)
 
     checks = {name: turn(name)["check"] for name in names}  # also the warm-up: compilation, page faults
     tolerance = 1e-4 if args.dtype == "float32" else 5e-2  # bf16: torch rounds its log-probs to that
+    wanted = checks[names[0]]
     for name, check in checks.items():
-        for found, wanted in zip(check, checks[names[0]]):
-            assert abs(found - wanted) <= tolerance * abs(wanted), f"{name} computes something else: {checks}"
+        assert check.keys() == wanted.keys(), f"{name}: {check.keys() ^ wanted.keys()}"
+        for of, (size, found) in check.items():
+            error = max(abs(size - wanted[of][0]), abs(found - wanted[of][1]))
+            assert error <= tolerance * wanted[of][0], f"{name} computes something else: {of} is off by {error}"
+    mib = {name: turn(name, "memory")["mib"] for name in names}
     runs = [{name: turn(name) for name in names} for _ in range(args.runs)]
     for proc in procs.values():
         proc.stdin.close()
         proc.wait()
     median = lambda key: {name: statistics.median(r[name][key] for r in runs) for name in names}
-    return {"shape": {k: getattr(args, k) for k in ("V", "D", "N", "dtype", "chunk", "threads", "runs")},
-            "checks": checks, "seconds": median("s"), "mib": median("mib"),
+    return {"shape": shape, "load": os.getloadavg()[0], "checks": checks, "mib": mib,
+            "seconds": median("s"), "cpu_seconds": median("cpu_s"),
             "all_seconds": {name: [r[name]["s"] for r in runs] for name in names}}  # fmt: skip
 
 
-def show(result):
-    seconds, mib = result["seconds"], result["mib"]
-    print(", ".join(f"{k}={v}" for k, v in result["shape"].items()))
-    print(f"{'':33} {'s':>7} {'x ours':>7} {'MiB':>7} {'x ours':>7}")
+def show(result, what, args):
+    seconds, mib, kinds = result["seconds"], result["mib"], {n: kind for n, (_, kind) in SUITES[what][2].items()}
+    tokens, first = {"loss": args.N, "model": args.T, "moe": 1024}[what], next(iter(seconds))
+    print(f"{what}: " + ", ".join(f"{k}={v}" for k, v in result["shape"].items()) + f", load {result['load']:.1f}")
+    print(f"{'':33} {'s':>7} {'x ours':>7} {'CPU s':>7} {'x ours':>7} {'MiB':>7} {'x ours':>7} {'tokens/s':>9}")
     for name in seconds:
-        cells = (seconds[name], seconds[name] / seconds["ours"], mib[name], mib[name] / mib["ours"])
-        row = "{:7.2f} {:7.2f} {:7.0f} {:7.2f}".format(*cells)
-        print(f"{name:33} {row}  {'bounded' if CONTENDERS[name][1] else 'full logits'}")
-    for values, what in ((seconds, "time"), (mib, "memory")):
-        for kind, bounded in (("bounded-memory", True), ("full-logit", False)):
-            best = min((v, n) for n, v in values.items() if not n.startswith("ours") and CONTENDERS[n][1] == bounded)
-            print(f"{what}: ours is {values['ours'] / best[0]:.2f}x of the best {kind} peer, {best[1]}")
+        columns = (seconds, result["cpu_seconds"], mib)
+        cells = [cell for v in columns for cell in (v[name], v[name] / max(v[first], 1e-9))]
+        row = "{:7.3f} {:7.2f} {:7.3f} {:7.2f} {:7.0f} {:7.2f}".format(*cells)
+        print(f"{name:33} {row} {tokens / seconds[name]:9,.0f}  {kinds[name] if what == 'loss' else ''}".rstrip())
+    for values, unit in ((seconds, "time"), (result["cpu_seconds"], "CPU time"), (mib, "memory")):
+        for kind in dict.fromkeys(kinds.values()):
+            if peers := [(v, n) for n, v in values.items() if not n.startswith("ours") and kinds[n] == kind]:
+                best, name = min(peers)
+                print(f"{unit}: the best {kind} peer, {name}, takes {best / max(values[first], 1e-9):.2f}x ours")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["loss"])
-    for flag, default in (("V", 151936), ("D", 1024), ("N", 512), ("chunk", 256), ("runs", 3), ("threads", 2)):
+    parser.add_argument("what", choices=list(SUITES), help="model: the whole model, then moe")
+    sizes = (("V", 151936), ("D", 1024), ("N", 512), ("chunk", 256), ("T", 2048), ("runs", 3), ("threads", 2))
+    for flag, default in sizes:
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", default="", help="names of contenders, separated by /")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--verbose", action="store_true", help="show what the contenders write to stderr")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
         contender(args)
+        return
+    results = {what: compare(args, what) for what in (("model", "moe") if args.what == "model" else (args.what,))}
+    if args.json:
+        print(json.dumps(results if args.what == "model" else results[args.what]))
     else:
-        result = compare(args)
-        print(json.dumps(result)) if args.json else show(result)
+        for what, result in results.items():
+            show(result, what, args)
 
 
 if __name__ == "__main__":
