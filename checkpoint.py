@@ -9,6 +9,7 @@ tensors are copied to host memory between two steps; the rest happens in a threa
 flight at the rollout nodes is not saved: the ledger's frontier is, and the rest is generated again.
 """
 
+import itertools
 import json
 import math
 import os
@@ -158,6 +159,36 @@ def newest(root: Path, say: Callable[[str], None]) -> Path | None:
         except CheckpointError as e:
             say(f"passing over a checkpoint: {e}")
     return None
+
+
+def begin_run_dir(cfg, say: Callable[[str], None]) -> Path | None:
+    """The run's directory, and the checkpoint to go on from; nobody's results are overwritten. A job that torchrun has
+    started again goes on by itself. Raises: CheckpointError for a checkpoint of another run."""
+    auto = cfg.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    found = newest(cfg.run_dir / "checkpoints", say) if auto else None
+    if found is None and cfg.resume not in ("auto", "off"):
+        found = Path(cfg.resume)
+    if found is not None:
+        saved = verify(found, 0, sys.maxsize)  # rank 0's file; the ranks check theirs before they load them
+        for name in ("seed", "num_prompts_per_step", "task", "data"):
+            if saved["config"][name] != getattr(cfg, name):
+                raise CheckpointError(f"{found} was made with {name} = {saved['config'][name]!r}, this run has "
+                                      f"{getattr(cfg, name)!r}: the sequence of prompts would be another")  # fmt: skip
+    if found is not None and found.parent.parent.resolve() == cfg.run_dir.resolve():
+        metrics = cfg.run_dir / "metrics.jsonl"  # steps after the checkpoint will be made again
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        replaced = metrics.with_suffix(".tmp")
+        replaced.write_text("".join(line for line in whole if json.loads(line)["step"] < saved["step"]))
+        replaced.replace(metrics)
+    elif cfg.run_dir.exists():
+        aside = next(p for i in itertools.count(1) if not (p := Path(f"{cfg.run_dir}.{i}")).exists())
+        cfg.run_dir.rename(aside)
+        say(f"{cfg.run_dir} exists: moved to {aside}")
+        if found is not None and not found.exists():  # it was in there
+            found = aside / found.relative_to(cfg.run_dir)
+    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 # ---- writing -------------------------------------------------------------------------------------------------

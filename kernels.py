@@ -28,13 +28,18 @@ def _sequences(cu_seqlens: list[int]):
 
 # On a CPU: torch's varlen kernel does not exist there and flex_attention has no backward, but the flash kernel behind
 # SDPA does. As custom ops, since torch.compile cannot look into a loop over lengths that are data.
+def _lse_like(q_THC):
+    """The kernel's log-sum-exp is at least fp32."""
+    return q_THC.new_empty(q_THC.shape[:2], dtype=torch.promote_types(q_THC.dtype, torch.float32))
+
+
 @torch.library.custom_op("cispo::attend_cpu", mutates_args=())
 def attend_cpu(q_THC: torch.Tensor, k_THC: torch.Tensor, v_THC: torch.Tensor, cu: torch.Tensor) -> list[torch.Tensor]:
-    out, lse = torch.empty_like(q_THC), q_THC.new_empty(q_THC.shape[:2])
+    out, lse = torch.empty_like(q_THC), _lse_like(q_THC)
     for rows, length in _sequences(cu.tolist()):
         q, k, v = (x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q_THC, k_THC, v_THC))
         o, s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        out[rows], lse[rows] = o.transpose(1, 2).flatten(0, 1), s.transpose(1, 2).flatten(0, 1).to(lse.dtype)
+        out[rows], lse[rows] = o.transpose(1, 2).flatten(0, 1), s.transpose(1, 2).flatten(0, 1)
     return [out, lse]
 
 
@@ -51,7 +56,7 @@ def attend_cpu_backward(grad: torch.Tensor, saved: list[torch.Tensor], cu: torch
 
 @attend_cpu.register_fake
 def _(q_THC, k_THC, v_THC, cu):
-    return [torch.empty_like(q_THC), q_THC.new_empty(q_THC.shape[:2])]
+    return [torch.empty_like(q_THC), _lse_like(q_THC)]
 
 
 @attend_cpu_backward.register_fake

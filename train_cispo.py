@@ -37,7 +37,7 @@ import dry_run
 import loss
 import task
 from batch import MicroBatch, pack_batch, unpack_batch
-from checkpoint import Checkpointer, CheckpointError, load_state_tensors, newest, verify
+from checkpoint import Checkpointer, CheckpointError, begin_run_dir, load_state_tensors, verify
 from hub import Hub
 from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
@@ -454,36 +454,6 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
     return hub, Publisher(weights_dir, checkpoint, cfg.keep_versions, hub.set_published)
 
 
-def begin_run_dir(cfg: Config) -> Path | None:
-    """The run's directory, and the checkpoint to go on from; nobody's results are overwritten. A job that torchrun has
-    started again goes on by itself. Raises: CheckpointError for a checkpoint of another run."""
-    auto = cfg.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    found = newest(cfg.run_dir / "checkpoints", say) if auto else None
-    if found is None and cfg.resume not in ("auto", "off"):
-        found = Path(cfg.resume)
-    if found is not None:
-        saved = verify(found, 0, sys.maxsize)  # rank 0's file; the ranks check theirs before they load them
-        for name in ("seed", "num_prompts_per_step", "task", "data"):
-            if saved["config"][name] != getattr(cfg, name):
-                raise CheckpointError(f"{found} was made with {name} = {saved['config'][name]!r}, this run has "
-                                      f"{getattr(cfg, name)!r}: the sequence of prompts would be another")  # fmt: skip
-    if found is not None and found.parent.parent.resolve() == cfg.run_dir.resolve():
-        metrics = cfg.run_dir / "metrics.jsonl"  # steps after the checkpoint will be made again
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        replaced = metrics.with_suffix(".tmp")
-        replaced.write_text("".join(line for line in whole if json.loads(line)["step"] < saved["step"]))
-        replaced.replace(metrics)
-    elif cfg.run_dir.exists():
-        aside = next(p for i in itertools.count(1) if not (p := Path(f"{cfg.run_dir}.{i}")).exists())
-        cfg.run_dir.rename(aside)
-        say(f"{cfg.run_dir} exists: moved to {aside}")
-        if found is not None and not found.exists():  # it was in there
-            found = aside / found.relative_to(cfg.run_dir)
-    cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    return found
-
-
 def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None,
           resume: Path | None = None) -> None:  # fmt: skip
     """The run. Rank 0 alone has prompts, codec and the checkpoint to go on from."""
@@ -639,7 +609,7 @@ def main() -> None:
             dry_run.check_layout(model_cfg, world_size, cfg.tp, cfg.ep)
             dry_run.check_memory(model_cfg, cfg, world_size)
         prompts, codec = load_prompts(cfg, checkpoint) if rank == 0 else (None, None)
-        resume = begin_run_dir(cfg) if rank == 0 else None
+        resume = begin_run_dir(cfg, say) if rank == 0 else None
     except (ValueError, CheckpointError) as e:
         if rank == 0:
             print(f"train_cispo.py: error: {e}", file=sys.stderr)

@@ -159,6 +159,22 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on_where_it_was(tmp_path, ti
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_under_another_layout(tmp_path, tiny_checkpoint, fake_vllm_command):
+    run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12)
+    wait_for(tmp_path, run, lambda out: "step    3 " in out)
+    run.send_signal(signal.SIGTERM)
+    finish(run, tmp_path)
+    launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
+    flags = ["--resume", "auto", "--tp", "2", "--ep", "2"]
+    finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags, launcher=launcher), tmp_path)
+    assert "going on from runs/tiny/checkpoints/step-" in (tmp_path / "out").read_text()
+    assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
+    expected, found = plain_loop(tiny_checkpoint, tmp_path / "plain", 12), final(tmp_path, 12)
+    # One layout computes another's sums in another order, and a sample may then come out otherwise: close, not equal.
+    assert max((found[name] - expected[name]).abs().max() for name in expected) < 0.02
+
+
+@pytest.mark.slow
 def test_when_a_rank_dies_torchrun_starts_the_job_again_and_it_resumes_by_itself(
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):

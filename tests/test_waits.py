@@ -16,6 +16,8 @@ import parallel
 from checkpoint import Checkpointer, CheckpointError
 from hub import Hub
 from ledger import Ledger
+from model import ModelConfig, Qwen3MoE
+from parallel import ShardedAdamW
 from rollout import RolloutConfig, ask
 from train_cispo import Config, wait_for_batch
 from waits import WAITS, Wait, WaitOver, agree
@@ -106,8 +108,8 @@ def test_checkpoint(process_group, tmp_path):
     """Of two ranks the other never writes its part."""
     saver = Checkpointer(tmp_path, rank=0, world_size=2, keep=1)
     saver.deadline_s = 0.2
-    model = torch.nn.Linear(2, 2)
-    saver.save(7, model, torch.optim.AdamW(model.parameters()), {"ledger": {}})
+    model = Qwen3MoE(ModelConfig(16, 8, 1, 2, 1, 4, 8))
+    saver.save(7, model, ShardedAdamW(model, 1.0), {"ledger": {}})
     with pytest.raises(CheckpointError) as e:
         saver.wait()
     assert says(str(e.value), "checkpoint", "trainer rank 0", "every rank's part of a checkpoint")
