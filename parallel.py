@@ -34,7 +34,12 @@ def init_mesh(timeout_s: float) -> Mesh:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    store = dist.HashStore()
+    if "MASTER_ADDR" in os.environ:
+        # torchrun's store outlives the ranks that it starts again; without a prefix they would find the addresses of
+        # the dead ones in it.
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)

@@ -548,6 +548,8 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             if every and ((step + 1) % every == 0 or step + 1 == cfg.max_num_steps):
                 saver.save(step + 1, model, optimizer, about(cfg, hub, rewards) if rank == 0 else None)
                 rewards = []
+        if word.startswith("SIGTERM"):
+            saver.deadline_s = 20.0  # torchrun, whose signal it may be since another rank has died, kills after 30
         if word != "train" and saver.newest_step != step:  # asked to stop before this step: all before it is whole
             saver.save(step, model, optimizer, about(cfg, hub, rewards) if rank == 0 else None)
         saver.wait()
