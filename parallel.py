@@ -85,16 +85,19 @@ def join_ranks(timeout_s: float) -> None:
 
     timeout_s bounds every collective: a rank that dies must become an error of the others, not a hang.
     """
+    rank, world_size, store = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), dist.HashStore()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout_s),
-        store=None if "MASTER_ADDR" in os.environ else dist.HashStore(),
-        rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1)),
-    )  # fmt: skip
+    if "MASTER_ADDR" in os.environ:
+        # torchrun's store outlives the ranks that it starts again; without a prefix they would find the addresses of
+        # the dead ones in it.
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def make_mesh(tp: int, ep: int, kv_heads: int) -> Mesh:
+def make_mesh(tp: int, ep: int, kv_heads: int, timeout_s: float = 600.0) -> Mesh:
     """Lay the grid over the ranks that have joined; all of them must call. The degrees must divide what they cut
     (dry_run.check_layout)."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -107,7 +110,7 @@ def make_mesh(tp: int, ep: int, kv_heads: int) -> Mesh:
             if len(ranks) == world_size > 1:
                 mine = dist.group.WORLD
             elif len(ranks) > 1:
-                made = dist.new_group(ranks)
+                made = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
                 mine = made if rank in ranks else mine
         return mine
 

@@ -461,7 +461,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
     join_ranks(cfg.collective_timeout_s)  # the wait for a batch is not one of them: see waits.agree
     torch.distributed.barrier()  # the checkpoint may just have been made by rank 0
     model_cfg = ModelConfig.from_dir(checkpoint)
-    mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads)
+    mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads, cfg.collective_timeout_s)
     rank = mesh.rank
     torch.manual_seed(cfg.seed)
 
@@ -572,6 +572,8 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             if every and ((step + 1) % every == 0 or step + 1 == cfg.max_num_steps):
                 saver.save(step + 1, model, optimizer, about(cfg, hub, rewards) if rank == 0 else None)
                 rewards = []
+        if word.startswith("SIGTERM"):
+            saver.deadline_s = 20.0  # torchrun, whose signal it may be since another rank has died, kills after 30
         if word != "train" and saver.newest_step != step:  # asked to stop before this step: all before it is whole
             saver.save(step, model, optimizer, about(cfg, hub, rewards) if rank == 0 else None)
         saver.wait()

@@ -183,7 +183,7 @@ class VLLM:
         """All samples of a prompt in one request; vLLM shares the prompt's prefill between them."""
         # The salt keeps a prefix that older weights computed from being reused under newer ones: version 40 of a
         # trainer that was started again is another one than before, hence the run's id.
-        salt = f"{self.run.get('id', '')}/{version}"
+        salt = f"{self.run.get('id', '')}-v{version}"
         body = {"token_ids": prompt_ids, "sampling_params": sampling, "cache_salt": salt}
         return (await self.post("/inference/v1/generate", body))["choices"]
 

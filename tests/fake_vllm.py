@@ -186,6 +186,8 @@ class Server:
 
     async def generate(self, http: web.Request):
         body = await http.json()
+        if set(body["cache_salt"]) & set("@/\\\0") or len(body["cache_salt"]) > 128:  # vLLM's own rule
+            return web.json_response({"error": "Parameter 'cache_salt'"}, status=400)
         hit = {kind for kind in COUNTED if self.faults[kind]}
         for kind in hit:
             self.faults[kind] -= 1
