@@ -322,7 +322,7 @@ class Hub:
     async def _lease(self, request: web.Request) -> web.Response:
         body = await self._json(request, node=str, max=int)
         node, wanted = body["node"], body["max"]
-        if node not in self.nodes or wanted < 1:
+        if node not in self.nodes or not 1 <= wanted <= 4096:
             raise Refused(422, f"max is {wanted}, or node {node!r} has not sent a receipt of its weights yet")
 
         def grant():

@@ -301,7 +301,7 @@ class Standby:
 
     url, write_s = "nowhere", 0.0
     publish = close = lambda *args, **kwargs: None
-    take_timing = status = lambda self: {}
+    take_timing = status = ledger_state = lambda self: {}
 
 
 @pytest.mark.parametrize("flags", [
