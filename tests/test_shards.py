@@ -9,17 +9,21 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import test_train
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import loss
 import parallel
 import weights
+from batch import pack_batch, unpack_batch
 from dry_run import static_memory
 from model import ModelConfig, MoE, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh
+from train_cispo import build_model, micro_batch_logprobs, train_update
 from weights import load_hf
 
 torch.set_num_threads(1)
@@ -348,3 +352,26 @@ def test_a_recompute_that_chose_other_experts_would_show():
         found = run_saving(model)[1]
     assert len(calls) == 4
     assert any(not torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_fp32_head_in_a_bf16_model_gets_fp32_states_and_trains(tied, tmp_path):
+    """Two updates through the training step; bf16 on a CPU is slow, so the model is tiny."""
+    cfg = dataclasses.replace(test_train.SMALL, param_dtype="bfloat16", fp32_lm_head=True)
+    model_cfg = dataclasses.replace(test_train.TINY, tie_word_embeddings=tied)
+    whole = Qwen3MoE(model_cfg)
+    whole.init_weights(torch.Generator().manual_seed(0))
+    save_file({name: t.clone() for name, t in whole.hf_tensors()}, tmp_path / "model.safetensors")
+    model = build_model(cfg, model_cfg, Mesh(), tmp_path)
+    assert model.head_weight.dtype == torch.float32 and model.model["norm"].weight.dtype == torch.bfloat16
+    assert torch.equal(model.head_weight, whole.head_weight)
+    optimizer, before = ShardedAdamW(model, 1.0, lr=1e-2), model.head_weight.detach().clone()
+    updates, counts = unpack_batch(pack_batch(test_train.random_groups(), cfg), cfg, 0, 1, torch.device("cpu"))
+    for micro_batches, update_counts in zip(updates, counts):
+        for mb in micro_batches:
+            assert model(mb.tokens_T, mb.cu_seqlens, mb.max_seqlen)[0].dtype == torch.float32
+            with torch.no_grad():
+                mb.prev_logprobs, mb.age = micro_batch_logprobs(model, mb, cfg)[0], 1 - mb.versions
+        metrics, norm = train_update(model, optimizer, micro_batches, update_counts, cfg, loss.policy_loss)
+        assert metrics["loss"].isfinite() and norm > 0
+    assert not torch.equal(model.head_weight, before) and all(p.isfinite().all() for p in model.parameters())
