@@ -312,6 +312,7 @@ class Standby:
     {**GSPO_FLAGS, "truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 2.0},
     {"use_cispo": False, "force_on_policy_ratio": True, "train_global_batch_size": 16},
     {"use_cispo": False, "disable_ppo_ratio": True, "advantage_std": "batch", "prompt_level_loss": True},
+    {"router_replay": True, "freeze_moe_router": False, "activation_checkpointing": True},
 ])  # fmt: skip
 def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_path, monkeypatch):
     cfg = dataclasses.replace(SMALL, max_num_steps=3, local_rollout=False, lr=1e-2, **flags)
