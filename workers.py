@@ -205,12 +205,17 @@ class RewardWorkers:
         """A reward for each completion, or a line that says why it has none."""
         worker = await self.free.get()
         try:
-            rewards = []
-            for completion in completions:
-                if worker is None:
-                    worker = await self._start()
-                reward, worker = await self._ask(worker, {"completion": completion, "example": example})
-                rewards.append(reward)
+            rewards: list[float | str] = []
+            while left := completions[len(rewards) :]:
+                worker = worker or await self._start()
+                # All at once: worker and node would else wait for each other's turn on the CPU at every sample.
+                with contextlib.suppress(ConnectionError):  # it has died; its silence is dealt with below
+                    for completion in left:
+                        job = {"completion": completion, "example": example}
+                        worker.stdin.write(json.dumps(job).encode() + b"\n")
+                while worker is not None and len(rewards) < len(completions):
+                    reward, worker = await self._answer(worker)
+                    rewards.append(reward)
             return rewards
         except asyncio.CancelledError:
             self._kill(worker)  # its answer would be taken for the next one's
@@ -231,17 +236,15 @@ class RewardWorkers:
         self.processes.add(worker)
         return worker
 
-    async def _ask(self, worker, job: dict):
+    async def _answer(self, worker):
+        """The worker's next line, or why there is none; and the worker, None if it is gone."""
         wait = Wait("reward", self.timeout_s)
         try:
-            worker.stdin.write(json.dumps(job).encode() + b"\n")
             async with asyncio.timeout(self.timeout_s):  # not wait_for: in Python 3.11 it may swallow a cancellation
                 line = await worker.stdout.readline()
         except TimeoutError:
             self._kill(worker)
             return wait.message(), None
-        except ConnectionError:
-            line = b""
         if not line:
             with contextlib.suppress(TimeoutError):  # it has closed its end: its own status, if it has one
                 async with asyncio.timeout(2.0):
