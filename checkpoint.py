@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from waits import Wait
-from weights import digest, write_safetensors
+from weights import digest, fsync, write_safetensors
 
 MANIFEST = "checkpoint.json"
 
@@ -58,8 +58,8 @@ def state_tensors(model, optimizer) -> tuple[list[tuple[str, torch.Tensor]], dic
     for bucket in optimizer.buckets:
         state = optimizer.state[bucket.master]
         updates = int(state["step"]) if "step" in state else 0
-        zeros = torch.zeros_like(bucket.master)
-        flats = {"weight": bucket.master.detach(), **{kind: state.get(kind, zeros) for kind in KINDS[1:]}}
+        moments = {kind: state[kind] if state else torch.zeros_like(bucket.master) for kind in KINDS[1:]}
+        flats = {"weight": bucket.master.detach(), **moments}
         for name, (low, high), (shard_low, _) in bucket.pieces():
             for hf_name, split, (first, _), (a, b) in _parts_in(model, name, low, high):
                 key = f"{hf_name}/{split.dim}.{split.index}.{split.count}/{first}"
@@ -253,15 +253,11 @@ class Checkpointer:
         return text
 
     def _finish(self, tmp: Path, final: Path, manifest: str) -> None:
-        with open(tmp / MANIFEST, "w") as f:
-            f.write(manifest)
-            f.flush()
-            os.fsync(f.fileno())
+        (tmp / MANIFEST).write_text(manifest)
+        fsync(tmp / MANIFEST)
         shutil.rmtree(final, ignore_errors=True)  # of a run that went back and came here again
         tmp.rename(final)
-        directory = os.open(self.root, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        fsync(self.root)
         self._prune()
 
     def _prune(self) -> None:

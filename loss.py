@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from metrics import Parts, bounded_exp, mismatch_by_age, sequence_mean, sequence_sum, token_metrics
+from parallel import all_reduce
 
 
 @dataclass(frozen=True)
@@ -234,22 +235,16 @@ def chunk_rows(vocab_rows: int, budget_bytes: int = 2**28) -> int:
     return 1 << min(12, max(4, (budget_bytes // (4 * vocab_rows)).bit_length() - 1))
 
 
-def _all_reduce(x, op, tp_group):
-    if tp_group is not None:
-        dist.all_reduce(x, op, group=tp_group)
-    return x
-
-
 def _head_body(logits_Cv, dlogits_Cv, targets_C, aux, token_objective, temperature: float, tp_group):
     """From a chunk's logits to its loss (0-D), log-probs and entropies; d loss / d logits goes to dlogits_Cv, which
     may be logits_Cv. Targets count from this rank's first word. Without an objective: no loss, dlogits untouched."""
     z_Cv = logits_Cv / temperature
-    z_Cv = z_Cv - _all_reduce(z_Cv.amax(-1), dist.ReduceOp.MAX, tp_group)[:, None]
+    z_Cv = z_Cv - all_reduce(z_Cv.amax(-1), tp_group, dist.ReduceOp.MAX)[:, None]
     sum64 = lambda x_Cv: x_Cv.sum(-1, dtype=torch.float64)  # 151,936 terms one by one in fp32 are wrong by 1e-5
     here_C = (targets_C >= 0) & (targets_C < z_Cv.shape[1])
     target_C = torch.where(here_C, z_Cv.gather(-1, torch.where(here_C, targets_C, 0)[:, None]).squeeze(-1), 0.0)
     packed_3C = torch.stack([sum64(z_Cv.exp()), sum64(z_Cv.exp() * z_Cv), target_C.double()])
-    sum_C, weighted_C, target_C = _all_reduce(packed_3C, dist.ReduceOp.SUM, tp_group).unbind()
+    sum_C, weighted_C, target_C = all_reduce(packed_3C, tp_group).unbind()
     logprobs_C = (target_C - sum_C.log()).to(z_Cv.dtype)
     entropy_C = (sum_C.log() - weighted_C / sum_C).to(z_Cv.dtype)
     if token_objective is None:

@@ -159,14 +159,14 @@ def write_version(root: Path, version: int, tensors: list[tuple[str, torch.Tenso
     files[model_file.name] = {"bytes": model_file.stat().st_size, "blake3": model_digest}
     manifest = tmp / MANIFEST
     manifest.write_text(json.dumps({"version": version, "files": files, "tensors": described}))
-    _fsync(manifest)
+    fsync(manifest)
     shutil.rmtree(final, ignore_errors=True)  # left by a run that is being repeated under the same name
     tmp.rename(final)
-    _fsync(root)
+    fsync(root)
     return final
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)

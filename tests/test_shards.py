@@ -15,25 +15,20 @@ import torch.nn.functional as F
 from ranks import on_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_parallel import MODEL
 
 import loss
 import parallel
 import weights
 from batch import pack_batch, unpack_batch
 from dry_run import static_memory
-from model import ModelConfig, MoE, Qwen3MoE
+from model import MoE, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh
 from train_cispo import build_model, micro_batch_logprobs, train_update
 from weights import load_hf
 
 torch.set_num_threads(1)
 
-# No two widths agree; 2 kv heads, which tp 4 replicates; a dense layer beside those with experts.
-MODEL = ModelConfig(
-    vocab_size=32, hidden_size=24, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=12,
-    intermediate_size=40, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True,
-    mlp_only_layers=(1,),
-)  # fmt: skip
 LAYOUTS = [(1, 1, 1), (4, 1, 1), (4, 2, 4), (4, 4, 2), (8, 4, 8)]  # world, tp, ep
 
 

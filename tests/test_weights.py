@@ -116,7 +116,7 @@ def test_half_written_weights_are_never_a_version(tmp_path, tiny_checkpoint, mod
     """The writer dies after each of its steps in turn: no v1 may exist, and v0 stays whole."""
     write_version(tmp_path, 0, list(model.hf_tensors()), tiny_checkpoint)
     tensors = list(model.hf_tensors())
-    for step in ("write_safetensors", "describe", "_fsync"):
+    for step in ("write_safetensors", "describe", "fsync"):
         with monkeypatch.context() as m:
             m.setattr(weights, step, lambda *a: (_ for _ in ()).throw(OSError("disk full")))
             with pytest.raises(OSError, match="disk full"):
