@@ -337,6 +337,23 @@ def micro_batch_logprobs(model, mb: MicroBatch, cfg: Config):
     return logprobs, entropy, expert_ids
 
 
+@torch.no_grad()
+def fix_for_the_step(updates: list[list[MicroBatch]], step: int, model, reference, cfg: Config) -> None:
+    """Fill in what stays as it is during all updates of a step: the tokens' ages, the trainer's own log-probs ("prev"),
+    the reference's, and, for router replay, the experts that this pass chose."""
+    for mb in (mb for micro_batches in updates for mb in micro_batches):
+        mb.age = step - mb.versions
+        mb.prev_logprobs = mb.gen_logprobs  # keeps its place where the loss has no use for prev, and the pass is spared
+        if cfg.algorithm.needs_prev:
+            mb.prev_logprobs, _, expert_ids = micro_batch_logprobs(model, mb, cfg)
+        if reference is not None:
+            mb.ref_logprobs, *_ = micro_batch_logprobs(reference, mb, cfg)
+            if cfg.use_kl_in_reward:
+                kl = loss.kl_estimate(mb.prev_logprobs, mb.ref_logprobs, cfg.algorithm)
+                mb.advantages = mb.advantages - cfg.reference_policy_kl_penalty * kl
+        mb.expert_ids = expert_ids if cfg.router_replay else None
+
+
 def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg: Config, policy_loss):
     """One optimizer update on this rank's micro-batches. counts: loss tokens and samples of the update, all ranks.
     Returns metrics as tensors, partial over the dp ranks but for grad_norm; without experts nothing waits for the
@@ -525,19 +542,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
 
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
             clock.begin("policy_and_reference_logprobs")
-            with torch.no_grad():
-                for mb in (mb for micro_batches in updates for mb in micro_batches):
-                    mb.age = step - mb.versions
-                    # Where the loss has no use for prev, the pass is spared; gen keeps its place.
-                    mb.prev_logprobs = mb.gen_logprobs
-                    if cfg.algorithm.needs_prev:
-                        mb.prev_logprobs, _, expert_ids = micro_batch_logprobs(model, mb, cfg)
-                    if reference is not None:
-                        mb.ref_logprobs, *_ = micro_batch_logprobs(reference, mb, cfg)
-                        if cfg.use_kl_in_reward:
-                            kl = loss.kl_estimate(mb.prev_logprobs, mb.ref_logprobs, cfg.algorithm)
-                            mb.advantages = mb.advantages - cfg.reference_policy_kl_penalty * kl
-                    mb.expert_ids = expert_ids if cfg.router_replay else None
+            fix_for_the_step(updates, step, model, reference, cfg)
 
             # 3, 4 the updates: forward, loss, backward, reduce, step
             clock.begin("policy_training")
