@@ -9,12 +9,12 @@ tensors are copied to host memory between two steps; the rest happens in a threa
 flight at the rollout nodes is not saved: the ledger's frontier is, and the rest is generated again.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from blake3 import blake3
 from safetensors import safe_open
 
+from parallel import Mesh, all_reduce, broadcast_bytes
 from waits import Wait
 from weights import digest, fsync, write_safetensors
 
@@ -135,51 +137,78 @@ def load_state_tensors(path: Path, model, optimizer, updates: int) -> None:
 
 
 # ---- reading -------------------------------------------------------------------------------------------------
+def whole(root: Path) -> list[Path]:
+    """The checkpoints in a directory, newest first. One with a suffix is still being written, or was passed over."""
+    return sorted((p for p in root.glob("step-*") if not p.suffix), reverse=True)
+
+
+def read_manifest(path: Path) -> dict:
+    """Raises: CheckpointError when there is none."""
+    try:
+        return json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} is incomplete: {e!r}") from None
+
+
 def verify(path: Path, rank: int, world_size: int) -> dict:
     """The manifest of a checkpoint. Of its state files, rank r of n ranks checks those numbered r, r + n, r + 2n, ...
     Raises: CheckpointError when one is not what the manifest says."""
+    manifest = read_manifest(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
         for name in sorted(manifest["files"])[rank::world_size]:
-            want, data = manifest["files"][name], (path / name).read_bytes()
-            if len(data) != want["bytes"] or digest(data) != want["blake3"]:
-                raise CheckpointError(f"{path / name} is damaged: size or digest differs from {MANIFEST}")
-    except (OSError, ValueError, KeyError) as e:
+            want, file = manifest["files"][name], path / name
+            # Mapped, not read: at 30 B parameters the files of a node are more than its memory should hold.
+            if file.stat().st_size != want["bytes"] or blake3().update_mmap(file).hexdigest() != want["blake3"]:
+                raise CheckpointError(f"{file} is damaged: size or digest differs from {MANIFEST}")
+    except (OSError, KeyError) as e:
         raise CheckpointError(f"{path} is incomplete: {e!r}") from None
     return manifest
 
 
-def newest(root: Path, say: Callable[[str], None]) -> Path | None:
-    """The last checkpoint whose manifest and own state are whole, as rank 0 sees it; a damaged one is named and passed
-    over. The other ranks check theirs before they load it."""
-    for path in sorted((p for p in root.glob("step-*") if p.suffix != ".tmp"), reverse=True):
-        try:
-            verify(path, 0, sys.maxsize)  # the first file
-            return path
-        except CheckpointError as e:
-            say(f"passing over a checkpoint: {e}")
-    return None
-
-
-def begin_run_dir(cfg, say: Callable[[str], None]) -> Path | None:
-    """The run's directory, and the checkpoint to go on from; nobody's results are overwritten. A job that torchrun has
-    started again goes on by itself. Raises: CheckpointError for a checkpoint of another run."""
+def checkpoints_to_try(cfg) -> list[Path]:
+    """What the run may go on from, best first, by the manifests alone. A job that torchrun has started again goes on by
+    itself. Raises: CheckpointError for a checkpoint of another run."""
     auto = cfg.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    found = newest(cfg.run_dir / "checkpoints", say) if auto else None
-    if found is None and cfg.resume not in ("auto", "off"):
-        found = Path(cfg.resume)
-    if found is not None:
-        saved = verify(found, 0, sys.maxsize)  # rank 0's file; the ranks check theirs before they load them
+    found = whole(cfg.run_dir / "checkpoints") if auto else []
+    found += [Path(cfg.resume)] if cfg.resume not in ("auto", "off") else []
+    for path in found:
+        try:
+            saved = read_manifest(path)["config"]
+        except CheckpointError:
+            continue  # `choose` says so and passes it over
         for name in ("seed", "num_prompts_per_step", "task", "data"):
-            if saved["config"][name] != getattr(cfg, name):
-                raise CheckpointError(f"{found} was made with {name} = {saved['config'][name]!r}, this run has "
+            if saved[name] != getattr(cfg, name):
+                raise CheckpointError(f"{path} was made with {name} = {saved[name]!r}, this run has "
                                       f"{getattr(cfg, name)!r}: the sequence of prompts would be another")  # fmt: skip
+    return found
+
+
+def choose(paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tuple[Path | None, dict]:
+    """The first of these checkpoints that is whole on every rank, and its manifest: where nodes have disks of their
+    own, what is damaged on one is passed over by all. Each rank reads its part, once."""
+    for path in paths:
+        try:
+            saved, mine = verify(path, mesh.rank, mesh.world_size), digest((path / MANIFEST).read_bytes())
+        except CheckpointError as e:
+            saved, mine = {}, "0"
+            say(f"rank {mesh.rank}: passing over a checkpoint: {e}")
+        number = int(mine[:15], 16)  # of the manifest: two nodes may hold the same step of different runs
+        ends = all_reduce(torch.tensor([number, -number], device=mesh.device), mesh.world_group, dist.ReduceOp.MAX)
+        if saved and ends[0] == -ends[1]:
+            return path, saved
+        if saved and mesh.rank == 0:
+            say(f"passing over {path}: on another rank it is damaged, missing or of another run")
+    return None, {}
+
+
+def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], None]) -> Path | None:
+    """The run's directory; nobody's results are overwritten. Returns where `found`, to go on from, is now."""
     if found is not None and found.parent.parent.resolve() == cfg.run_dir.resolve():
         metrics = cfg.run_dir / "metrics.jsonl"  # steps after the checkpoint will be made again
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in lines if line.endswith("\n")]
         replaced = metrics.with_suffix(".tmp")
-        replaced.write_text("".join(line for line in whole if json.loads(line)["step"] < saved["step"]))
+        replaced.write_text("".join(line for line in kept if json.loads(line)["step"] < saved["step"]))
         replaced.replace(metrics)
     elif cfg.run_dir.exists():
         aside = next(p for i in itertools.count(1) if not (p := Path(f"{cfg.run_dir}.{i}")).exists())
@@ -188,7 +217,19 @@ def begin_run_dir(cfg, say: Callable[[str], None]) -> Path | None:
         if found is not None and not found.exists():  # it was in there
             found = aside / found.relative_to(cfg.run_dir)
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    (cfg.run_dir / "config.json").write_text(cfg.text)
     return found
+
+
+def begin(cfg, paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tuple[Path | None, dict]:
+    """The run's directory, and the checkpoint that it goes on from with its manifest, on every rank. `paths` is rank
+    0's. Raises: SystemExit when one was asked for by name and is not whole."""
+    tell = lambda what: json.loads(broadcast_bytes(json.dumps(what).encode() if mesh.rank == 0 else None, mesh))
+    found, saved = choose([Path(path) for path in tell([str(path) for path in paths])], mesh, say)
+    if found is None and cfg.resume not in ("auto", "off"):
+        raise SystemExit(f"train_cispo.py: error: --resume {cfg.resume}: not whole on every rank")
+    found = tell(str(begin_run_dir(cfg, found, saved, say) or "") if mesh.rank == 0 else None)
+    return (Path(found) if found else None), saved
 
 
 # ---- writing -------------------------------------------------------------------------------------------------
@@ -197,10 +238,15 @@ class Checkpointer:
 
     deadline_s = 600.0  # for all ranks' parts to be on disk
 
-    def __init__(self, root: Path, rank: int, world_size: int, keep: int):
+    def __init__(self, root: Path, rank: int, world_size: int, keep: int, start: int = 0):
         self.root, self.rank, self.world_size, self.keep = root, rank, world_size, keep
-        self.newest_step, self.error, self._told = -1, None, ""
+        self.newest_step, self.error, self._told = start, None, ""
         self._thread: threading.Thread | None = None
+        # Those of later steps were passed over, or the run was told to go back: it must not go on from them next time,
+        # nor prune its own for their sake. Ranks that share a disk do this at once.
+        for path in (p for p in whole(root) if int(p.name.removeprefix("step-")) > start):
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(next(p for i in itertools.count(1) if not (p := path.with_suffix(f".passed{i}")).exists()))
 
     def save(self, step: int, model, optimizer, run: dict | None) -> None:
         """run: rank 0's ledger and the like. Returns once the state is copied, and the one before is on disk."""
@@ -262,7 +308,7 @@ class Checkpointer:
 
     def _prune(self) -> None:
         """Keep the last ones, and the one with the best reward."""
-        found = sorted(p for p in self.root.glob("step-*") if p.suffix != ".tmp")
-        reward = lambda path: json.loads((path / MANIFEST).read_text()).get("reward") or 0.0
-        for old in set(found) - set(found[-self.keep :]) - {max(reversed(found), key=reward)}:
+        found = whole(self.root)
+        reward = lambda path: read_manifest(path).get("reward") or 0.0
+        for old in set(found) - set(found[: self.keep]) - {max(found, key=reward)}:
             shutil.rmtree(old)

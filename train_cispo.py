@@ -37,7 +37,7 @@ import dry_run
 import loss
 import task
 from batch import MicroBatch, pack_batch, unpack_batch
-from checkpoint import Checkpointer, CheckpointError, begin_run_dir, load_state_tensors, verify
+from checkpoint import Checkpointer, CheckpointError, begin, checkpoints_to_try, load_state_tensors
 from hub import Hub
 from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
@@ -158,6 +158,11 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path("runs") / self.name
+
+    @property
+    def text(self) -> str:
+        """JSON, for the console and runs/NAME/config.json."""
+        return json.dumps({**dataclasses.asdict(self), **dataclasses.asdict(self.algorithm)}, indent=1)
 
     def warnings(self) -> list[str]:
         """What is allowed, and hardly meant."""
@@ -472,8 +477,8 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
 
 
 def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None,
-          resume: Path | None = None) -> None:  # fmt: skip
-    """The run. Rank 0 alone has prompts, codec and the checkpoint to go on from."""
+          checkpoints: list[Path] | None = None) -> None:  # fmt: skip
+    """The run. Rank 0 alone has prompts, codec and the checkpoints that it may go on from."""
     # ---- processes and seeds
     join_ranks(cfg.collective_timeout_s)  # the wait for a batch is not one of them: see waits.agree
     torch.distributed.barrier()  # the checkpoint may just have been made by rank 0
@@ -493,13 +498,11 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
         eps=cfg.adam_eps, weight_decay=cfg.weight_decay,
     )  # fmt: skip
     policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
-    saver = Checkpointer(cfg.run_dir / "checkpoints", rank, mesh.world_size, cfg.keep_checkpoints)
-    if resume := broadcast_bytes(f"{resume or '-'}".encode() if rank == 0 else None, mesh).decode().strip("-"):
-        saved = verify(Path(resume), rank, mesh.world_size)
-        torch.distributed.barrier()  # a damaged file stops all before any weight is touched
-        updates = next(iter(saved["files"].values()))["updates"]
-        load_state_tensors(Path(resume), model, optimizer, updates)
-    start = saver.newest_step = saved["step"] if resume else 0
+    resume, saved = begin(cfg, checkpoints or [], mesh, say)
+    start = saved["step"] if resume else 0
+    if resume:
+        load_state_tensors(resume, model, optimizer, updates=next(iter(saved["files"].values()))["updates"])
+    saver = Checkpointer(cfg.run_dir / "checkpoints", rank, mesh.world_size, cfg.keep_checkpoints, start)
 
     # ---- hub and rollout
     hub = rollout = publisher = None
@@ -616,18 +619,16 @@ def main() -> None:
             dry_run.check_layout(model_cfg, world_size, cfg.tp, cfg.ep)
             dry_run.check_memory(model_cfg, cfg, world_size)
         prompts, codec = load_prompts(cfg, checkpoint) if rank == 0 else (None, None)
-        resume = begin_run_dir(cfg, say) if rank == 0 else None
+        checkpoints = checkpoints_to_try(cfg) if rank == 0 else []
     except (ValueError, CheckpointError) as e:
         if rank == 0:
             print(f"train_cispo.py: error: {e}", file=sys.stderr)
         sys.exit(2)
     if rank == 0:
-        text = json.dumps({**dataclasses.asdict(cfg), **dataclasses.asdict(cfg.algorithm)}, indent=1)
-        (cfg.run_dir / "config.json").write_text(text)
-        print(text)
+        print(cfg.text)
         for warning in cfg.warnings():
             say(f"warning: {warning}")
-    train(cfg, checkpoint, prompts, codec, resume)
+    train(cfg, checkpoint, prompts, codec, checkpoints)
 
 
 if __name__ == "__main__":

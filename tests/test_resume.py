@@ -18,6 +18,7 @@ import fake_vllm
 import psutil
 import pytest
 import torch
+from ranks import on_ranks
 
 import checkpoint
 import loss
@@ -222,12 +223,12 @@ def test_a_node_keeps_trying_while_the_trainer_is_away_and_keeps_its_vllm(tmp_pa
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------
-def small(hidden_size=8):
+def small(hidden_size=8, mesh=Mesh()):  # noqa: B008
     cfg = ModelConfig(
         vocab_size=16, hidden_size=hidden_size, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         head_dim=4, intermediate_size=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
     )  # fmt: skip
-    model = Qwen3MoE(cfg)
+    model = Qwen3MoE(cfg, mesh)
     model.init_weights(torch.Generator().manual_seed(0))
     return model, ShardedAdamW(model, 1.0, lr=0.1)
 
@@ -271,15 +272,50 @@ def test_a_checkpoint_brings_back_parameters_and_optimizer(saved):
         checkpoint.load_state_tensors(root / "step-000008", *small(hidden_size=12), updates=4)
 
 
+def damage(file):
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(saved):
     root, said = saved[0], []
-    assert checkpoint.newest(root, said.append).name == "step-000008" and not said
-    file = root / "step-000008/state-00000.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    choose = lambda: checkpoint.choose(checkpoint.whole(root), Mesh(), said.append)[0].name
+    assert choose() == "step-000008" and not said
+    damage(root / "step-000008/state-00000.safetensors")
     (root / "step-000009.tmp").mkdir()  # one that was never finished
     (root / "step-000010").mkdir()  # one without a manifest
-    assert checkpoint.newest(root, said.append).name == "step-000006"
+    assert choose() == "step-000006"
     assert "step-000010 is incomplete" in said[0] and "step-000008/state-00000.safetensors is damaged" in said[1]
+
+
+def save_damage_and_choose(root):
+    """A rank with a disk of its own: what it says and chooses after each damage, and what is left in its directory."""
+    parallel.join_ranks(60)
+    mesh = parallel.make_mesh(1, 1, 1)
+    os.chdir(root / f"host{mesh.rank}")
+    model, optimizer = small(mesh=mesh)
+    saver, said, chosen = checkpoint.Checkpointer(Path("c"), mesh.rank, 2, keep=9), [], []
+    for step in (2, 4, 6, 8):
+        saver.save(step, model, optimizer, {"ledger": {}, "reward": 0.5} if mesh.rank == 0 else None)
+    saver.wait()
+    if mesh.rank == 1:
+        damage(Path("c/step-000008/state-00001.safetensors"))
+        manifest = Path("c/step-000006/checkpoint.json")  # of another run that had the same steps
+        manifest.write_text(manifest.read_text().replace("0.5", "0.6"))
+    chosen = checkpoint.choose(checkpoint.whole(Path("c")), mesh, said.append)
+    checkpoint.Checkpointer(Path("c"), mesh.rank, 2, keep=9, start=chosen[1]["step"])
+    return chosen[0].name, said, sorted(p.name for p in Path("c").iterdir())
+
+
+def test_every_rank_passes_over_a_checkpoint_that_is_not_whole_on_one_of_them(tmp_path):
+    """Two hosts with disks of their own. What was passed over is kept, under a name that no run goes on from."""
+    for rank in (0, 1):
+        (tmp_path / f"host{rank}").mkdir()
+    (chosen_0, said_0, left_0), (chosen_1, said_1, left_1) = on_ranks(2, save_damage_and_choose, tmp_path)
+    assert chosen_0 == chosen_1 == "step-000004"
+    assert left_0 == left_1 == ["step-000002", "step-000004", "step-000006.passed1", "step-000008.passed1"]
+    (line,) = said_1
+    assert "rank 1" in line and "c/step-000008/state-00001.safetensors is damaged" in line
+    assert [line.split(":")[0] for line in said_0] == ["passing over c/step-000008", "passing over c/step-000006"]
 
 
 def test_a_ledger_restored_from_any_moment_trains_every_prompt_once():
