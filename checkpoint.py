@@ -176,9 +176,9 @@ def checkpoints_to_try(cfg) -> list[Path]:
             saved = read_manifest(path)["config"]
         except CheckpointError:
             continue  # `choose` says so and passes it over
-        for name in ("seed", "num_prompts_per_step", "task", "data"):
-            if saved[name] != getattr(cfg, name):
-                raise CheckpointError(f"{path} was made with {name} = {saved[name]!r}, this run has "
+        for name in ("seed", "num_prompts_per_step", "task", "data", "data_split"):
+            if saved.get(name) != getattr(cfg, name):
+                raise CheckpointError(f"{path} was made with {name} = {saved.get(name)!r}, this run has "
                                       f"{getattr(cfg, name)!r}: the sequence of prompts would be another")  # fmt: skip
     return found
 

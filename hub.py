@@ -37,6 +37,7 @@ from weights import MANIFEST, digest
 
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
 MAX_NODES = 4096  # that are remembered at once
+FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type")  # samples without a reward, by kind
 TIMING_PARTS = ("fetch_s", "load_s", "stopped_s", "total_s")
 
 
@@ -238,6 +239,9 @@ class Hub:
         self.version = version
         batch = await self._wait_for(lambda: self.ledger.take(version), timeout_s)
         self.ledger.check()
+        if batch is None and self.ledger.none_left and not (self.ledger.leases or self.ledger.returned):
+            raise RuntimeError(f"no prompt is left to sample: {len(self.ledger.solved)} have reached "
+                               f"--no-resampling-pass-rate {self.ledger.pass_rate}")  # fmt: skip
         if self.ledger.set_aside_in_a_row >= 2 * self.ledger.prompts_per_step:
             last = next(reversed(self.ledger.set_aside.items()))
             raise RuntimeError(f"{self.ledger.set_aside_in_a_row} prompts in a row were set aside, the last of them "
@@ -276,7 +280,8 @@ class Hub:
         return {
             "version": self.version, "published": self.published, "handed_out": ledger.next_ordinal,
             "taken": ledger.num_taken, "buffered": len(ledger.buffer), "leased": len(ledger.leases),
-            "returned": len(ledger.returned), "set_aside": len(ledger.set_aside), "counts": dict(ledger.counts),
+            "returned": len(ledger.returned), "set_aside": len(ledger.set_aside), "skipped": ledger.num_skipped,
+            "counts": dict(ledger.counts),
             "in_flight": sum(seen["vllm"].get("running", 0) for seen in self.nodes.values() if "vllm" in seen),
             "waiting": sum(seen["vllm"].get("waiting", 0) for seen in self.nodes.values() if "vllm" in seen),
             "nodes": {n: {**seen, "last_seen_s": now - seen["last_seen_s"]} for n, seen in self.nodes.items()},
@@ -358,6 +363,8 @@ class Hub:
         if node not in self.nodes:
             raise Refused(422, f"node {node[:50]!r} has not sent a receipt of its weights yet")
         self.nodes[node]["vllm"] = _numbers(body["vllm"], ("running", "waiting", "kv", "limit", "preemptions"))
+        for kind, count in _numbers(body.get("failed_rewards", {}), FAILED_REWARDS).items():
+            self.ledger.counts[f"reward_{kind}"] += count
         mine = {x.id: x.granted for x in self.ledger.leases.values() if x.node == node}
         for lease, granted in mine.items():  # an answer to /lease that never arrived; some may be on their way still
             if lease not in held and granted < time.monotonic() - 10.0:

@@ -39,8 +39,11 @@ class Lease:
 
 class Ledger:
     """Who has which prompt. Every ordinal handed out is leased, buffered, returned (to be leased again), taken for
-    training, or set aside after failing max_failures times; it is taken once. `frontier` is the lowest ordinal that is
-    neither taken nor set aside, `beyond` what was taken past it: together they are all that a checkpoint needs.
+    training, set aside after failing max_failures times, or skipped; it is taken once. `frontier` is the lowest ordinal
+    that is not done with, `beyond` what was taken or skipped past it: together they are all that a checkpoint needs.
+
+    A new ordinal is skipped when its prompt is too long (prompts.skip), or solved: its samples once had a mean reward
+    of pass_rate or more (ScaleRL's no-positive-resampling). One that is leased again has had its turn already.
 
     A lease is granted while
         taken + buffered + leased < (node's version + max_age + 1) * prompts_per_step,
@@ -50,9 +53,12 @@ class Ledger:
     """
 
     def __init__(self, prompts_per_step: int, max_age: int, num_steps: int, lease_timeout_s: float,
-                 max_failures: int = 5):  # fmt: skip
+                 max_failures: int = 5, prompts=None, pass_rate: float | None = None):  # fmt: skip
         self.prompts_per_step, self.max_age, self.num_steps = prompts_per_step, max_age, num_steps
         self.lease_timeout_s, self.max_failures = lease_timeout_s, max_failures
+        self.prompts, self.pass_rate = prompts, pass_rate
+        self.solved: set[int] = set()  # rows of the data set
+        self.num_skipped = 0
         self.leases: dict[str, Lease] = {}
         self.buffer: list[Group] = []
         self.returned: list[int] = []  # ordinals to be leased again, lowest first
@@ -71,12 +77,29 @@ class Ledger:
             return None
         if self.returned:
             ordinal = self.returned.pop(0)
+        elif self.none_left:
+            return None
         else:
+            while self._is_out(self.next_ordinal):
+                self.beyond.add(self.next_ordinal)
+                self.next_ordinal, self.num_skipped = self.next_ordinal + 1, self.num_skipped + 1
+            self._advance()
             ordinal, self.next_ordinal = self.next_ordinal, self.next_ordinal + 1
         self.attempts[ordinal] += 1
         name = f"{ordinal}-{self.attempts[ordinal]}"
         self.leases[name] = Lease(name, ordinal, node, node_version, now, now + self.lease_timeout_s)
         return self.leases[name]
+
+    def _is_out(self, ordinal: int) -> bool:
+        if self.prompts is None:
+            return False
+        row = self.prompts.row(ordinal)
+        return row in self.solved or row in self.prompts.skip
+
+    @property
+    def none_left(self) -> bool:
+        """Every prompt is too long or solved: the sequence has ended."""
+        return self.prompts is not None and len(self.solved) + len(self.prompts.skip) >= len(self.prompts.examples)
 
     def give_back(self, lease_id: str, count: str, failure: str = "") -> None:
         """A lease that ends without a group: its prompt is leased again, unless this was one failure too many."""
@@ -129,28 +152,32 @@ class Ledger:
         for group in batch:
             assert group.ordinal >= self.frontier and group.ordinal not in self.beyond, f"{group.ordinal} taken twice"
             self.beyond.add(group.ordinal)
+            if self.pass_rate is not None and group.rewards.mean() >= self.pass_rate:
+                self.solved.add(self.prompts.row(group.ordinal))
         self.num_taken += len(batch)
         self._advance(*(g.ordinal for g in batch))
         return batch
 
     def check(self) -> None:
-        done = self.num_taken + len(self.set_aside)
+        done = self.num_taken + len(self.set_aside) + self.num_skipped
         states = done + len(self.buffer) + len(self.leases) + len(self.returned)
         assert states == self.next_ordinal, f"ledger: {states} prompts accounted for, {self.next_ordinal} handed out"
         past = self.frontier + len(self.beyond) + sum(ordinal > self.frontier for ordinal in self.set_aside)
-        assert done == past, f"ledger: {done} prompts taken or set aside, but the frontier says {past}"
+        assert done == past, f"ledger: {done} prompts taken, skipped or set aside, but the frontier says {past}"
 
     def state(self) -> dict:
         """What a checkpoint keeps, JSON: the trained frontier. What is in flight or buffered is generated again."""
         set_aside = {str(ordinal): why for ordinal, why in self.set_aside.items()}
         return {"taken": self.num_taken, "frontier": self.frontier, "beyond": sorted(self.beyond),
-                "set_aside": set_aside, "counts": dict(self.counts)}  # fmt: skip
+                "set_aside": set_aside, "counts": dict(self.counts), "skipped": self.num_skipped,
+                "solved": sorted(self.solved)}  # fmt: skip
 
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint: the holes before what was taken last are leased first, then the sequence goes on."""
         self.num_taken, self.frontier, self.beyond = state["taken"], state["frontier"], set(state["beyond"])
         self.set_aside = {int(o): why for o, why in state["set_aside"].items()}
-        self.counts = Counter(state["counts"])
+        self.counts, self.num_skipped = Counter(state["counts"]), state["skipped"]
+        self.solved = set(state["solved"])
         self.next_ordinal = max([self.frontier - 1, *self.beyond, *self.set_aside]) + 1
         done = self.beyond | self.set_aside.keys()
         self.returned = [o for o in range(self.frontier, self.next_ordinal) if o not in done]

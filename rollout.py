@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,7 @@ import tyro
 from safetensors.torch import save
 
 import weights
+from rewards import reward_digest
 from task import Codec
 from waits import Wait
 from workers import VLLM, RewardWorkers, backoff_s, log
@@ -166,13 +168,18 @@ class Node:
         """Ask the hub what the run is. A vLLM that fits it is kept, its weights are not trusted."""
         self.hub.headers.pop("X-Run", None)
         run = json.loads(await self.ask("GET", "/run"))
+        try:
+            if reward_digest(run["reward"]) != run["reward_digest"]:
+                raise ValueError(f"--reward {run['reward']!r}: the file differs from the trainer's")
+        except ValueError as e:
+            raise RuntimeError(f"{e}; copy it to {self.name} from where the trainer runs") from None
         fits = {**self.run, "id": ""} == {**run, "id": ""}
         if self.vllm is not None and (self.loading or not fits):
             await self.vllm.stop(kill=self.loading)
         if not fits:
             await self.close()
             self.vllm = VLLM(self.cfg, run, self.root / "vllm.log")
-            self.workers = RewardWorkers(run.get("reward", ""), self.cfg.reward_workers, self.cfg.reward_timeout_s)
+            self.workers = RewardWorkers(run["reward"], self.cfg.reward_workers, self.cfg.reward_timeout_s)
         self.run = self.vllm.run = run
         self.hub.headers["X-Run"] = run["id"]
         self.version, self.loading = -1, False
@@ -295,6 +302,7 @@ class Node:
                 "leases": [name for name, task in self.held.items() if not task.done()],
                 "vllm": vllm,
             }
+            body["failed_rewards"], self.workers.failed = dict(self.workers.failed), Counter()
             for lease in json.loads(await self.ask("POST", "/beat", json=body))["drop"]:
                 if (task := self.held.get(lease)) and not task.done():
                     log(f"lease {lease} is no longer ours")

@@ -1,127 +1,237 @@
-"""What is trained on: prompts, answers, rewards. FORK HERE: this is the file that every project replaces.
+"""What is trained on: prompts and answers. FORK HERE: this is the file that every project replaces.
 
 Three ways in, none of which needs an edit:
-    --data FILE.jsonl           one JSON object a line: "prompt" (text) or "messages" (chat), and "answer"
-    --reward FILE.py:FUNCTION   FUNCTION(completion: str, example: dict) -> float, run on the rollout node
-    --task reverse | add        the built-in character tasks, small enough to be learned on a laptop in two minutes
+    --data NAME          a JSONL or Parquet file, a data set saved by `datasets`, or one on the Hugging Face Hub
+    --reward NAME        exact, numeric, math, or FILE.py:FUNCTION (the contract is in rewards.py)
+    --task reverse | add the built-in character tasks, small enough to be learned on a laptop in two minutes
+
+A row's prompt is a text or a list of chat messages. Both go through the chat template of the model's tokenizer; where
+it has none, or with --no-chat-template, a text is given to the model as it is.
 
 The built-in tasks come with a tokenizer of single characters and a supervised warm start, since from random weights
 no sample is ever right and a policy gradient has nothing to reinforce.
 """
 
-import importlib.util
 import json
 import math
+import mmap
 import os
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 
-# ---- rewards -------------------------------------------------------------------------------------------------
-def exact_match(completion: str, example: dict) -> float:
-    """1.0 if the completion is the answer, else 0.0."""
-    return float(completion.strip() == str(example["answer"]).strip())
+# ---- data ----------------------------------------------------------------------------------------------------
+PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "messages", "problem", "question"), ("answer", "expected_answer")
 
 
-def load_reward(spec: str) -> Callable[[str, dict], float]:
-    """The reward function of `--reward`: "" is exact_match, else FILE.py:FUNCTION.
+class Lines:
+    """A JSONL file, line by line: parsed when asked for, so that it takes no memory but a number a line."""
 
-    Raises: ValueError when the file or the function is not there.
+    def __init__(self, path: str):
+        with open(path, "rb") as file:
+            if not file.seek(0, os.SEEK_END):
+                raise ValueError(f"--data {path!r}: holds no example")
+            self.path, self.text = path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        starts, number = [], 0
+        while line := self.text.readline():
+            number += 1
+            if line.strip():
+                starts.append((self.text.tell() - len(line), number))
+        self.starts = np.array(starts, dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> dict:
+        start = int(self.starts[i, 0])  # IndexError past the end, which is what ends a loop over it
+        end = self.text.find(b"\n", start)
+        try:
+            row = json.loads(self.text[start : end if end >= 0 else len(self.text)])
+        except ValueError as e:
+            raise ValueError(f"{self.where(i)}: not JSON ({e})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.where(i)}: not a JSON object")
+        return row
+
+    def where(self, i: int) -> str:
+        return f"--data {self.path} line {self.starts[i, 1]}"
+
+
+class Examples:
+    """The rows of a data set as dicts, with "prompt" and "answer" set from their columns. They stay where they are,
+    memory-mapped Arrow or a file: a row is read when it is asked for.
+
+    Raises: ValueError naming the row without a prompt or an answer.
     """
-    if not spec:
-        return exact_match
-    file, colon, function = spec.rpartition(":")
-    if not colon or not Path(file).is_file():
-        raise ValueError(f"--reward {spec!r}: expected FILE.py:FUNCTION with an existing file")
-    module_spec = importlib.util.spec_from_file_location("reward_module", file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"--reward {spec!r}: {file} has no function {function!r}")
-    return getattr(module, function)
+
+    def __init__(self, rows, prompt_column: str = "", answer_column: str = "", name: str = "--data"):
+        if not len(rows):
+            raise ValueError(f"{name}: holds no example")
+        self.rows, self.name = rows, name
+        self.prompt_column = self._column("prompt", prompt_column, PROMPT_COLUMNS)
+        self.answer_column = self._column("answer", answer_column, ANSWER_COLUMNS)
+        for i, (prompt, answer) in enumerate(self._pairs()):
+            if not prompt or not isinstance(prompt, str | list):
+                raise ValueError(f"{self._where(i)}: {self.prompt_column!r} must be a text or chat messages, not empty")
+            if answer is None:
+                raise ValueError(f"{self._where(i)}: {self.answer_column!r} is missing")
+
+    def _column(self, what: str, wanted: str, usual: tuple[str, ...]) -> str:
+        there = list(self.rows[0])
+        found = [c for c in ((wanted,) if wanted else usual) if c in there]
+        if len(found) != 1:
+            raise ValueError(f"{self.name} has the columns {', '.join(there)}: which is the {what}? "
+                             f"--{what}-column {wanted or '|'.join(found or usual)}")  # fmt: skip
+        return found[0]
+
+    def _pairs(self):
+        """Prompt and answer of every row, in the order of the rows."""
+        names = (self.prompt_column, self.answer_column)
+        if not hasattr(self.rows, "select_columns"):
+            return (tuple(row.get(c) for c in names) for row in self.rows)
+        batches = self.rows.select_columns(list(names)).iter(1000)  # the other columns, long ones, are not read
+        return (pair for batch in batches for pair in zip(*(batch[c] for c in names)))
+
+    def _where(self, i: int) -> str:
+        return self.rows.where(i) if isinstance(self.rows, Lines) else f"{self.name} row {i}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        row = self.rows[i]
+        return {**row, "prompt": row[self.prompt_column], "answer": row[self.answer_column]}
+
+    def too_long(self, codec: "Codec", limit: int) -> set[int]:
+        """The rows whose prompt has more than `limit` tokens."""
+        around = len(codec.encode({"prompt": "x"})) + 16
+        # A token is at least a byte of the text, so few prompts have to be encoded to know: a million take seconds.
+        long = lambda prompt: not isinstance(prompt, str) or around + len(prompt.encode()) > limit
+        pairs = enumerate(self._pairs())
+        return {i for i, (prompt, _) in pairs if long(prompt) and len(codec.encode({"prompt": prompt})) > limit}
 
 
-def serve_rewards(spec: str) -> None:
-    """A reward worker: a line of JSON in ("completion", "example") and one out ("reward" or "error"), until stdin ends.
-    What the function prints goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    reward = load_reward(spec)
-    for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            value = float(reward(job["completion"], job["example"]))
-            answer = {"reward": value} if math.isfinite(value) else {"error": f"it returned {value}"}
-        except Exception as e:  # any: the user's code
-            answer = {"error": f"it raised {e!r}"[:300]}
-        answers.write(json.dumps(answer) + "\n")
+def read_data(name: str, split: str = "train", prompt_column: str = "", answer_column: str = "") -> Examples:
+    """The data set of `--data`. HF_HOME, HF_DATASETS_CACHE, HF_TOKEN and HF_HUB_OFFLINE are the library's to heed.
+
+    Raises: ValueError with one line for what is missing, gated, out of reach or malformed.
+    """
+    path = Path(name)
+    if name.endswith((".jsonl", ".json", ".parquet")) and not path.is_file():
+        raise ValueError(f"--data {name!r}: no such file")
+    if name.endswith((".jsonl", ".json")):
+        if split != "train":
+            raise ValueError(f"--data-split {split!r}: a JSONL file has no splits")
+        return Examples(Lines(name), prompt_column, answer_column, f"--data {name}")
+    import datasets  # takes seconds to import
+
+    try:
+        if name.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=name, split=split)
+        elif (path / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(name)[split]
+        elif (path / "state.json").exists():
+            rows = datasets.load_from_disk(name)
+        elif path.is_dir():
+            rows = datasets.load_dataset(name, split=split)
+        else:
+            repo, _, config = name.partition(":")
+            rows = datasets.load_dataset(repo, config or None, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        raise hub_error(f"--data {name!r}, --data-split {split!r}", e) from None
+    return Examples(rows, prompt_column, answer_column, f"--data {name}")
 
 
-# ---- prompts -------------------------------------------------------------------------------------------------
-def read_examples(path: str) -> list[dict]:
-    """Examples of a JSONL file. Raises: ValueError naming the line that is not one."""
-    if not Path(path).is_file():
-        raise ValueError(f"--data {path!r}: no such file")
-    examples = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"--data {path} line {number}: not JSON ({e.msg})") from None
-        if not isinstance(example, dict) or ("prompt" in example) == ("messages" in example):
-            raise ValueError(f'--data {path} line {number}: expected an object with either "prompt" or "messages"')
-        if "prompt" in example and not (isinstance(example["prompt"], str) and example["prompt"]):
-            raise ValueError(f'--data {path} line {number}: "prompt" must be a non-empty text')
-        if "answer" not in example:
-            raise ValueError(f'--data {path} line {number}: "answer" is missing')
-        examples.append(example)
-    if not examples:
-        raise ValueError(f"--data {path!r}: holds no example")
-    return examples
+def hub_error(flag: str, e: Exception) -> ValueError:
+    """What a Hugging Face library raised, as one line with what would help."""
+    text = " ".join(str(e).split())[:300]
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        text += "; HF_HUB_OFFLINE is set: only what is in the cache (HF_HOME, HF_DATASETS_CACHE) can be read"
+    elif any(word in text.lower() for word in ("gated", "authenticated", "401", "403")):
+        text += "; accept its terms on the Hub and set HF_TOKEN"
+    elif "doesn't exist" in text or "404" in text:
+        text += "; if it is private, set HF_TOKEN"
+    return ValueError(f"{flag}: {type(e).__name__}: {text}")
 
 
 class Prompts:
     """An endless sequence of prompts: ordinal -> example. Each epoch is a permutation of its own, which depends on
-    nothing but the seed, so an ordinal names the same prompt in every process and after every restart."""
+    nothing but the seed, so an ordinal names the same prompt in every process and after every restart. `skip`: rows
+    that are not sampled; their ordinals are passed over by the ledger, so that the others' stay what they are."""
 
-    def __init__(self, examples: list[dict], seed: int):
-        self.examples, self.seed = examples, seed
-        self._orders: dict[int, list[int]] = {}
+    def __init__(self, examples, seed: int, skip: set[int] = frozenset()):
+        self.examples, self.seed, self.skip = examples, seed, skip
+        self._orders: dict[int, np.ndarray] = {}
 
-    def __getitem__(self, ordinal: int) -> dict:
+    def row(self, ordinal: int) -> int:
+        """The row of the data set that an ordinal names."""
         epoch, position = divmod(ordinal, len(self.examples))
         if epoch not in self._orders:
-            order = list(range(len(self.examples)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._orders[epoch] = order
-        return self.examples[self._orders[epoch][position]]
+            # RandomState, since numpy promises its stream for ever: a checkpoint of today resumes under any numpy.
+            order = np.random.RandomState([self.seed % 2**32, epoch]).permutation(len(self.examples))
+            self._orders = {**{e: o for e, o in self._orders.items() if e == epoch - 1}, epoch: order}
+        return int(self._orders[epoch][position])
+
+    def __getitem__(self, ordinal: int) -> dict:
+        return self.examples[self.row(ordinal)]
+
+
+# ---- text to token ids ---------------------------------------------------------------------------------------
+def text_of(value: str) -> str:
+    """A flag's text, or that of the file it names."""
+    return Path(value).read_text().rstrip("\n") if os.path.isfile(value) else value
+
+
+def split_template(template: str) -> tuple[str, str]:
+    """What goes before and after a prompt. Raises: ValueError unless its place is marked once."""
+    mark = "{problem}" if "{problem}" in template else "{}"
+    if template.count(mark) != 1:
+        raise ValueError(f"--prompt-template {template[:80]!r}: expected {{problem}}, or a lone {{}}, once")
+    before, _, after = template.partition(mark)
+    return before, after
 
 
 class Codec:
-    """Text to token ids and back, from a checkpoint's tokenizer.json; `messages` go through its chat template."""
+    """Text to token ids and back, from a checkpoint's tokenizer.json and its chat template.
 
-    def __init__(self, checkpoint: str | Path):
+    Raises: ValueError without a tokenizer.json, or for a system prompt where there is no chat template to take it.
+    """
+
+    def __init__(self, checkpoint: str | Path, system_prompt: str = "", template: str = "{problem}", chat: bool = True):
         from tokenizers import Tokenizer
 
         self.path = Path(checkpoint)
         if not (self.path / "tokenizer.json").is_file():
             raise ValueError(f"{checkpoint} has no tokenizer.json")
         self.tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
-        self._chat = None
+        self.tokenizer.no_truncation()
+        self.before, self.after = split_template(template)
+        self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        config = self.path / "tokenizer_config.json"
+        has_chat = (self.path / "chat_template.jinja").exists() or (
+            config.exists() and "chat_template" in json.loads(config.read_text())
+        )
+        self.chat, self._hf = chat and has_chat, None
+        if self.system and not self.chat:
+            raise ValueError(f"--system-prompt: {checkpoint} has no chat template to take it, or it is switched off")
 
     def encode(self, example: dict) -> list[int]:
-        if "prompt" in example:
-            return self.tokenizer.encode(example["prompt"], add_special_tokens=False).ids
-        if self._chat is None:
+        prompt = example["prompt"]
+        if isinstance(prompt, str):
+            text = self.before + prompt + self.after
+            if not self.chat:
+                return self.tokenizer.encode(text, add_special_tokens=False).ids
+            prompt = [{"role": "user", "content": text}]
+        if self.system and all(message["role"] != "system" for message in prompt):
+            prompt = [*self.system, *prompt]
+        if self._hf is None:
             from transformers import AutoTokenizer  # takes seconds to import: only chats need it
 
-            self._chat = AutoTokenizer.from_pretrained(self.path)
-        text = self._chat.apply_chat_template(example["messages"], add_generation_prompt=True, tokenize=False)
+            self._hf = AutoTokenizer.from_pretrained(self.path)
+        text = self._hf.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -229,7 +339,3 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
     written = write_version(scratch, 0, list(model.hf_tensors()), static=scratch)
     written.rename(path)
     shutil.rmtree(scratch)
-
-
-if __name__ == "__main__":
-    serve_rewards(sys.argv[1])

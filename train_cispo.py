@@ -44,6 +44,7 @@ from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks, make_mesh, reduce_metrics
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
+from rewards import load_reward, reward_digest
 from waits import Signals, Wait, agree, stop_word
 from weights import Publisher, gather_hf, load_hf
 from workers import LocalRollout
@@ -65,9 +66,19 @@ class Config:
     # model and task
     model: str = ""  # Qwen3 or Qwen3-MoE checkpoint: a directory or a hub id; "" makes a tiny one for --task
     task: Literal["reverse", "add"] = "reverse"  # built-in task, unless --data is given
-    data: str = ""  # JSONL file with "prompt" or "messages", and "answer"
-    reward: str = ""  # FILE.py:FUNCTION(completion, example) -> float; "" is exact match
     warm_start_accuracy: float = 0.36  # of the tiny model: supervised until a sample is right this often
+    # data
+    data: str = ""  # JSONL or Parquet file, saved data set, or NAME or NAME:CONFIG on the Hugging Face Hub; "": --task
+    data_split: str = "train"  # of it; train[:5000] is one too
+    prompt_column: str = ""  # text or chat messages; "": prompt, messages, problem or question, whichever there is
+    answer_column: str = ""  # "": answer or expected_answer, whichever there is
+    system_prompt: str = ""  # text or file: first message of every chat that has none
+    prompt_template: str = "{problem}"  # text or file; a prompt that is text takes the place of {problem} or {} in it
+    chat_template: bool = True  # text is a user's message in the tokenizer's chat template; off: raw, as where none is
+    max_input_seq_length: int | None = None  # longer prompts are left out; unset: what leaves room for max_new_tokens
+    no_resampling_pass_rate: float | None = None  # a prompt whose samples have this mean reward is not sampled again
+    # rewards
+    reward: str = "exact"  # exact, numeric, math, or FILE.py:FUNCTION(completion, example) -> float, see rewards.py
     # rollouts
     num_prompts_per_step: int = 16  # prompts in a step
     num_generations_per_prompt: int = 16  # samples of each
@@ -154,6 +165,12 @@ class Config:
     @property
     def samples_per_step(self) -> int:
         return self.num_prompts_per_step * self.num_generations_per_prompt
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Of a prompt that is sampled from; a long one leaves its samples less than max_new_tokens."""
+        room, most = self.max_total_sequence_length, self.max_input_seq_length
+        return room - self.max_new_tokens if most is None else min(most, room - 1)
 
     @property
     def run_dir(self) -> Path:
@@ -259,9 +276,14 @@ class Config:
              f"{self.max_total_sequence_length}: one sample would not fit"),
             (self.tp > 0 and self.max_tokens_per_micro_batch % self.tp != 0,
              f"--max-tokens-per-micro-batch {self.max_tokens_per_micro_batch} is no multiple of --tp {self.tp}"),
-            (self.max_new_tokens >= self.max_total_sequence_length,
+            (self.max_prompt_tokens < 1,
              f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-total-sequence-length "
+             f"{self.max_total_sequence_length}; --max-input-seq-length would let long ones shorten their samples"),
+            (self.max_new_tokens > self.max_total_sequence_length,
+             f"--max-new-tokens {self.max_new_tokens} is above --max-total-sequence-length "
              f"{self.max_total_sequence_length}"),
+            (self.no_resampling_pass_rate is not None and self.no_resampling_pass_rate <= 0,
+             f"--no-resampling-pass-rate {self.no_resampling_pass_rate}: must be above 0, or no prompt comes back"),
             (bool(self.data) and not self.model, "--data needs --model: the tiny model knows only its own task"),
             (bool(self.model) and not Path(self.model).is_dir() and self.model.startswith((".", "/", "~")),
              f"--model {self.model!r}: no such directory"),
@@ -295,9 +317,8 @@ def parse_config(argv: list[str]) -> Config:
         close = difflib.get_close_matches(unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1)
         raise ValueError(f"unknown flag {unknown[0]!r}" + (f", did you mean {close[0]}?" if close else ""))
     cfg.validate()
-    task.load_reward(cfg.reward)
-    if cfg.data:
-        task.read_examples(cfg.data)
+    load_reward(cfg.reward)
+    task.split_template(task.text_of(cfg.prompt_template))
     if Path(cfg.model).is_dir() and cfg.model:
         try:
             ModelConfig.from_dir(cfg.model)
@@ -313,22 +334,37 @@ def resolve_model(cfg: Config, rank: int) -> Path:
             return Path(cfg.model)
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(cfg.model))
+        try:
+            return Path(snapshot_download(cfg.model))
+        except (OSError, ValueError) as e:
+            raise task.hub_error(f"--model {cfg.model!r}", e) from None
     path = Path("checkpoints") / f"tiny-{cfg.task}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
     if rank == 0 and not path.exists():
         task.warm_start(path, cfg.task, cfg.seed, cfg.warm_start_accuracy, say)
     return path
 
 
-def load_prompts(cfg: Config, checkpoint: Path) -> tuple[task.Prompts, task.Codec]:
-    """The run's prompts and their tokenizer. Raises: ValueError for a prompt that leaves no room for an answer."""
-    examples = task.read_examples(cfg.data) if cfg.data else task.task_examples(cfg.task, 20_000, cfg.seed)
-    codec = task.Codec(checkpoint)
-    length, longest = max((len(codec.encode(example)), i) for i, example in enumerate(examples))
-    if length > (room := cfg.max_total_sequence_length - cfg.max_new_tokens):
-        limit = f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens leaves {room}"
-        raise ValueError(f"a prompt has {length} tokens, and {limit}: {str(examples[longest])[:200]}")
-    return task.Prompts(examples, cfg.seed), codec
+def load_examples(cfg: Config) -> task.Examples:
+    """The run's data set. Raises: ValueError for one that cannot be read."""
+    if cfg.data:
+        return task.read_data(cfg.data, cfg.data_split, cfg.prompt_column, cfg.answer_column)
+    return task.Examples(task.task_examples(cfg.task, 20_000, cfg.seed))
+
+
+def load_prompts(cfg: Config, checkpoint: Path, examples: task.Examples) -> tuple[task.Prompts, task.Codec]:
+    """The run's prompts and their tokenizer. Raises: ValueError when none is short enough to be answered."""
+    codec = task.Codec(checkpoint, task.text_of(cfg.system_prompt), task.text_of(cfg.prompt_template),
+                       cfg.chat_template)  # fmt: skip
+    skip = examples.too_long(codec, cfg.max_prompt_tokens)
+    limit = f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens {cfg.max_new_tokens}"
+    if cfg.max_input_seq_length is not None:
+        limit = f"--max-input-seq-length {cfg.max_input_seq_length}"
+    limit = f"more than {cfg.max_prompt_tokens} tokens, {limit}"
+    if len(skip) == len(examples):
+        raise ValueError(f"no prompt can be used: all {len(skip)} have {limit}")
+    if skip:
+        say(f"{len(skip)} of {len(examples)} prompts are left out: they have {limit}")
+    return task.Prompts(examples, cfg.seed, skip), codec
 
 
 # ---- one update ----------------------------------------------------------------------------------------------
@@ -460,7 +496,7 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
     run = {
         "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
         "max_model_len": cfg.max_total_sequence_length, "dtype": dtype,
-        "reward": str(Path(cfg.reward).resolve()) if cfg.reward else "",
+        "reward": cfg.reward, "reward_digest": reward_digest(cfg.reward),
         "sampling": {
             "n": cfg.num_generations_per_prompt, "temperature": cfg.temperature, "top_p": 1.0, "top_k": 0,
             "max_tokens": cfg.max_new_tokens, "logprobs": 0, "detokenize": False,
@@ -468,7 +504,7 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
         },
     }  # fmt: skip
     ledger = Ledger(cfg.num_prompts_per_step, cfg.max_trajectory_age_steps, cfg.max_num_steps, cfg.lease_timeout_s,
-                    cfg.max_prompt_failures)  # fmt: skip
+                    cfg.max_prompt_failures, prompts, cfg.no_resampling_pass_rate)  # fmt: skip
     token = os.environ.get("CISPO_TOKEN") or secrets.token_urlsafe(32)
     weights_dir = cfg.run_dir / "weights"
     hub = Hub(ledger, prompts, codec.encode, weights_dir, vocab_size, token, run)
@@ -613,12 +649,13 @@ def main() -> None:
             return
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local_ranks)))
+        examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
         checkpoint = resolve_model(cfg, rank)
         if rank == 0 or cfg.model:  # the tiny one is rank 0's until the ranks have met
             model_cfg, world_size = ModelConfig.from_dir(checkpoint), int(os.environ.get("WORLD_SIZE", 1))
             dry_run.check_layout(model_cfg, world_size, cfg.tp, cfg.ep)
             dry_run.check_memory(model_cfg, cfg, world_size)
-        prompts, codec = load_prompts(cfg, checkpoint) if rank == 0 else (None, None)
+        prompts, codec = load_prompts(cfg, checkpoint, examples) if rank == 0 else (None, None)
         checkpoints = checkpoints_to_try(cfg) if rank == 0 else []
     except (ValueError, CheckpointError) as e:
         if rank == 0:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import aiohttp
@@ -190,14 +191,15 @@ class VLLM:
 
 # ---- rewards -------------------------------------------------------------------------------------------------
 class RewardWorkers:
-    """Reward functions in processes of their own (`python task.py SPEC`): one that raises, hangs, exits or prints
-    costs a sample, and not the node."""
+    """Reward functions in processes of their own (`python rewards.py SPEC`): one that raises, hangs, exits or prints
+    costs a sample, and not the node. `failed` counts such samples by kind, until somebody takes the counts."""
 
     def __init__(self, spec: str, count: int, timeout_s: float):
         self.spec, self.timeout_s = spec, timeout_s
         self.processes: set[asyncio.subprocess.Process] = set()
         self.starting: set[asyncio.Task] = set()
         self.free: asyncio.Queue = asyncio.Queue()
+        self.failed: Counter[str] = Counter()
         for _ in range(count):
             self.free.put_nowait(None)  # a worker that is started when it is first needed
 
@@ -226,7 +228,7 @@ class RewardWorkers:
 
     async def _start(self) -> asyncio.subprocess.Process:
         env = {k: v for k, v in os.environ.items() if k != "CISPO_TOKEN"}
-        command = with_parent([sys.executable, str(REPO / "task.py"), self.spec])
+        command = with_parent([sys.executable, str(REPO / "rewards.py"), self.spec])
         start = asyncio.create_task(asyncio.create_subprocess_exec(
             *command, env=env, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         ))  # fmt: skip
@@ -244,14 +246,18 @@ class RewardWorkers:
                 line = await worker.stdout.readline()
         except TimeoutError:
             self._kill(worker)
+            self.failed["timed_out"] += 1
             return wait.message(), None
         if not line:
             with contextlib.suppress(TimeoutError):  # it has closed its end: its own status, if it has one
                 async with asyncio.timeout(2.0):
                     await worker.wait()
             self._kill(worker)
+            self.failed["exited"] += 1
             return f"the reward function's process ended with status {await worker.wait()}", None
         answer = json.loads(line)
+        if "error" in answer:
+            self.failed[answer["kind"]] += 1
         return answer.get("reward", answer.get("error")), worker
 
     def _kill(self, worker) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import aiohttp
@@ -19,6 +20,7 @@ import weights
 from hub import Hub
 from ledger import Ledger
 from model import ModelConfig, Qwen3MoE
+from rewards import reward_digest
 from rollout import Node, RolloutConfig, next_limit
 from task import Codec
 
@@ -26,7 +28,7 @@ REPO = Path(__file__).resolve().parent.parent
 SAMPLES = 4
 
 
-def make_hub(tmp_path, tiny_checkpoint, reward="", prompts=None, **ledger):
+def make_hub(tmp_path, tiny_checkpoint, reward="exact", prompts=None, **ledger):
     """A hub that wants as many groups as it can get; versions 0 to 2 are on disk, 0 is published."""
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
@@ -34,7 +36,7 @@ def make_hub(tmp_path, tiny_checkpoint, reward="", prompts=None, **ledger):
         weights.write_version(tmp_path / "hub", version, list(model.hf_tensors()), tiny_checkpoint)
     sampling = {"n": SAMPLES, "temperature": 1.0, "max_tokens": 8, "stop_token_ids": [1]}
     run = {"num_generations": SAMPLES, "max_new_tokens": 8, "sampling": sampling, "dtype": "float32", "seed": 0,
-           "max_model_len": 64, "reward": reward}  # fmt: skip
+           "max_model_len": 64, "reward": reward, "reward_digest": reward_digest(reward)}  # fmt: skip
     prompts = prompts or [{"prompt": "abcde>", "answer": "edcba"}] * 100_000
     ledger = {"prompts_per_step": 1, "max_age": 10**6, "num_steps": 10**6, "lease_timeout_s": 120.0, **ledger}
     hub = Hub(Ledger(**ledger), prompts, Codec(tiny_checkpoint).encode, tmp_path / "hub", 32, "t", run)
@@ -163,39 +165,66 @@ def test_a_prompt_that_fails_everywhere_is_set_aside_and_named(
         hub.close(patience_s=0.0)
 
 
-def test_rewards_that_raise_exit_hang_or_are_nan_cost_samples_and_are_named(
-    tmp_path, tiny_checkpoint, fake_vllm_command, capfd
+FAILURES = {  # call: what the function does, kind under which it is counted, words in the node's log
+    1: ("raise KeyError('no such thing')", "raised", "it raised KeyError('no such thing')"),
+    2: ("return float('nan')", "not_finite", "it returned nan"),
+    5: ("sys.exit(3)", "exited", "the reward function's process ended with status 3"),
+    6: ("signal.pause()", "timed_out", "wait 'reward'"),
+    9: ("return '1.0'", "wrong_type", "it returned '1.0' (str of 3), expected one number"),
+    10: ("return [1.0, 0.0]", "wrong_type", "it returned [1.0, 0.0] (list of 2), expected one number"),
+    13: ("return None", "wrong_type", "it returned None (NoneType), expected one number"),
+    14: ("raise TimeoutError('too hard')", "timed_out", "it raised TimeoutError('too hard')"),
+}
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_rewards_that_fail_in_whatever_way_cost_samples_are_counted_by_kind_and_named(
+    tmp_path, tiny_checkpoint, fake_vllm_command, capfd, kind
 ):
-    """The third group of four samples is the last that the function spoils."""
+    """The fourth group of four samples is the last that the function spoils; the run goes on."""
     (tmp_path / "bad.py").write_text(
         "import signal, sys\nfrom pathlib import Path\n"
         f"calls = Path({str(tmp_path / 'calls')!r})\n"
-        "def score(completion, example):\n"
+        f"{kind} score(completion, example):\n"
         "    number = len(calls.read_text()) if calls.exists() else 0\n"
         "    calls.write_text('x' * (number + 1))\n"
         "    print('a word on stdout')\n"
-        "    if number == 1: raise KeyError('no such thing')\n"
-        "    if number == 2: return float('nan')\n"
-        "    if number == 5: sys.exit(3)\n"
-        "    if number == 6: signal.pause()\n"
-        "    return 1.0\n"
+        + "".join(f"    if number == {call}: {what}\n" for call, (what, *_) in FAILURES.items())
+        + "    return 1.0\n"
     )
     hub = make_hub(tmp_path, tiny_checkpoint, reward=f"{tmp_path / 'bad.py'}:score")
+    counted = lambda: {k: int(n) for k, n in hub.ledger.counts.items() if k.startswith("reward_")}
+    wanted = Counter(f"reward_{kind}" for _, kind, _ in FAILURES.values())
+
+    async def scenario(node):
+        await groups(hub, 5)
+        await until(lambda: sum(counted().values()) >= len(FAILURES))
+
     try:
-        run_node(hub, tmp_path, fake_vllm_command, lambda node: groups(hub, 4), reward_timeout_s=5.0)
-        assert [len(g.rewards) for g in hub.ledger.buffer][:3] == [2, 2, 4]
-        assert hub.ledger.counts["samples_dropped"] == 4
+        run_node(hub, tmp_path, fake_vllm_command, scenario, reward_timeout_s=5.0)
+        assert counted() == wanted
+        assert len(hub.ledger.buffer[4].rewards) == SAMPLES
+        assert hub.ledger.counts["samples_dropped"] == len(FAILURES)
     finally:
         hub.close(patience_s=0.0)
     log = capfd.readouterr().out
-    for reason in (
-        "it raised KeyError('no such thing')",
-        "it returned nan",
-        "process ended with status 3",
-        "wait 'reward'",
-    ):
-        assert f"1 x reward: {reason}" in log or f"1 x reward: the reward function's {reason}" in log, (reason, log)
+    for _, _, words in FAILURES.values():
+        assert f"1 x reward: {words}" in log, (words, log)
     assert "abcde>" in log  # the example is named
+
+
+def test_a_node_without_the_trainer_s_reward_file_says_so(tmp_path, tiny_checkpoint, fake_vllm_command):
+    file = tmp_path / "my.py"
+    file.write_text("def score(completion, example):\n    return 1.0\n")
+    hub = make_hub(tmp_path, tiny_checkpoint, reward=f"{file}:score")
+    try:
+        for change, reason in [(lambda: file.write_text("# another"), "differs from the trainer's; copy it to"),
+                               (file.unlink, "my.py in ")]:  # fmt: skip
+            change()
+            with pytest.raises(RuntimeError, match=reason):
+                run_node(hub, tmp_path, fake_vllm_command, lambda node: groups(hub, 1))
+    finally:
+        hub.close(patience_s=0.0)
 
 
 def test_a_reward_that_always_fails_stops_the_run_instead_of_eating_the_data(

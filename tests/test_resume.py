@@ -29,9 +29,10 @@ from hub import parse_group
 from ledger import Group, Ledger
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW
+from rewards import exact_match
 from rollout import pack_group
-from task import eos_token_ids, exact_match
-from train_cispo import Config, build_model, load_prompts, micro_batch_logprobs, train_update
+from task import eos_token_ids
+from train_cispo import Config, build_model, load_examples, load_prompts, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = {"num_prompts_per_step": 8, "num_generations_per_prompt": 8, "train_global_batch_size": 32, "cpu_threads": 1,
@@ -76,7 +77,7 @@ def same(a, b):
 def plain_loop(tiny_checkpoint, tmp_path, steps):
     """Generate, score, train, one after the other in one process: no hub, no node, no buffer. Returns the tensors."""
     cfg = dataclasses.replace(Config(), model=str(tiny_checkpoint), max_num_steps=steps, **SMALL)
-    prompts, codec = load_prompts(cfg, tiny_checkpoint)
+    prompts, codec = load_prompts(cfg, tiny_checkpoint, load_examples(cfg))
     model = build_model(cfg, ModelConfig.from_dir(tiny_checkpoint), Mesh(), tiny_checkpoint)
     optimizer = ShardedAdamW(
         model, cfg.max_grad_norm, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps,

@@ -13,12 +13,13 @@ from ranks import on_ranks
 
 import loss
 import parallel
+import task
 import train_cispo
 from batch import pack_batch, unpack_batch
 from ledger import Group
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
-from train_cispo import Config, learning_rate, main, micro_batch_logprobs, train_update
+from train_cispo import Config, learning_rate, load_examples, load_prompts, main, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -42,6 +43,11 @@ def long_data(tmp_path):
 def no_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf(1)))
     return str(tmp_path)
+
+
+def char_model(tmp_path):
+    task.write_char_tokenizer(tmp_path, "abc>")
+    return no_tokenizer(tmp_path)
 
 
 PPO, GSPO = ["--no-use-cispo"], ["--sequence-level-importance-ratios", "--no-token-level-loss"]
@@ -86,7 +92,7 @@ TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type
     (["--ratio-clip-mx", "4"], "unknown flag '--ratio-clip-mx', did you mean --ratio-clip-max?"),
     (["--frobnicate"], "unknown flag '--frobnicate'"),
     (["--data", "nowhere.jsonl", "--model", "x"], "--data 'nowhere.jsonl': no such file"),
-    (["--data", bad_data, "--model", "x"], 'line 2: "answer" is missing'),
+    (["--data", bad_data, "--model", "x"], "line 2: 'answer' is missing"),
     (["--data", bad_data], "--data needs --model"),
     (["--num-generations-per-prompt", "1"], "--num-generations-per-prompt 1: must be at least 2"),
     (["--temperature", "0"], "--temperature 0.0: must be above 0"),
@@ -99,7 +105,14 @@ TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type
     (["--model", llama_dir], "'LlamaForCausalLM' is not Qwen3ForCausalLM"),
     (["--model", "./nowhere"], "--model './nowhere': no such directory"),
     (["--data", long_data, "--model", no_tokenizer], "has no tokenizer.json"),
-    (["--reward", "x.py:f"], "--reward 'x.py:f': expected FILE.py:FUNCTION"),
+    (["--reward", "x.py:f"], "--reward 'x.py:f': expected exact, numeric, math, or FILE.py:FUNCTION"),
+    (["--prompt-template", "Solve it."], "--prompt-template 'Solve it.': expected {problem}, or a lone {}, once"),
+    (["--prompt-template", "{} in \\boxed{}"], "expected {problem}, or a lone {}, once"),
+    (["--max-input-seq-length", "0"], "leaves no room for a prompt"),
+    (["--max-new-tokens", "65"], "leaves no room for a prompt"),
+    (["--max-new-tokens", "65", "--max-input-seq-length", "9"], "65 is above --max-total-sequence-length 64"),
+    (["--no-resampling-pass-rate", "0"], "--no-resampling-pass-rate 0.0: must be above 0"),
+    (["--system-prompt", "Be brief.", "--model", char_model], "has no chat template to take it"),
     (["--model", no_tokenizer, "--ep", "3"], "--ep 3 does not divide num_experts=4"),
     (["--model", no_tokenizer, "--ep", "4"], "--ep 4 does not divide the number of ranks=2"),
     (["--model", no_tokenizer, "--tp", "4"], "--tp 4 does not divide the number of ranks=2"),
@@ -125,14 +138,25 @@ def test_bad_input_ends_the_program_before_anything_starts(tmp_path):
     assert done.stderr == "train_cispo.py: error: --temperature 0.0: must be above 0; greedy samples have no ratio\n"
 
 
-def test_a_prompt_without_room_for_an_answer_is_refused(tmp_path, tiny_checkpoint, capsys, monkeypatch):
+def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path, tiny_checkpoint, capsys, monkeypatch):
+    """The limit is 64 - 8 tokens, and --max-input-seq-length in its place; none that fits is refused."""
+    lengths = [3, 57, 56, 60, 1]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": "a" * n, "answer": "b"}) + "\n" for n in lengths))
+    load = lambda **flags: load_prompts(cfg := Config(data=str(tmp_path / "d.jsonl"), **flags), tiny_checkpoint,
+                                        load_examples(cfg))[0].skip  # fmt: skip
+    assert load() == {1, 3}
+    said = capsys.readouterr().out
+    assert "2 of 5 prompts are left out: they have more than 56 tokens, --max-total-sequence-length 64 less" in said
+    assert load(max_input_seq_length=2) == {0, 1, 2, 3}
+    assert "4 of 5 prompts are left out: they have more than 2 tokens, --max-input-seq" in capsys.readouterr().out
+    assert load(max_input_seq_length=60) == set() and not capsys.readouterr().out
+    flags = ["--data", str(tmp_path / "d.jsonl"), "--model", str(tiny_checkpoint), "--max-new-tokens", "63"]
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "ab>" * 20, "answer": "b"}) + "\n")
-    flags = ["--data", str(tmp_path / "d.jsonl"), "--model", str(tiny_checkpoint)]
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         main()
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and "a prompt has 60 tokens, and --max-total-sequence-length 64 less" in line
+    assert stopped.value.code == 2 and "no prompt can be used: all 1 have more than 1 tokens" in line
 
 
 ONE_UPDATE, NARROW = ["--train-global-batch-size", "256"], ["--ratio-clip-min", "0.2", "--ratio-clip-max", "0.2"]
