@@ -25,6 +25,9 @@ import zstandard
 _HEADER = struct.Struct("<BQQQ")  # element size, elements, gap entries, changed elements; the planes' lengths follow
 _SKIP = 65535  # a gap entry: so many unchanged elements, and no changed one
 _BIAS = 127  # steps from -127 to 128 have zeros in all bytes but the lowest
+# The low bytes are as good as independent, which Huffman coding takes and matches spoil: the fewest possible are looked
+# for, 64 places long ones. Against plain level 1 the steps shrink by a tenth, and it is no slower.
+_ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
@@ -51,12 +54,11 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> bytes:
     if len(where) == 0:
         return b""
     gaps = np.diff(where, prepend=-1) - 1
-    skips = gaps // _SKIP
-    if skips.any():
-        gaps = np.insert(gaps % _SKIP, np.repeat(np.arange(len(gaps)), skips), _SKIP)
-    steps = _ordered(b[where]) - _ordered(a[where]) + a.dtype.type(_BIAS)  # wraps around, and back in apply
-    planes = _planes(gaps.astype("<u2")) + _planes(steps)
-    frames = [zstandard.ZstdCompressor(level=1).compress(plane) for plane in planes]
+    if gaps.max() >= _SKIP:
+        gaps = np.insert(gaps % _SKIP, np.repeat(np.arange(len(gaps)), gaps // _SKIP), _SKIP)
+    steps = _ordered(b.take(where)) - _ordered(a.take(where)) + a.dtype.type(_BIAS)  # wraps around, and back in apply
+    zstd = zstandard.ZstdCompressor(compression_params=_ZSTD)
+    frames = [zstd.compress(plane) for plane in _planes(gaps.astype("<u2")) + _planes(steps)]
     header = _HEADER.pack(a.itemsize, a.size, len(gaps), len(where))
     return b"".join([header, *(struct.pack("<Q", len(f)) for f in frames), *frames])
 
