@@ -1,4 +1,4 @@
-"""Our numbers beside those of others: `python bench.py loss [--json]`, `python bench.py model [--json]`.
+"""Our numbers beside those of others: `python bench.py loss [--json]`, `... model`, `... weights` (bench_weights.py).
 
 `loss`: forward and backward of vocabulary projection and CISPO loss, the largest part of a step outside the model.
 `model`: forward and backward of the whole model, token ids to final hidden states, and of one MoE block, against
@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import bench_weights
 import loss
 from model import ModelConfig, MoE, Qwen3MoE
 from parallel import Mesh
@@ -373,8 +374,9 @@ def show(result, what, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=list(SUITES), help="model: the whole model, then moe")
-    sizes = (("V", 151936), ("D", 1024), ("N", 512), ("chunk", 256), ("T", 2048), ("runs", 3), ("threads", 2))
+    parser.add_argument("what", choices=[*SUITES, "weights"], help="model: the whole model, then moe")
+    sizes = (("V", 151936), ("D", 1024), ("N", 512), ("chunk", 256), ("T", 2048), ("runs", 3), ("threads", 2),
+             ("steps", 20))  # fmt: skip
     for flag, default in sizes:
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -385,6 +387,9 @@ def main():
     args = parser.parse_args()
     if args.contender:
         contender(args)
+        return
+    if args.what == "weights":
+        bench_weights.main(args)
         return
     results = {what: compare(args, what) for what in (("model", "moe") if args.what == "model" else (args.what,))}
     if args.json:

@@ -63,6 +63,11 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> bytes:
     return b"".join([header, *(struct.pack("<Q", len(f)) for f in frames), *frames])
 
 
+def changed(code: bytes) -> int:
+    """How many elements a code of `encode` changes."""
+    return _HEADER.unpack_from(code)[3] if code else 0
+
+
 def apply(code: bytes, tensor: torch.Tensor) -> None:
     """Turn the tensor that was `old` into `new`, in place.
 

@@ -1,0 +1,166 @@
+"""`python bench.py weights`: what a new version costs: bytes of the delta, encoding, applying, writing.
+
+The state dict is one layer of Qwen3-30B-A3B at full width with a 48th of its embedding and head: 1.27 GB in bf16, in
+the whole model's proportions. fp32 master weights start on the bf16 grid (normal, std 0.02; norms at 1) and take
+--steps real steps of torch.optim.AdamW with the trainer's betas, epsilon and weight decay; the last step is what is
+coded, when the moments are those of a run. Gradients are independent normal numbers, without drift, of the size they
+have when the whole model's norm is 1: every weight of experts, attention, router and head has one in each step (in a
+batch of 2 M tokens no expert is idle), of the embedding 30 % of the rows.
+
+The codecs take the tensors in turns on --threads threads; times are the best of --runs, GB/s are of the full state.
+xor + zstd is at level 1, each tensor by itself, as ours.
+"""
+
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import zstandard
+from safetensors.torch import save_file
+
+import delta
+import weights
+
+LAYERS, VOCAB, D, EXPERTS, F, HEADS, KV_HEADS, HEAD = 48, 151936, 2048, 128, 768, 32, 4, 128
+GRADIENT = 30.5e9**-0.5  # an element's, when the norm of all 30.5 G is 1
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    layer = "model.layers.0."
+    attention = {"q_proj": (HEADS * HEAD, D), "k_proj": (KV_HEADS * HEAD, D), "v_proj": (KV_HEADS * HEAD, D),
+                 "o_proj": (D, HEADS * HEAD)}  # fmt: skip
+    names = {"model.embed_tokens.weight": (VOCAB // LAYERS, D), "lm_head.weight": (VOCAB // LAYERS, D)}
+    names |= {f"{layer}self_attn.{name}.weight": shape for name, shape in attention.items()}
+    names |= {f"{layer}self_attn.{name}.weight": (HEAD,) for name in ("q_norm", "k_norm")}
+    names |= {f"{layer}{name}.weight": (D,) for name in ("input_layernorm", "post_attention_layernorm")}
+    names[f"{layer}mlp.gate.weight"] = (EXPERTS, D)
+    for e in range(EXPERTS):
+        names |= {f"{layer}mlp.experts.{e}.{name}_proj.weight": (F, D) for name in ("gate", "up")}
+        names[f"{layer}mlp.experts.{e}.down_proj.weight"] = (D, F)
+    return names
+
+
+def last_step(lr: float, steps: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Every tensor in bf16 before and after the last of some steps of AdamW; one tensor's optimizer at a time."""
+    g = torch.Generator().manual_seed(0)
+    noise, pairs = torch.randn(1 << 24, generator=g) * GRADIENT, {}
+    for name, shape in shapes().items():
+        start = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=g) * 0.02
+        p = torch.nn.Parameter(start.bfloat16().float())
+        optimizer = torch.optim.AdamW([p], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True)
+        for _ in range(steps):
+            at = int(torch.randint(len(noise) - p.numel(), (), generator=g))  # a gradient is a window of the noise
+            p.grad = noise[at : at + p.numel()].view(shape)
+            if "embed" in name:
+                p.grad = p.grad * (torch.rand(shape[0], 1, generator=g) < 0.3)
+            old = p.detach().bfloat16()
+            optimizer.step()
+        pairs[name] = old, p.detach().bfloat16()
+    return pairs
+
+
+# ---- other codes, for comparison -------------------------------------------------------------------------------
+def xor_zstd(old, new):
+    return zstandard.ZstdCompressor(level=1).compress(delta._bits(old) ^ delta._bits(new))
+
+
+def overwrite_zstd(old, new):
+    """Our gaps with the new values in place of steps: idempotent, and larger."""
+    a, b = delta._bits(old), delta._bits(new)
+    where = np.flatnonzero(a != b)
+    planes = delta._planes((np.diff(where, prepend=-1) - 1).astype("<u2")) + delta._planes(b.take(where))
+    zstd = zstandard.ZstdCompressor(compression_params=delta._ZSTD)
+    return b"".join(zstd.compress(plane) for plane in planes)
+
+
+# ---- the measurement -------------------------------------------------------------------------------------------
+def measure(args, pairs, pool) -> dict:
+    size = sum(new.nbytes for _, new in pairs.values())
+
+    def timed(work, *columns):
+        start = time.perf_counter()
+        results = list(pool.map(work, *columns))
+        return time.perf_counter() - start, results
+
+    def best(work, columns=lambda: zip(*pairs.values())):
+        """GB/s of the full state, and what came out; the columns are made again for each run, outside its time."""
+        runs = [timed(work, *columns()) for _ in range(args.runs)]
+        return size / min(seconds for seconds, _ in runs) / 1e9, runs[0][1]
+
+    describe = lambda old, new: weights.describe(new)
+    speed, codes = {}, {}
+    speed["encode"], codes["ours"] = best(delta.encode)
+    speed["encode and digest"], _ = best(lambda old, new: (delta.encode(old, new), describe(old, new)))
+    speed["xor + zstd"], codes["xor + zstd"] = best(xor_zstd)
+    speed["digest"], _ = best(describe)
+    codes["overwrite"] = timed(overwrite_zstd, *zip(*pairs.values()))[1]
+    patched = []
+
+    def bases():
+        patched[:] = [old.clone() for old, _ in pairs.values()]
+        return codes["ours"], patched
+
+    speed["apply"], _ = best(delta.apply, bases)
+    for base, (_, new) in zip(patched, pairs.values()):
+        assert np.array_equal(delta._bits(base), delta._bits(new)), "apply is not bit-exact"
+    changed = sum(int((delta._bits(old) != delta._bits(new)).sum()) for old, new in pairs.values())
+    total = {name: sum(map(len, found)) for name, found in codes.items()}
+    total |= {"int32 index + value": changed * 6, "full": size}
+    return {"changed": changed / (size // 2), "bytes": total, "gb_per_s": speed}
+
+
+def measure_write(args, tensors, root) -> dict:
+    """GB/s of files that are on their way to the disk for certain (fsync), ours and save_file in turns."""
+    size, seconds = sum(t.nbytes for t in tensors.values()), {"ours": [], "save_file": []}
+    with tempfile.TemporaryDirectory(dir=root) as directory:
+        path = Path(directory, "model.safetensors")
+        for _ in range(args.runs):
+            for name, times in seconds.items():
+                start = time.perf_counter()
+                if name == "ours":
+                    weights.write_safetensors(path, list(tensors.items()))
+                else:
+                    save_file(tensors, path)
+                    weights.fsync(path)
+                times.append(time.perf_counter() - start)
+                path.unlink()
+    return {name: size / min(times) / 1e9 for name, times in seconds.items()}
+
+
+def run(args) -> dict:
+    torch.set_num_threads(args.threads)
+    result = {"threads": args.threads, "steps": args.steps, "load": os.getloadavg()[0], "lr": {}, "write": {}}
+    with ThreadPoolExecutor(args.threads) as pool:
+        for lr in (1e-6, 3e-6, 1e-5):
+            pairs = last_step(lr, args.steps)
+            torch.set_num_threads(1)  # the pool's threads are the parallelism
+            result["lr"][f"{lr:.0e}"] = measure(args, pairs, pool)
+            torch.set_num_threads(args.threads)
+    tensors = {name: new for name, (_, new) in pairs.items()}
+    for name, root in (("disk", None), ("/dev/shm", "/dev/shm")):
+        result["write"][name] = measure_write(args, tensors, root)
+    return result
+
+
+def show(result) -> None:
+    print(f"threads={result['threads']}, steps={result['steps']}, load {result['load']:.1f}")
+    for lr, found in result["lr"].items():
+        size, base = found["bytes"], found["bytes"]["xor + zstd"]
+        print(f"lr {lr}: {found['changed']:.2%} of {size['full'] / 2e6:,.0f} M weights changed")
+        for name, count in size.items():
+            ratio = f"{count / base:6.2f} x xor + zstd {size['full'] / count:6.1f}x less than full"
+            print(f"  {name:22} {count / 1e6:9,.1f} MB {ratio}")
+        print("  GB/s of full state: " + ", ".join(f"{name} {value:.2f}" for name, value in found["gb_per_s"].items()))
+    for where, found in result["write"].items():
+        print(f"write to {where} with fsync: ours {found['ours']:.2f} GB/s, save_file {found['save_file']:.2f}, "
+              f"{found['ours'] / found['save_file']:.2f}x")  # fmt: skip
+
+
+def main(args) -> None:
+    result = run(args)
+    print(json.dumps(result)) if args.json else show(result)
