@@ -160,6 +160,8 @@ class Node:
         self.version, self.checkpoint, self.loading = -1, None, False
         self.held: dict[str, asyncio.Task] = {}  # leases, and who answers them
         self.limit, self.in_vllm, self.vitals = min(32, cfg.max_groups), 0, {}
+        # aiohttp keeps as many connections as were ever needed at once: few of each node are enough for the hub.
+        self.pushing = asyncio.Semaphore(4)
 
     async def ask(self, method: str, route: str, **kwargs) -> bytes:
         return await ask(self.hub, method, route, self.cfg.hub_timeout_s, **kwargs)
@@ -334,7 +336,8 @@ class Node:
             if len(choices) < 2:  # a sample needs a sibling to be compared with
                 continue
             try:
-                await self.ask("POST", "/groups", data=pack_group(choices, rewards, name, gen_s))
+                async with self.pushing:
+                    await self.ask("POST", "/groups", data=pack_group(choices, rewards, name, gen_s))
                 return
             except HubRefusal as e:
                 log(f"lease {name}: {e}")
