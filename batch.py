@@ -12,35 +12,62 @@ from itertools import accumulate, count
 import torch
 from safetensors.torch import load, save
 
-from ledger import Group
+from ledger import NOT_SAMPLED, Group
 from loss import group_advantages, row_weights
+
+
+def shaped_rewards(group: Group, cfg) -> torch.Tensor:
+    """What the samples of a group are judged by: their rewards, less a penalty for the last tokens that they may have.
+    Shapes: (S,). Source: DAPO, arXiv:2503.14476 eq. 13, times a factor: 0 up to L - buffer tokens, then a line to
+    -factor at L, the longest that the sample could be."""
+    if not cfg.overlong_buffer_tokens:
+        return group.rewards
+    most = min(cfg.max_new_tokens, cfg.max_total_sequence_length - len(group.prompt_ids))
+    over = group.lengths - (most - cfg.overlong_buffer_tokens)
+    return group.rewards - cfg.overlong_penalty * (over / cfg.overlong_buffer_tokens).clamp(0, 1)
+
+
+def left_out(groups: list[Group], cfg) -> dict[str, list[torch.Tensor]]:
+    """Which samples of each group take no part in the loss, nor in what it is divided by, and why. If that were all,
+    they stay: a step has to have something."""
+    # A group of equal rewards teaches nothing, but its tokens count in every mean.
+    constant = [cfg.drop_zero_variance and shaped_rewards(g, cfg).unique().numel() == 1 for g in groups]
+    constant = [bool(c) and not all(constant) for c in constant]
+    flat = [torch.full((len(g.rewards),), c) for g, c in zip(groups, constant)]
+    # A sample that was cut off is still what its siblings are compared with, as in the seed system.
+    long = [g.truncated.bool() & bool(cfg.overlong_filter) & ~f for g, f in zip(groups, flat)]
+    if all(bool((f | o).all()) for f, o in zip(flat, long)):
+        long = [torch.zeros_like(o) for o in long]
+    return {"zero_variance_dropped": flat, "overlong_filtered": long}
 
 
 def pack_batch(groups: list[Group], cfg) -> bytes:
     """All samples of a step as one safetensors blob, which rank 0 broadcasts. Rows are in group order; `update` says
     which optimizer update a row belongs to, so a dropped sample shifts nobody into another update."""
     P, S = len(groups), cfg.num_generations_per_prompt
-    rewards_PS, valid_PS = torch.zeros(P, S), torch.zeros(P, S, dtype=torch.bool)
-    # A group of equal rewards teaches nothing, but its tokens count in every mean; if all are so, they stay.
-    kept = [p for p, g in enumerate(groups) if not cfg.drop_zero_variance or g.rewards.unique().numel() > 1]
-    kept = kept or list(range(P))
-    for p in kept:
-        rewards_PS[p, : len(groups[p].rewards)] = groups[p].rewards
-        valid_PS[p, : len(groups[p].rewards)] = True
+    rewards_PS, valid_PS, rows_PS = torch.zeros(P, S), torch.zeros(P, S).bool(), torch.zeros(P, S).bool()
+    out = left_out(groups, cfg)
+    rows = [~(flat | long) for flat, long in zip(*out.values())]
+    for p, g in enumerate(groups):
+        n = len(g.rewards)
+        rewards_PS[p, :n], valid_PS[p, :n] = shaped_rewards(g, cfg), ~out["zero_variance_dropped"][p]
+        rows_PS[p, :n] = rows[p]
     std = cfg.advantage_std if cfg.normalize_rewards else None
     advantages_PS = group_advantages(rewards_PS, valid_PS, cfg.use_leave_one_out_baseline, std)
-    groups = [groups[p] for p in kept]
+    tokens = [row.repeat_interleave(g.lengths) for row, g in zip(rows, groups)]
+    kept = lambda name: torch.cat([getattr(g, name)[t] for g, t in zip(groups, tokens)])
+    prompts = [g.prompt_ids for row, g in zip(rows, groups) for _ in range(int(row.sum()))]
     return save({
-        "prompt_ids": torch.tensor([t for g in groups for _ in g.rewards for t in g.prompt_ids]),
-        "prompt_lengths": torch.tensor([len(g.prompt_ids) for g in groups for _ in g.rewards]),
-        "token_ids": torch.cat([g.token_ids for g in groups]).long(),
-        "lengths": torch.cat([g.lengths for g in groups]).long(),
-        "gen_logprobs": torch.cat([g.logprobs for g in groups]),
-        "versions": torch.cat([g.versions for g in groups]),
-        "advantages": advantages_PS[valid_PS],
-        "positive": rewards_PS[valid_PS] > 0,
-        "prompt": torch.arange(P)[:, None].expand(P, S)[valid_PS],
-        "update": (torch.arange(P * S) // cfg.train_global_batch_size).view(P, S)[valid_PS],
+        "prompt_ids": torch.tensor([t for ids in prompts for t in ids]),
+        "prompt_lengths": torch.tensor([len(ids) for ids in prompts]),
+        "token_ids": kept("token_ids").long(),
+        "lengths": torch.cat([g.lengths[row] for row, g in zip(rows, groups)]).long(),
+        "gen_logprobs": kept("logprobs"),
+        "versions": kept("versions"),
+        "advantages": advantages_PS[rows_PS],
+        "positive": rewards_PS[rows_PS] > 0,
+        "prompt": torch.arange(P)[:, None].expand(P, S)[rows_PS],
+        "update": (torch.arange(P * S) // cfg.train_global_batch_size).view(P, S)[rows_PS],
     })  # fmt: skip
 
 
@@ -113,6 +140,9 @@ def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 
     prompts = batch["prompt_ids"].split(batch["prompt_lengths"].tolist())
     samples = batch["token_ids"].split(batch["lengths"].tolist())
     per_token = [batch[n].split(batch["lengths"].tolist()) for n in ("gen_logprobs", "versions")]
+    # What was put into a sample is context, and no row of the loss: all that follows counts sampled tokens.
+    sampled = [(versions != NOT_SAMPLED).nonzero().flatten() for versions in per_token[1]]
+    num_sampled = torch.tensor([len(s) for s in sampled])
     row_lengths = (batch["prompt_lengths"] + batch["lengths"]).tolist()
 
     def pad(pieces):
@@ -125,7 +155,7 @@ def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 
         rows = (batch["update"] == update).nonzero().flatten().tolist()
         if not rows:
             continue  # every sample of it was dropped
-        lengths, prompt, positive = (batch[name][rows] for name in ("lengths", "prompt", "positive"))
+        lengths, prompt, positive = num_sampled[rows], batch["prompt"][rows], batch["positive"][rows]
         units = prompt if cfg.prompt_level_loss else torch.zeros_like(prompt)
         weights = row_weights(lengths, units if cfg.token_level_loss else torch.arange(len(rows)))
         nll_weights = positive / (lengths * positive).sum().clamp(min=1)
@@ -139,8 +169,9 @@ def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 
             padded = max(2, -(-ends[-1] // pad_to)) * pad_to
             cu_seqlens = torch.tensor([0, *ends] + [padded] * (padded > ends[-1]), dtype=torch.int32)
             tokens = torch.cat([t for r in chosen for t in (prompts[r], samples[r])])
-            lengths_B = batch["lengths"][chosen]
-            rows_N = torch.cat([torch.arange(end - n, end) - 1 for end, n in zip(ends, lengths_B)])
+            lengths_B = num_sampled[chosen]
+            starts = [end - len(samples[r]) for r, end in zip(chosen, ends)]
+            rows_N = torch.cat([start + sampled[r] - 1 for r, start in zip(chosen, starts)])
             micro_batches.append(
                 MicroBatch(
                     tokens_T=torch.nn.functional.pad(tokens, (0, padded - len(tokens))).to(device),
@@ -148,17 +179,17 @@ def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 
                     max_seqlen=int(cu_seqlens.diff().max()),
                     num_tokens=ends[-1] * live,
                     rows_N=rows_N.to(device),
-                    targets_N=torch.cat([samples[r] for r in chosen]).to(device),
+                    targets_N=torch.cat([samples[r][sampled[r]] for r in chosen]).to(device),
                     lengths_B=lengths_B.to(device),
                     mask=pad([torch.full((len(rows_N),), live)]),
-                    gen_logprobs=pad([per_token[0][r] for r in chosen]),
+                    gen_logprobs=pad([per_token[0][r][sampled[r]] for r in chosen]),
                     advantages=pad([batch["advantages"][chosen].repeat_interleave(lengths_B)]),
-                    versions=pad([per_token[1][r] for r in chosen]),
+                    versions=pad([per_token[1][r][sampled[r]] for r in chosen]),
                     weights=pad([(weights[picked] * live).repeat_interleave(lengths_B)]),
                     nll_weights=pad([(nll_weights[picked] * live).repeat_interleave(lengths_B)]),
                     sequence=pad([torch.arange(len(chosen)).repeat_interleave(lengths_B)]),
                 )
             )
         updates.append(micro_batches)
-        counts.append((int(batch["lengths"][rows].sum()), len(rows)))
+        counts.append((int(lengths.sum()), len(rows)))
     return updates, counts

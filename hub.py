@@ -31,7 +31,7 @@ from aiohttp import web
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ledger import Group, Lease, Ledger
+from ledger import NOT_SAMPLED, Group, Lease, Ledger
 from waits import Wait, WaitOver
 from weights import MANIFEST, digest
 
@@ -76,8 +76,10 @@ def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     return metadata, tensors
 
 
-def check_group(t: dict[str, torch.Tensor], num_generations: int, max_new_tokens: int, vocab_size: int, versions):
-    """Raises: Refused (422) unless the tensors can be trained on. `versions`: (oldest, newest) that are possible."""
+def check_group(t: dict[str, torch.Tensor], num_generations: int, max_new_tokens: int, vocab_size: int, versions,
+                max_inserted: int = 0):  # fmt: skip
+    """Raises: Refused (422) unless the tensors can be trained on. `versions`: (oldest, newest) that are possible;
+    max_inserted: tokens of a sample that may be NOT_SAMPLED."""
     samples, tokens = len(t["lengths"]), len(t["token_ids"])
     low, high = versions
     for ok, reason in [
@@ -90,13 +92,19 @@ def check_group(t: dict[str, torch.Tensor], num_generations: int, max_new_tokens
     ]:
         if not ok:
             raise Refused(422, reason)
+    sampled = t["versions"] != NOT_SAMPLED
+    for sample in sampled.split(t["lengths"].tolist()) if not sampled.all() else ():
+        if (inserted := int((~sample).sum())) > max_inserted or inserted == len(sample):
+            reason = f"{inserted} of a sample's {len(sample)} tokens were not sampled, expected {max_inserted}"
+            raise Refused(422, reason)
+    sampled_versions = t["versions"][sampled]
     for ok, reason in [  # value checks, once the shapes are known to be right
         (int(t["token_ids"].min()) >= 0 and int(t["token_ids"].max()) < vocab_size,
          f"a token id is outside the vocabulary of {vocab_size}"),
         (t["logprobs"].isfinite().all() and t["logprobs"].max() <= 1e-3, "a log-prob is not finite or above 0"),
         (t["rewards"].isfinite().all(), "a reward is not finite"),
-        (low <= int(t["versions"].min()) and int(t["versions"].max()) <= high,
-         f"policy versions {int(t['versions'].min())}..{int(t['versions'].max())} outside {low}..{high}"),
+        (low <= int(sampled_versions.min()) and int(sampled_versions.max()) <= high,
+         f"policy versions {int(sampled_versions.min())}..{int(sampled_versions.max())} outside {low}..{high}"),
     ]:  # fmt: skip
         if not ok:
             raise Refused(422, reason)
@@ -378,7 +386,7 @@ class Hub:
         if lease is None:
             raise Refused(409, f"unknown lease {metadata.get('lease')!r}: never granted, expired, or already used")
         check_group(tensors, self.run["num_generations"], self.run["max_new_tokens"], self.vocab_size,
-                    versions=(lease.version, self.version))  # fmt: skip
+                    (lease.version, self.version), len(self.run.get("interrupt_ids", ())))  # fmt: skip
         prompt_ids = self.encode(self.prompts[lease.ordinal])
         self.ledger.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))
         self.gen_s.append(metadata["gen_s"])

@@ -8,6 +8,8 @@ import torch
 
 from waits import Wait
 
+NOT_SAMPLED = -1  # in place of a policy version: a token that was put there, as --interrupt-text is; no loss row
+
 
 @dataclass
 class Group:
@@ -18,13 +20,17 @@ class Group:
     lengths: torch.Tensor  # (S,) int32: response tokens of each sample
     token_ids: torch.Tensor  # (R,) int32
     logprobs: torch.Tensor  # (R,) float32: the sampler's, in nats
-    versions: torch.Tensor  # (R,) int32: the policy version that sampled each token
+    versions: torch.Tensor  # (R,) int32: the policy version that sampled each token, or NOT_SAMPLED
     rewards: torch.Tensor  # (S,) float32
     truncated: torch.Tensor  # (S,) uint8: 1 where max_new_tokens cut the sample off
 
     @property
     def oldest_version(self) -> int:
-        return int(self.versions.min())
+        return int(self.sampled_versions.min())
+
+    @property
+    def sampled_versions(self) -> torch.Tensor:
+        return self.versions[self.versions != NOT_SAMPLED]
 
 
 @dataclass
@@ -143,7 +149,7 @@ class Ledger:
             self.buffer.remove(group)
             insort(self.returned, group.ordinal)
             self.counts["groups_too_old"] += 1
-            self.counts["tokens_too_old"] += int((version - group.versions > self.max_age).sum())
+            self.counts["tokens_too_old"] += int((version - group.sampled_versions > self.max_age).sum())
         must_wait = any(version - lease.version >= self.max_age for lease in self.leases.values())
         if must_wait or len(self.buffer) < self.prompts_per_step:
             return None

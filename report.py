@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import watch
-from ledger import Group
+from ledger import NOT_SAMPLED, Group
 from metrics import ratio_quantile
 
 
@@ -84,6 +84,8 @@ def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
         "train/groups_without_signal": sum(g.rewards.unique().numel() == 1 for g in groups) / len(groups),
         "train/num_valid_samples": len(rewards), "train/mean_gen_tokens_per_sample": lengths.mean().item(),
         "train/truncation_rate": torch.cat([g.truncated for g in groups]).double().mean().item(),
+        "train/interrupted_rate": sum(int((v == NOT_SAMPLED).any()) for g in groups
+                                      for v in g.versions.split(g.lengths.tolist())) / len(rewards),
         "train/avg_trajectory_age": ages.mean().item(), "train/max_trajectory_age": ages.max().item(),
     }  # fmt: skip
 

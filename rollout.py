@@ -33,6 +33,7 @@ import tyro
 from safetensors.torch import save
 
 import weights
+from ledger import NOT_SAMPLED
 from rewards import reward_digest
 from task import Codec
 from waits import Wait
@@ -58,6 +59,9 @@ class RolloutConfig:
     reward_timeout_s: float = 60.0  # for the reward of one sample
     beat_s: float = 3.0  # between signs of life to the hub
     hub_timeout_s: float = 600.0  # the trainer may be silent this long before the node gives up
+
+
+THINK_END = "</think>"  # Qwen3's
 
 
 class RunOver(Exception):
@@ -90,6 +94,19 @@ def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: flo
         "truncated": torch.tensor([c["finish_reason"] == "length" for c in choices], dtype=torch.uint8),
     }
     return save(tensors, metadata={"lease": lease, "gen_s": f"{gen_s:.6f}"})
+
+
+def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:
+    """A sample of two requests, with tokens between them that no policy sampled, as one."""
+    cut, start = len(first["token_ids"]), len(first["token_ids"]) + len(inserted)
+    entries = lambda choice: (choice.get("logprobs") or {}).get("content") or []
+    spans = [{**s, "start": s["start"] + start, "end": s["end"] + start} for s in rest.get("weight_versions") or []]
+    return {
+        "token_ids": [*first["token_ids"], *inserted, *(rest.get("token_ids") or [])],
+        "logprobs": {"content": [*entries(first), *[{"logprob": 0.0}] * len(inserted), *entries(rest)]},
+        "weight_versions": [*first["weight_versions"], {"version": NOT_SAMPLED, "start": cut, "end": start}, *spans],
+        "finish_reason": rest.get("finish_reason"),
+    }
 
 
 def damage(choice: dict, max_new_tokens: int | None = None) -> str:
@@ -323,14 +340,14 @@ class Node:
             start = time.perf_counter()
             self.in_vllm += 1
             try:
-                choices = await self.vllm.generate(lease["prompt_ids"], self.run["sampling"], self.version)
+                choices = await self.generate(lease["prompt_ids"])
             except (aiohttp.ClientError, TimeoutError, RuntimeError) as e:
                 why = f"generation failed: {e!r}"[:300]
                 continue
             finally:
                 self.in_vllm -= 1
             gen_s = time.perf_counter() - start
-            choices, rewards, why = await self.score(choices[: self.run["num_generations"]], lease["example"])
+            choices, rewards, why = await self.score(choices, lease["example"])
             if why:
                 log(f"lease {name}: {why}")
             if len(choices) < 2:  # a sample needs a sibling to be compared with
@@ -345,6 +362,35 @@ class Node:
                     return
                 why = str(e)
         await self.give_back(name, f"{self.cfg.max_tries} tries, the last: {why}", self.cfg.hub_timeout_s)
+
+    async def generate(self, prompt_ids: list[int]) -> list[dict]:
+        """All samples of a prompt in one request. With --interrupt-at-tokens those that are not done by then go on in
+        a request each, after the text that ends their thinking, unless they have ended it themselves (ScaleRL)."""
+        sampling, inserted = self.run["sampling"], self.run.get("interrupt_ids", [])
+        most = min(self.run["max_new_tokens"], self.run["max_model_len"] - len(prompt_ids))
+        first = self.run.get("interrupt_at", 0)
+        if not 0 < first < most - len(inserted):
+            first = most
+        choices = await self.vllm.generate(prompt_ids, {**sampling, "max_tokens": first}, self.version)
+        choices = choices[: self.run["num_generations"]]
+
+        async def go_on(choice: dict) -> dict:
+            if choice["finish_reason"] != "length" or damage(choice, first):
+                return choice
+            thought = choice["token_ids"]
+            text = self.codec.tokenizer.decode(thought, skip_special_tokens=False)
+            insert = [] if THINK_END in text else inserted
+            left = {**sampling, "n": 1, "max_tokens": most - len(thought) - len(insert)}
+            await self.ready.wait()
+            rest = await self.vllm.generate(prompt_ids + thought + insert, left, self.version)
+            return join_choices(choice, insert, rest[0])
+
+        if first == most:
+            return choices
+        found = await asyncio.gather(*map(go_on, choices), return_exceptions=True)  # none is left running
+        if errors := [e for e in found if isinstance(e, BaseException)]:
+            raise errors[0]
+        return found
 
     async def give_back(self, lease: str, why: str, patience_s: float) -> None:
         try:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import dry_run
 import loss
 import task
-from batch import MicroBatch, pack_batch, unpack_batch
+from batch import MicroBatch, left_out, pack_batch, unpack_batch
 from checkpoint import Checkpointer, CheckpointError, begin, checkpoints_to_try, load_state_tensors
 from hub import Hub
 from ledger import Group, Ledger
@@ -79,6 +79,11 @@ class Config:
     no_resampling_pass_rate: float | None = None  # a prompt whose samples have this mean reward is not sampled again
     # rewards
     reward: str = "exact"  # exact, numeric, math, or FILE.py:FUNCTION(completion, example) -> float, see rewards.py
+    overlong_filter: bool = False  # samples that were cut off leave the loss, its denominators too (unless all were)
+    overlong_buffer_tokens: int = 0  # in the last so many tokens that a sample may have, its reward goes down (DAPO)
+    overlong_penalty: float = 1.0  # by so much at the very last
+    interrupt_at_tokens: int = 0  # a sample this long that still thinks is told to answer (ScaleRL); 0: never
+    interrupt_text: str = "\n\nI have to stop thinking and answer now.\n</think>\n\n"  # text or file; not trained on
     # rollouts
     num_prompts_per_step: int = 16  # prompts in a step
     num_generations_per_prompt: int = 16  # samples of each
@@ -282,6 +287,13 @@ class Config:
             (self.max_new_tokens > self.max_total_sequence_length,
              f"--max-new-tokens {self.max_new_tokens} is above --max-total-sequence-length "
              f"{self.max_total_sequence_length}"),
+            (not 0 <= self.overlong_buffer_tokens <= self.max_new_tokens,
+             f"--overlong-buffer-tokens {self.overlong_buffer_tokens}: must be in 0..--max-new-tokens "
+             f"{self.max_new_tokens}"),
+            (self.overlong_penalty <= 0, f"--overlong-penalty {self.overlong_penalty}: must be above 0"),
+            (not 0 <= self.interrupt_at_tokens < self.max_new_tokens,
+             f"--interrupt-at-tokens {self.interrupt_at_tokens}: must be in 0..--max-new-tokens {self.max_new_tokens} "
+             "less one"),
             (self.no_resampling_pass_rate is not None and self.no_resampling_pass_rate <= 0,
              f"--no-resampling-pass-rate {self.no_resampling_pass_rate}: must be above 0, or no prompt comes back"),
             (bool(self.data) and not self.model, "--data needs --model: the tiny model knows only its own task"),
@@ -355,6 +367,7 @@ def load_prompts(cfg: Config, checkpoint: Path, examples: task.Examples) -> tupl
     """The run's prompts and their tokenizer. Raises: ValueError when none is short enough to be answered."""
     codec = task.Codec(checkpoint, task.text_of(cfg.system_prompt), task.text_of(cfg.prompt_template),
                        cfg.chat_template)  # fmt: skip
+    interruption(cfg, codec)  # raises what it raises before there is a run
     skip = examples.too_long(codec, cfg.max_prompt_tokens)
     limit = f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens {cfg.max_new_tokens}"
     if cfg.max_input_seq_length is not None:
@@ -365,6 +378,17 @@ def load_prompts(cfg: Config, checkpoint: Path, examples: task.Examples) -> tupl
     if skip:
         say(f"{len(skip)} of {len(examples)} prompts are left out: they have {limit}")
     return task.Prompts(examples, cfg.seed, skip), codec
+
+
+def interruption(cfg: Config, codec: task.Codec) -> dict:
+    """What a rollout node must know of --interrupt-at-tokens. Raises: ValueError when it leaves no room to answer."""
+    if not cfg.interrupt_at_tokens:
+        return {}
+    ids = codec.tokenizer.encode(task.text_of(cfg.interrupt_text), add_special_tokens=False).ids
+    if cfg.interrupt_at_tokens + len(ids) >= cfg.max_new_tokens:
+        raise ValueError(f"--interrupt-at-tokens {cfg.interrupt_at_tokens} and the {len(ids)} tokens of "
+                         f"--interrupt-text leave nothing of --max-new-tokens {cfg.max_new_tokens}")  # fmt: skip
+    return {"interrupt_at": cfg.interrupt_at_tokens, "interrupt_ids": ids}
 
 
 # ---- one update ----------------------------------------------------------------------------------------------
@@ -496,7 +520,7 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
     run = {
         "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
         "max_model_len": cfg.max_total_sequence_length, "dtype": dtype,
-        "reward": cfg.reward, "reward_digest": reward_digest(cfg.reward),
+        **interruption(cfg, codec), "reward": cfg.reward, "reward_digest": reward_digest(cfg.reward),
         "sampling": {
             "n": cfg.num_generations_per_prompt, "temperature": cfg.temperature, "top_p": 1.0, "top_k": 0,
             "max_tokens": cfg.max_new_tokens, "logprobs": 0, "detokenize": False,
@@ -606,7 +630,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
                 record = {
                     "step": step, "train/lr": lr, "train/grad_norm": sum(norms) / len(norms), "train/grad_norms": norms,
                     "ordinals": [g.ordinal for g in groups],
-                    "train/zero_variance_dropped": sum(len(g.rewards) for g in groups) - sum(n for _, n in counts),
+                    **{f"train/{why}": int(torch.cat(m).sum()) for why, m in left_out(groups, cfg).items()},
                     **rollout_metrics(groups, step), **update_metrics(values, counts), **clock.seconds(),
                     "timing/train/publish_write": publisher.write_s, **hub.take_timing(), "hub": hub.status(),
                 }  # fmt: skip

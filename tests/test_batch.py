@@ -1,12 +1,14 @@
 """batch.py: rows to ranks and micro-batches. What may not change with the layout is checked by changing the layout."""
 
+import dataclasses
 import random
 from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load
 
-from batch import assign_rows, pack_batch, unpack_batch
+from batch import assign_rows, left_out, pack_batch, shaped_rewards, unpack_batch
 from hub import Group
 from train_cispo import Config
 
@@ -154,3 +156,53 @@ def test_a_rank_that_gets_no_row_runs_the_shortest_one_masked():
         idle = [mb for (mb,) in micro_batches if not mb.mask.any()]
         assert (len(live), len(idle)) == (6, 10)
         assert {len(mb.tokens_T) for mb in idle} == {min(len(mb.tokens_T) for mb in live)}
+
+
+# ---- samples that were cut off -------------------------------------------------------------------------------
+def group_of(lengths, rewards, truncated, prompt=(1, 2)):
+    ints, total = lambda *x: torch.tensor(x, dtype=torch.int32), sum(lengths)
+    return Group(0, list(prompt), ints(*lengths), ints(*[3] * total), -torch.arange(total) / 100, ints(*[0] * total),
+                 torch.tensor(rewards), torch.tensor(truncated).byte())  # fmt: skip
+
+
+def test_a_filtered_sample_leaves_the_loss_and_its_denominators_but_not_the_baseline():
+    """As in the seed system: the advantages are those of the whole group, and no token of the sample is anywhere."""
+    groups = [group_of([3, 4, 5, 20], [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1]), group_of([2, 2], [1.0, 0.0], [0, 0])]
+    cfg = dataclasses.replace(CFG, num_prompts_per_step=2, train_global_batch_size=8)
+    plain, filtered = (load(pack_batch(groups, dataclasses.replace(cfg, overlong_filter=on))) for on in (False, True))
+    assert plain["lengths"].tolist() == [3, 4, 5, 20, 2, 2] and filtered["lengths"].tolist() == [3, 4, 5, 2, 2]
+    for name in ("advantages", "positive", "prompt", "update", "prompt_lengths"):
+        assert filtered[name].tolist() == plain[name][[0, 1, 2, 4, 5]].tolist(), name
+    assert torch.equal(filtered["gen_logprobs"][12:], plain["gen_logprobs"][32:]) and len(filtered["token_ids"]) == 16
+    _, counts = unpack_batch(pack_batch(groups, dataclasses.replace(cfg, overlong_filter=True)), cfg, 0, 1, "cpu")
+    assert counts == [(16, 5)]
+    found = left_out(groups, dataclasses.replace(cfg, overlong_filter=True))
+    assert [m.tolist() for m in found["overlong_filtered"]] == [[False] * 3 + [True], [False] * 2]
+
+
+def test_a_step_of_nothing_but_what_would_be_left_out_is_trained_on_as_it_is():
+    cut, flat = group_of([20, 20], [1.0, 0.0], [1, 1]), group_of([3, 3], [1.0, 1.0], [0, 0])
+    cfg = dataclasses.replace(CFG, num_prompts_per_step=2, overlong_filter=True, drop_zero_variance=True)
+    count = lambda groups: {why: int(torch.cat(m).sum()) for why, m in left_out(groups, cfg).items()}
+    assert count([cut, cut]) == {"zero_variance_dropped": 0, "overlong_filtered": 0}
+    assert count([flat, flat]) == {"zero_variance_dropped": 0, "overlong_filtered": 0}
+    assert count([cut, flat]) == {"zero_variance_dropped": 2, "overlong_filtered": 0}
+    both = group_of([20, 3], [1.0, 0.0], [1, 0])
+    assert count([both, flat]) == {"zero_variance_dropped": 2, "overlong_filtered": 1}
+
+
+def test_the_soft_overlong_penalty_is_dapo_s():
+    """L = 20, buffer 5: 0 up to 15 tokens, then a fifth more with each, -1 at 20; times the factor. A prompt that
+    leaves its samples less room has its own L."""
+    lengths = [1, 15, 16, 18, 20]
+    group = group_of(lengths, [1.0, 0.0, 1.0, 0.0, 1.0], [0] * 5)
+    cfg = dataclasses.replace(CFG, overlong_buffer_tokens=5)
+    penalty = lambda g, **flags: (shaped_rewards(g, dataclasses.replace(cfg, **flags)) - g.rewards).tolist()
+    assert penalty(group) == pytest.approx([0, 0, -0.2, -0.6, -1.0])
+    assert penalty(group, overlong_penalty=0.5) == pytest.approx([0, 0, -0.1, -0.3, -0.5])
+    assert penalty(group, overlong_buffer_tokens=0) == [0.0] * 5
+    assert penalty(group_of([10, 11, 15], [0.0] * 3, [0] * 3, [1] * 17)) == pytest.approx([0, -0.2, -1.0])
+    same = group_of([15, 20], [1.0, 1.0], [0, 0])  # what is trained on decides: these are not equally good
+    assert not torch.cat(
+        left_out([same], dataclasses.replace(cfg, drop_zero_variance=True))["zero_variance_dropped"]
+    ).any()

@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from hub import Hub
 from ledger import Group, Ledger
+from task import Prompts
 from weights import digest, write_version
 
 TOKEN, VOCAB, G, NEW = "secret", 32, 4, 8
@@ -171,8 +172,8 @@ def test_a_waiting_lease_is_granted_when_a_receipt_admits_it(hub):
 
 
 # ---- ledger --------------------------------------------------------------------------------------------------
-def made_group(ordinal, version):
-    t = group_tensors(versions=torch.full((5,), version, dtype=torch.int32))
+def made_group(ordinal, version, rewards=(1.0, 0.0)):
+    t = group_tensors(versions=torch.full((5,), version, dtype=torch.int32), rewards=torch.tensor(rewards))
     return Group(ordinal, [2], **t)
 
 
@@ -240,3 +241,37 @@ def test_admission_never_hands_out_more_than_the_run_needs():
     ledger = Ledger(prompts_per_step=2, max_age=5, num_steps=3, lease_timeout_s=1)
     granted = [ledger.grant("n", 0, time.monotonic()) for _ in range(20)]
     assert sum(lease is not None for lease in granted) == 6
+
+
+def test_prompts_too_long_or_solved_are_passed_over_and_every_ordinal_keeps_its_prompt():
+    """Ten rows of which two are too long; a group with mean reward 0.75 or more ends its row's turn. All is counted, a
+    checkpoint in between changes nothing, and when no row is left the ledger says so."""
+    examples = [{"prompt": str(i), "answer": ""} for i in range(10)]
+    prompts = Prompts(examples, seed=1, skip={3, 7})
+    solved_by = {2: 0, 5: 1}  # row: the epoch in which it is solved
+
+    def make():
+        return Ledger(2, 0, 10**6, 60.0, prompts=prompts, pass_rate=0.75)
+
+    ledger, seen = make(), []
+    for step in range(30):
+        leases = [ledger.grant("n", step, 0.0) for _ in range(2)]
+        for lease in leases:
+            row, epoch = prompts.row(lease.ordinal), lease.ordinal // 10
+            seen.append((epoch, row))
+            reward = [1.0, 0.5] if solved_by.get(row, 99) <= epoch else [1.0, 0.0]
+            ledger.accept(lease.id, made_group(lease.ordinal, step, reward))
+        assert len(ledger.take(step)) == 2
+        ledger.check()
+        if step % 7 == 3:
+            state, ledger = json.loads(json.dumps(ledger.state())), make()
+            ledger.restore(state)
+            ledger.check()
+            assert ledger.state() == state
+    whole = {epoch: sorted(row for e, row in seen if e == epoch) for epoch in range(4)}
+    assert whole[0] == [0, 1, 2, 4, 5, 6, 8, 9] and whole[1] == [0, 1, 4, 5, 6, 8, 9]
+    assert whole[2] == whole[3] == [0, 1, 4, 6, 8, 9]
+    assert ledger.solved == {2, 5} and ledger.next_ordinal == 60 + ledger.num_skipped == ledger.frontier
+    assert not ledger.none_left
+    ledger.solved |= {0, 1, 4, 6, 8, 9}
+    assert ledger.none_left and ledger.grant("n", 30, 0.0) is None
