@@ -7,6 +7,9 @@
 It is written as `step-N.tmp` and renamed, so a directory without `.tmp` is whole, and `verify` proves it. The
 tensors are copied to host memory between two steps; the rest happens in a thread while training goes on. What is in
 flight at the rollout nodes is not saved: the ledger's frontier is, and the rest is generated again.
+
+Nodes need not share a disk: each then keeps its own ranks' files and the manifest, so that a run goes on where the
+same nodes come in the same order, and stops with the name of the file that is missing where they do not.
 """
 
 import contextlib
@@ -14,7 +17,9 @@ import itertools
 import json
 import math
 import os
+import secrets
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -24,10 +29,11 @@ import torch
 import torch.distributed as dist
 from blake3 import blake3
 from safetensors import safe_open
+from safetensors.torch import load, save
 
 from parallel import Mesh, all_reduce, broadcast_bytes
 from waits import Wait
-from weights import digest, fsync, write_safetensors
+from weights import checkpoint_files, digest, fsync, write_safetensors
 
 MANIFEST = "checkpoint.json"
 
@@ -201,6 +207,37 @@ def choose(paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tuple[P
     return None, {}
 
 
+def model_digest(path: Path) -> str:
+    """Of a starting checkpoint: names and sizes of its weight files, and every byte of the small ones."""
+    parts = [digest(file.read_bytes()) for file in (path / "config.json",) if file.exists()]
+    for file in checkpoint_files(path):
+        size = file.stat().st_size if file.exists() else -1
+        parts.append(f"{file.name} {size} {digest(file.read_bytes()) if 0 <= size < 1 << 24 else ''}")
+    return digest("\n".join(parts).encode())
+
+
+def share_model(path: Path, handed_out: bool) -> None:
+    """All ranks start from the weights that rank 0 has: the tiny ones are handed out to nodes that do not share its
+    disk, `--model` has to be there. Raises: SystemExit, naming rank and host, where they are others."""
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    if rank == 0:
+        store.set("model", model_digest(path))
+        if handed_out:
+            blobs = {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in path.iterdir()}
+            store.set("model files", save(blobs))
+    wanted = store.get("model").decode()
+    if handed_out and int(os.environ.get("LOCAL_RANK", 0)) == 0 and model_digest(path) != wanted:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        for name, blob in load(store.get("model files")).items():
+            (path / name).write_bytes(blob.numpy().tobytes())
+    dist.barrier()
+    if model_digest(path) != wanted:
+        here = f"rank {rank} on {socket.gethostname()}: {path}"
+        raise SystemExit(f"train_cispo.py: error: {here} is not what rank 0 has under that name; compare config.json "
+                         "and the names and sizes of the weight files")  # fmt: skip
+
+
 def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], None]) -> Path | None:
     """The run's directory; nobody's results are overwritten. Returns where `found`, to go on from, is now."""
     if found is not None and found.parent.parent.resolve() == cfg.run_dir.resolve():
@@ -228,8 +265,15 @@ def begin(cfg, paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tup
     found, saved = choose([Path(path) for path in tell([str(path) for path in paths])], mesh, say)
     if found is None and cfg.resume not in ("auto", "off"):
         raise SystemExit(f"train_cispo.py: error: --resume {cfg.resume}: not whole on every rank")
-    found = tell(str(begin_run_dir(cfg, found, saved, say) or "") if mesh.rank == 0 else None)
-    return (Path(found) if found else None), saved
+    mark, word = cfg.run_dir / ".begun", secrets.token_hex(8)
+    if mesh.rank == 0:
+        found = begin_run_dir(cfg, found, saved, say)
+        mark.write_text(word)
+    found, word = tell([str(found or ""), word])
+    found = Path(found) if found else None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not (mark.exists() and mark.read_text() == word):
+        begin_run_dir(cfg, found, saved, say)  # a disk of this node's own: what an earlier run left there goes aside
+    return found, saved
 
 
 # ---- writing -------------------------------------------------------------------------------------------------

@@ -1,25 +1,35 @@
 #!/usr/bin/env bash
-# One command for this machine: make .venv, install what is missing, train.
+# One command for this machine, and one for several nodes: make .venv, install what is missing, train.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
-  cat <<'EOF'
-bash launch.sh [FLAGS]        train on this machine; FLAGS go to train_cispo.py (none: the tiny preset, with CISPO)
-bash launch.sh test [ARGS]    run the tests; ARGS go to pytest ("--slow" adds the ones that take minutes)
-bash launch.sh install        only make .venv
-bash launch.sh --help         this text; `bash launch.sh --flags` lists train_cispo.py's flags
+  cat <<'END'
+bash launch.sh [FLAGS]                   train on this machine; FLAGS go to train_cispo.py (none: the tiny preset)
+NODES="h0 h1 h2" bash launch.sh [FLAGS]  over ssh: the first nodes train, the last ROLLOUT_NODES (default 1) run vLLM
+bash launch.sh [FLAGS]                   in an allocation of several nodes, or under srun: the same by Slurm
+bash launch.sh trainer [FLAGS]           by hand, on trainer node 0: MASTER_ADDR=h0 NNODES=2 NODE_RANK=0; 1 likewise
+bash launch.sh rollout                   by hand, on any node at any time: MASTER_ADDR=h0
+bash launch.sh --print ...               only print the commands
+bash launch.sh test [ARGS]               run the tests; ARGS go to pytest ("--slow" adds the ones that take minutes)
+bash launch.sh install | --flags         only make .venv; list train_cispo.py's flags
 
 The first call makes .venv and installs torch and vLLM into it (about 3 minutes); later calls find it ready.
-  NPROC=2 bash launch.sh      two trainer ranks on this machine, by torchrun
-  PYTHON=python3.12           the interpreter that .venv is made with (default python3, 3.11 or newer)
-
+  PYTHON=python3.12   the interpreter that .venv is made with (default python3, 3.11 or newer)
+  NPROC=2             trainer ranks on a node (default: its GPUs, or 1)
+Nodes share no disk; each has this directory, at the same path or at DIR. Their names must lead to them from all nodes:
+h0 listens on HUB_PORT (8790) and MASTER_PORT (29500). Ctrl-C ends everything on every node.
+  ROLLOUT_ARGS="--vllm-args '--tensor-parallel-size 8'"       further flags of rollout.py
+  CISPO_TOKEN         by which nodes know each other; made if unset, but by hand and under srun it must be given
+  SSH="ssh -p 2222"   the remote shell; it is called with a node of NODES and the words "bash -s"
+  GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME                      default: the interface towards h0
 On a machine without a GPU the CPU builds are installed. Where pip's index has only CUDA builds of torch, add
 PyTorch's CPU index first (PIP_EXTRA_INDEX_URL), or gigabytes of unused libraries come along.
-EOF
+END
 }
 
 say() { printf '[%s] launch: %s\n' "$(date +%H:%M:%S)" "$*"; }
+fail() { say "error: $*" >&2; exit 2; }
 
 # Runs a command that is silent for long with a line every 10 s, and shows its output only if it fails.
 with_progress() {
@@ -46,14 +56,16 @@ with_progress() {
   fi
 }
 
+gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true; }
+
 install() {
   local kind=cpu stamp
-  if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then kind=gpu; fi
+  if [ "$(gpus)" -gt 0 ]; then kind=gpu; fi
   stamp="$kind $(cksum <pyproject.toml)"
   if [ "$(cat .venv/installed 2>/dev/null)" = "$stamp" ]; then return; fi
   say "making .venv for this machine ($kind)"
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    { say "${PYTHON:-python3} is older than 3.11; set PYTHON to a newer one" >&2; exit 2; }
+    fail "${PYTHON:-python3} is older than 3.11; set PYTHON to a newer one"
   "${PYTHON:-python3}" -m venv .venv
   with_progress "installing torch, vLLM and the rest" .venv/bin/python -m pip install ".[$kind,dev]"
   rm -rf build cispo.egg-info  # pip's leftovers
@@ -66,19 +78,178 @@ install() {
   say "installed in $SECONDS s"
 }
 
-# exec: what runs takes this script's place, so Ctrl-C, kill and the exit status are its own.
-case "${1:-}" in
-  -h | --help) usage ;;
-  --flags) install; exec .venv/bin/python train_cispo.py --help ;;
-  install) install ;;
-  test) shift; install; exec .venv/bin/python -m pytest "$@" ;;
-  *)
-    install
-    [ $# -gt 0 ] || set -- --use-cispo
-    say "training: train_cispo.py $*"
-    if [ "${NPROC:-1}" = 1 ]; then  # one process needs no launcher, and its exit status comes through as it is
-      exec .venv/bin/python train_cispo.py "$@"
+# Says a command and takes its place, so that Ctrl-C, kill and the exit status are its own. Where a launcher on another
+# machine started it (LEASH), stdin is what it hangs on: stdin ends when that launcher does, by whatever cause.
+run() {
+  say "$(printf '%q ' "$@")"
+  if [ -n "$print" ]; then exit; fi
+  if [ -z "${LEASH:-}" ]; then exec "$@"; fi
+  local child status=0 ticks=0
+  "$@" </dev/null & child=$!
+  while kill -0 "$child" 2>/dev/null; do
+    read -r -t 1 || status=$?
+    if [ "$status" -eq 1 ]; then kill "$child" 2>/dev/null || true; break; fi # above 128: only the second was over
+    status=0
+  done
+  while kill -0 "$child" 2>/dev/null && [ $((ticks += 1)) -lt 90 ]; do sleep 1; done
+  kill -9 "$child" 2>/dev/null || true
+  status=0
+  wait "$child" || status=$?
+  exit "$status"
+}
+
+# ---- one node of several -------------------------------------------------------------------------------------
+node() {
+  local role=$1 master=${MASTER_ADDR:-} address interface="" ranks=${NPROC:-$(gpus)}
+  shift
+  [ -n "$master" ] || fail "launch.sh $role: MASTER_ADDR is not set; it is the name of the first trainer node"
+  [ -n "${CISPO_TOKEN:-}$print" ] || fail "launch.sh $role: CISPO_TOKEN is not set; it is one for all nodes"
+  address=$(getent ahosts "$master" | awk 'NR == 1 { print $1 }') || fail "MASTER_ADDR=$master: no such host"
+  case "$master $address" in
+    localhost* | 127.* | ::1*) ;; # all on one machine
+    *\ 127.* | *\ ::1) fail "$master is $address on $(hostname), where other nodes cannot reach it: use its address" ;;
+  esac
+  if command -v ip >/dev/null; then # the interface that has the address, or else that on the way to it
+    interface=$(ip -o addr show to "$address" | awk 'NR == 1 { print $2 }')
+    [ -n "$interface" ] || interface=$(ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\) .*/\1/p')
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+  fi
+  [ -n "$print" ] || install
+  if [ "$role" = rollout ]; then
+    eval "set -- ${ROLLOUT_ARGS:-}"
+    run .venv/bin/python rollout.py "http://$master:${HUB_PORT:-8790}" "$@"
+  fi
+  run .venv/bin/python -m torch.distributed.run --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
+    --nproc-per-node "$((ranks > 0 ? ranks : 1))" --master-addr "$master" --master-port "${MASTER_PORT:-29500}" \
+    train_cispo.py --no-local-rollout --hub-host "$master" --hub-port "${HUB_PORT:-8790}" "$@"
+}
+
+# ---- all nodes of a run --------------------------------------------------------------------------------------
+# Who does what: of these nodes the first `trainers` train.
+cast() {
+  nodes=("$@") trainers=$(($# - ${ROLLOUT_NODES:-1}))
+  [ $# -ge 2 ] || fail "$# node ($*): it takes two, one to train and one to generate"
+  if [ "$trainers" -lt 1 ] || [ "$trainers" -ge $# ]; then
+    fail "ROLLOUT_NODES=${ROLLOUT_NODES:-1} of $# nodes: one at least must train, and one generate"
+  fi
+  MASTER_ADDR=${nodes[0]##*@}
+}
+
+role_of() { if [ "$1" -lt "$trainers" ]; then echo trainer; else echo rollout; fi; }
+
+make_token() { export CISPO_TOKEN=${CISPO_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}; }
+
+# What the shell of node $1 gets to read, after the token: no command line holds that.
+part_of() {
+  local i=$1 name
+  shift
+  printf 'cd %q && LEASH=1 NNODES=%d NODE_RANK=%d' "${DIR:-$PWD}" "$trainers" "$i"
+  for name in MASTER_ADDR MASTER_PORT HUB_PORT NPROC PYTHON ROLLOUT_ARGS GLOO_SOCKET_IFNAME "${!NCCL_@}"; do
+    if [ -n "${!name:-}" ]; then printf ' %s=%q' "$name" "${!name}"; fi
+  done
+  printf ' exec bash launch.sh %s' "$(role_of "$i")"
+  if [ "$i" -lt "$trainers" ]; then printf ' %q' "$@"; fi
+}
+
+over_ssh() {
+  local i host sum="cat ./*.py ./*.sh pyproject.toml | cksum" seen code status=0 training tries=0 logs pipes fd
+  local -a ssh pids=() leashes=() ended=()
+  read -r -a ssh <<<"${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
+  for i in "${!nodes[@]}"; do say "${ssh[*]} ${nodes[i]} bash -s <<< \"$(part_of "$i" "$@")\""; done
+  if [ -n "$print" ]; then exit; fi
+  for host in "${nodes[@]}"; do
+    seen=$("${ssh[@]}" "$host" bash -s <<<"cd $(printf %q "${DIR:-$PWD}") && $sum") ||
+      fail "$host: '${ssh[*]}' does not reach it, or it has no ${DIR:-$PWD}"
+    [ "$seen" = "$(eval "$sum")" ] || say "warning: $host has another version of these files than this machine"
+  done
+  logs=runs/logs/$(date +%Y%m%d-%H%M%S) pipes=$(mktemp -d)
+  mkdir -p "$logs"
+  say "the nodes' output is kept in $logs"
+  set -m # a process group for each node: Ctrl-C is this script's alone, and what the nodes say while they end is heard
+  for i in "${!nodes[@]}"; do
+    mkfifo "$pipes/$i"
+    ("${ssh[@]}" "${nodes[i]}" bash -s <"$pipes/$i" 2>&1 | tee "$logs/${nodes[i]}.log" | sed -u "s/^/[${nodes[i]}] /") &
+    pids+=($!)
+  done
+  set +m
+  make_token # from here on, so that none of the above has it
+  trap '' PIPE
+  trap 'status=130' INT
+  trap 'status=143' TERM HUP
+  for i in "${!nodes[@]}"; do
+    exec {fd}>"$pipes/$i"
+    leashes+=("$fd")
+    printf 'export CISPO_TOKEN=%q\n%s\n' "$CISPO_TOKEN" "$(part_of "$i" "$@")" >&"$fd" || true
+  done
+  rm -r "$pipes"
+  while :; do # a rollout node may end and training goes on; a trainer node that fails ends all
+    training=0
+    for i in "${!nodes[@]}"; do
+      if [ -n "${ended[i]:-}" ]; then continue; fi
+      if kill -0 "${pids[i]}" 2>/dev/null; then training=$((training + (i < trainers))); continue; fi
+      code=0
+      wait "${pids[i]}" || code=$?
+      ended[i]=1
+      say "$(role_of "$i") node ${nodes[i]} has ended with status $code"
+      if [ "$i" -lt "$trainers" ] && [ "$status" -eq 0 ]; then status=$code; fi
+    done
+    if [ "$training" -eq 0 ] || [ "$status" -ne 0 ]; then break; fi
+    sleep 1 || true
+  done
+  for ((tries = 0; tries < 120; tries++)); do
+    # When training is over, rollout nodes end by themselves; else, and where one does not, the leash is let go.
+    if [ "$status" -ne 0 ] || [ "$tries" -ge 30 ]; then
+      for fd in "${leashes[@]}"; do exec {fd}>&-; done
+      leashes=()
     fi
-    exec .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" train_cispo.py "$@"
-    ;;
+    kill -0 "${pids[@]}" 2>/dev/null || break
+    sleep 1 || true
+  done
+  for i in "${!nodes[@]}"; do
+    if kill -9 -- "-${pids[i]}" 2>/dev/null; then say "${nodes[i]} has not ended after $tries s, and is left"; fi
+  done
+  exit "$status"
+}
+
+by_slurm() {
+  export MASTER_ADDR NNODES=$trainers NODE_RANK=${SLURM_NODEID:-0}
+  if [ "${SLURM_STEP_NUM_NODES:-1}" -lt "${#nodes[@]}" ]; then # in the allocation, but not yet a task on each node
+    make_token
+    run srun --nodes "${#nodes[@]}" --ntasks-per-node 1 --label --kill-on-bad-exit=1 bash launch.sh "$@"
+  fi
+  if [ -z "$print" ]; then
+    mkdir -p "runs/logs/slurm-$SLURM_JOB_ID"
+    exec > >(tee "runs/logs/slurm-$SLURM_JOB_ID/$(hostname).log") 2>&1
+  fi
+  if [ "$NODE_RANK" -lt "$trainers" ]; then node trainer "$@"; fi
+  local code=0
+  bash launch.sh ${print:+--print} rollout || code=$?
+  if [ "$code" -ne 0 ]; then say "rollout node ended with status $code"; fi # no bad exit: training goes on
+}
+
+print=""
+if [ "${1:-}" = --print ]; then print=1; shift; fi
+case "${1:-}" in
+  -h | --help) usage; exit ;;
+  --flags) set -- --help ;;
+  install) install; exit ;;
+  test) shift; install; run .venv/bin/python -m pytest "$@" ;;
+  trainer | rollout) node "$@" ;;
 esac
+[ $# -gt 0 ] || set -- --use-cispo
+if [ -n "${NODES:-}" ]; then
+  read -r -a nodes <<<"$NODES"
+  cast "${nodes[@]}"
+  over_ssh "$@"
+fi
+if [ "${SLURM_NNODES:-1}" -gt 1 ]; then
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  cast "${nodes[@]}"
+  by_slurm "$@"
+  exit
+fi
+[ -n "$print" ] || install
+if [ "${NPROC:-1}" = 1 ]; then # one process needs no launcher, and its exit status comes through as it is
+  run .venv/bin/python train_cispo.py "$@"
+fi
+run .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" train_cispo.py "$@"

@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import secrets
+import socket
 import sys
 import threading
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ import dry_run
 import loss
 import task
 from batch import MicroBatch, left_out, pack_batch, unpack_batch
-from checkpoint import Checkpointer, CheckpointError, begin, checkpoints_to_try, load_state_tensors
+from checkpoint import Checkpointer, CheckpointError, begin, checkpoints_to_try, load_state_tensors, share_model
 from hub import Hub
 from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
@@ -541,7 +542,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
     """The run. Rank 0 alone has prompts, codec and the checkpoints that it may go on from."""
     # ---- processes and seeds
     join_ranks(cfg.collective_timeout_s)  # the wait for a batch is not one of them: see waits.agree
-    torch.distributed.barrier()  # the checkpoint may just have been made by rank 0
+    share_model(checkpoint, handed_out=not cfg.model)
     model_cfg = ModelConfig.from_dir(checkpoint)
     mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads, cfg.collective_timeout_s)
     rank = mesh.rank
@@ -682,8 +683,9 @@ def main() -> None:
         prompts, codec = load_prompts(cfg, checkpoint, examples) if rank == 0 else (None, None)
         checkpoints = checkpoints_to_try(cfg) if rank == 0 else []
     except (ValueError, CheckpointError) as e:
-        if rank == 0:
-            print(f"train_cispo.py: error: {e}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each node: it may be about this one's disk
+            where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
+            print(f"train_cispo.py: error: {where}{e}", file=sys.stderr)
         sys.exit(2)
     if rank == 0:
         print(cfg.text)
