@@ -37,7 +37,7 @@ from ledger import NOT_SAMPLED
 from rewards import reward_digest
 from task import Codec
 from waits import Wait
-from workers import VLLM, RewardWorkers, backoff_s, log
+from workers import VLLM, RewardWorkers, VLLMUnfit, backoff_s, log
 
 
 @dataclass
@@ -490,7 +490,7 @@ if __name__ == "__main__":
         asyncio.run(main(tyro.cli(RolloutConfig)))
     except* (asyncio.CancelledError, RunOver) as why:
         log(f"stopped: {why.exceptions[0]!r}")
-    except* RuntimeError as failed:
+    except* (RuntimeError, VLLMUnfit) as failed:
         for error in failed.exceptions:
             log(f"error: {error}")
-        sys.exit(1)
+        sys.exit(2 if failed.subgroup(VLLMUnfit) else 1)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import socket
@@ -47,8 +48,21 @@ def backoff_s(attempt: int, most: float = 10.0) -> float:
 
 
 # ---- vLLM ----------------------------------------------------------------------------------------------------
+ROUTES = {  # what is used of vLLM, and what opens it
+    "/health": "vLLM", "/metrics": "vLLM", "/inference/v1/generate": "--enable-scale-out",
+    **dict.fromkeys(("/pause", "/resume", "/start_weight_update", "/update_weights", "/finish_weight_update",
+                     "/weight_checker"), "VLLM_SERVER_DEV_MODE=1"),
+}  # fmt: skip
+MENDED_BY = "versions 0.32 and 0.33 have them (bash launch.sh install); check --vllm-command and --vllm-args too"
+
+
+class VLLMUnfit(Exception):
+    """This vLLM lacks something, and would after every restart; the message says all that is missing."""
+
+
 class VLLM:
-    """One vLLM server process on the loopback address, and the routes of it that are used here."""
+    """One vLLM server process on the loopback address. All that depends on vLLM's version is here, its flags and its
+    routes, but for the part that runs inside of it (vllm_engine.py)."""
 
     def __init__(self, cfg, run: dict, log_path: Path):
         self.cfg, self.run, self.log_path = cfg, run, log_path
@@ -57,7 +71,7 @@ class VLLM:
     async def start(self, checkpoint: Path) -> None:
         """Start the server on a checkpoint directory and wait until it is healthy.
 
-        Raises: RuntimeError with the end of vLLM's log when it exits or takes too long.
+        Raises: RuntimeError with the end of vLLM's log when it exits or takes too long, VLLMUnfit.
         """
         await self.stop()
         with socket.socket() as s:  # a free port; vLLM binds it a moment later
@@ -99,12 +113,28 @@ class VLLM:
                 tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-30:])
                 why = wait.message() if wait.over else f"vLLM ended with status {self.process.returncode}"
                 await self.stop(kill=True)
+                if unknown := re.search(r"unrecognized arguments: (.*)", tail):
+                    raise VLLMUnfit(f"vLLM does not know the arguments {unknown[1]}; {MENDED_BY}")
                 raise RuntimeError(f"vLLM is not up after {wait.waited_s:.0f} s: {why}; {self.log_path} ends:\n{tail}")
             if wait.waited_s > said + 5:
                 said = wait.waited_s
                 log(f"vLLM is starting ({said:.0f} s)")
             await asyncio.sleep(0.25)  # polling another process: there is no event to wait for
-        log(f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}")
+        version = await self.probe()
+        log(f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}, version {version}")
+
+    async def probe(self) -> str:
+        """The server's version. Raises: VLLMUnfit naming every route that it lacks."""
+        async with self.session.get("/version") as response:
+            version = (await response.json())["version"] if response.status == 200 else "unknown"
+        missing = []
+        for route, opened_by in ROUTES.items():
+            async with self.session.options(route) as response:  # a route that is there refuses the method: 405
+                if response.status == 404:
+                    missing.append(f"{route} (of {opened_by})")
+        if missing:
+            raise VLLMUnfit(f"vLLM of version {version} lacks the routes {', '.join(missing)}; {MENDED_BY}")
+        return version
 
     async def healthy(self) -> bool:
         try:
@@ -306,7 +336,7 @@ class LocalRollout:
             lines = self.log_path.read_text(errors="replace").strip().splitlines()
             why = f"the rollout process ended with status {status}: {lines[-1] if lines else ''} ({self.log_path})"
             self.hub.release(f"{socket.gethostname()}:{self.process.pid}")
-            if self.starts >= self.MAX_STARTS:
+            if self.starts >= self.MAX_STARTS or status == 2:  # 2: another start would end the same way
                 raise RuntimeError(f"{why}; started {self.starts} times without a group")
             pause_s = backoff_s(self.starts)
             say(f"{why}; starting it again in {pause_s:.1f} s")

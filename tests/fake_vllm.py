@@ -16,6 +16,7 @@ whole runs bit for bit.
         drop, nan, null, empty, long, twice, oom, "count": 3     the next so many requests: connection dropped; a sample
                                with a NaN or null log-prob, without tokens, with too many; samples twice; status 500
         poison, "token": 5     every request whose prompt holds this token gets status 500
+        without, "routes": []  it never had these routes, as another version of vLLM
 """
 
 import argparse
@@ -150,7 +151,7 @@ class Server:
         self.paused, self.tokens, self.requests = False, 0, 0
         self.faults = {kind: 0 for kind in COUNTED}
         self.hang = self.crash_update = self.stall_update = False
-        self.slow_s, self.poison = 0.0, None
+        self.slow_s, self.poison, self.without = 0.0, None, []
         self.work = asyncio.Event()
 
     async def engine(self):
@@ -178,6 +179,8 @@ class Server:
             self.faults[kind] += fault.get("count", 1)
         elif kind == "slow":
             self.slow_s = fault["s"]
+        elif kind == "without":
+            self.without = fault["routes"]
         elif kind == "poison":
             self.poison = fault["token"]
         else:
@@ -260,12 +263,15 @@ async def serve(args):
     if fault := os.environ.get("FAKE_VLLM_FAULT"):
         server.order(json.loads(fault))
     app = web.Application()
+    answers = {f"/{name}": server.route for name in (
+        "pause", "start_weight_update", "update_weights", "finish_weight_update", "resume", "weight_checker", "fault",
+    )} | {"/inference/v1/generate": server.generate}  # fmt: skip
+    for path, answer in answers.items():
+        if path not in server.without:
+            app.router.add_post(path, answer)
     app.router.add_get("/health", lambda http: asyncio.sleep(0, web.Response()))
+    app.router.add_get("/version", lambda http: asyncio.sleep(0, web.json_response({"version": "0.32.0"})))
     app.router.add_get("/metrics", server.metrics)
-    app.router.add_post("/inference/v1/generate", server.generate)
-    for name in ("pause", "start_weight_update", "update_weights", "finish_weight_update", "resume", "weight_checker",
-                 "fault"):  # fmt: skip
-        app.router.add_post(f"/{name}", server.route)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, args.host, args.port).start()

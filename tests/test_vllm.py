@@ -150,3 +150,7 @@ def test_a_bad_directory_is_an_error_and_not_a_hang(loop, server, tiny_checkpoin
     with pytest.raises(RuntimeError, match="update_weights"):
         loop.run_until_complete(server.load(tmp_path, 9))
     # rollout.Node starts a fresh server then (tests/test_run.py); here only: the error came, and in time
+
+
+def test_this_vllm_has_every_route_that_is_asked_of_it(loop, server):
+    assert loop.run_until_complete(server.probe()).startswith("0.3")
