@@ -389,6 +389,8 @@ class Hub:
                     (lease.version, self.version), len(self.run.get("interrupt_ids", ())))  # fmt: skip
         prompt_ids = self.encode(self.prompts[lease.ordinal])
         self.ledger.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))
+        if lease.node in self.nodes:
+            self.nodes[lease.node]["groups"] = self.nodes[lease.node].get("groups", 0) + 1
         self.gen_s.append(metadata["gen_s"])
         self.ledger.counts["samples_dropped"] += self.run["num_generations"] - len(tensors["lengths"])
         await self._notify()

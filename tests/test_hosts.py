@@ -218,7 +218,7 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
 
         metrics = hosts[0].disk / "cispo/runs/tiny/metrics.jsonl"
         records = lambda: [json.loads(line) for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-        groups = lambda record: max((node["groups"] for name, node in record["hub"]["nodes"].items()
+        groups = lambda record: max((node.get("groups", 0) for name, node in record["hub"]["nodes"].items()
                                      if name.startswith("host3:")), default=0)  # fmt: skip
         launcher.wait_for(r"\[host0\] .* step   15 ", 150)
         environment = {**os.environ, "CISPO_TOKEN": token, "MASTER_ADDR": "host0", "HOME": "/mnt/home",
