@@ -236,6 +236,8 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
         killed_at = len(records())
 
         assert launcher.process.wait(200) == 0, launcher.text()
+        assert "stopped: RunOver" in launcher.text()  # the node was told of the end
+        assert "rollout node host2 has ended with status 0" in launcher.text()
         assert left_over(hosts) == []
         done = records()
         print(f"joiner: {groups(done[-1])} groups, killed at step {killed_at}; longest wait for a batch after that "

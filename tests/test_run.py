@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -119,20 +118,6 @@ def test_a_vllm_killed_in_mid_run_comes_back_on_the_current_weights(tmp_path):
     assert log.count("vLLM is up") == 2 and ("vLLM ended with status" in log or "vLLM is started again" in log)
     # the version it came back on is a late one, and it stayed current to the end
     assert records[-1]["hub"]["nodes"].popitem()[1]["version"] >= 38
-
-
-def test_a_rollout_node_started_by_hand_joins_and_is_told_of_the_end(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    node_command = [sys.executable, str(REPO / "rollout.py"), f"http://127.0.0.1:{port}"]
-    flags = ["--no-local-rollout", "--hub-port", port, "--max-num-steps", "3"]
-    with (
-        Run(tmp_path, node_command, out="node", CISPO_TOKEN="shared") as node,  # first: it waits for the trainer
-        Run(tmp_path, [*TRAIN, *flags], CISPO_TOKEN="shared") as trainer,
-    ):
-        assert len(trainer.finish()) == 3
-        assert node.process.wait(60) == 0 and "stopped: RunOver" in node.out
 
 
 def test_own_data_reward_and_model(tmp_path):
