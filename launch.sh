@@ -17,7 +17,7 @@ bash launch.sh install | --flags         only make .venv; list train_cispo.py's 
 The first call makes .venv and installs torch and vLLM into it (about 3 minutes); later calls find it ready.
   PYTHON=python3.12   the interpreter that .venv is made with (default python3, 3.11 or newer)
   NPROC=2             trainer ranks on a node (default: its GPUs, or 1)
-Nodes share no disk; each has this directory, at the same path or at DIR. Their names must lead to them from all nodes:
+Nodes share no disk; each has this directory, at the same path or at CISPO_DIR. Their names must lead to them from all nodes:
 h0 listens on HUB_PORT (8790) and MASTER_PORT (29500). Ctrl-C ends everything on every node.
   ROLLOUT_ARGS="--vllm-args '--tensor-parallel-size 8'"       further flags of rollout.py
   CISPO_TOKEN         by which nodes know each other; made if unset, but by hand and under srun it must be given
@@ -79,13 +79,14 @@ install() {
 }
 
 # Says a command and takes its place, so that Ctrl-C, kill and the exit status are its own. Where a launcher on another
-# machine started it (LEASH), stdin is what it hangs on: stdin ends when that launcher does, by whatever cause.
+# machine started it (CISPO_LEASH), stdin is what it hangs on: stdin ends when that launcher does, by whatever cause.
 run() {
   say "$(printf '%q ' "$@")"
   if [ -n "$print" ]; then exit; fi
-  if [ -z "${LEASH:-}" ]; then exec "$@"; fi
+  if [ -z "${CISPO_LEASH:-}" ]; then exec "$@"; fi
   local child status=0 ticks=0
   "$@" </dev/null & child=$!
+  trap 'kill "$child" 2>/dev/null || true' TERM INT HUP
   while kill -0 "$child" 2>/dev/null; do
     read -r -t 1 || status=$?
     if [ "$status" -eq 1 ]; then kill "$child" 2>/dev/null || true; break; fi # above 128: only the second was over
@@ -143,7 +144,7 @@ make_token() { export CISPO_TOKEN=${CISPO_TOKEN:-$(od -An -N32 -tx1 /dev/urandom
 part_of() {
   local i=$1 name
   shift
-  printf 'cd %q && LEASH=1 NNODES=%d NODE_RANK=%d' "${DIR:-$PWD}" "$trainers" "$i"
+  printf 'cd %q && CISPO_LEASH=1 NNODES=%d NODE_RANK=%d' "${CISPO_DIR:-$PWD}" "$trainers" "$i"
   for name in MASTER_ADDR MASTER_PORT HUB_PORT NPROC PYTHON ROLLOUT_ARGS GLOO_SOCKET_IFNAME "${!NCCL_@}"; do
     if [ -n "${!name:-}" ]; then printf ' %s=%q' "$name" "${!name}"; fi
   done
@@ -158,8 +159,8 @@ over_ssh() {
   for i in "${!nodes[@]}"; do say "${ssh[*]} ${nodes[i]} bash -s <<< \"$(part_of "$i" "$@")\""; done
   if [ -n "$print" ]; then exit; fi
   for host in "${nodes[@]}"; do
-    seen=$("${ssh[@]}" "$host" bash -s <<<"cd $(printf %q "${DIR:-$PWD}") && $sum") ||
-      fail "$host: '${ssh[*]}' does not reach it, or it has no ${DIR:-$PWD}"
+    seen=$("${ssh[@]}" "$host" bash -s <<<"cd $(printf %q "${CISPO_DIR:-$PWD}") && $sum") ||
+      fail "$host: '${ssh[*]}' does not reach it, or it has no ${CISPO_DIR:-$PWD}"
     [ "$seen" = "$(eval "$sum")" ] || say "warning: $host has another version of these files than this machine"
   done
   logs=runs/logs/$(date +%Y%m%d-%H%M%S) pipes=$(mktemp -d)
@@ -215,7 +216,7 @@ by_slurm() {
   export MASTER_ADDR NNODES=$trainers NODE_RANK=${SLURM_NODEID:-0}
   if [ "${SLURM_STEP_NUM_NODES:-1}" -lt "${#nodes[@]}" ]; then # in the allocation, but not yet a task on each node
     make_token
-    run srun --nodes "${#nodes[@]}" --ntasks-per-node 1 --label --kill-on-bad-exit=1 bash launch.sh "$@"
+    run srun --nodes "${#nodes[@]}" --ntasks-per-node 1 --cpu-bind=none --label --kill-on-bad-exit=1 bash launch.sh "$@"
   fi
   if [ -z "$print" ]; then
     mkdir -p "runs/logs/slurm-$SLURM_JOB_ID"

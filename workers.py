@@ -105,7 +105,8 @@ class VLLM:
             )  # fmt: skip
         self.session = aiohttp.ClientSession(
             f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s),
-            connector=aiohttp.TCPConnector(limit=0),
+            # vLLM closes connections that are idle for 5 s; a request may meet that, and POST is not repeated.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
         )  # fmt: skip
         wait, said = Wait("vllm start", self.cfg.vllm_start_timeout_s), 0.0
         while not await self.healthy():

@@ -63,14 +63,15 @@ class Host:
         return subprocess.run([*self.enter, *command], text=True, capture_output=True, timeout=60, **kwargs)
 
     def processes(self) -> list[psutil.Process]:
-        """All that run on this host, but for its own first one."""
+        """All that run on this host, but for its own first one, which reaps no zombies."""
         mine = os.stat(f"/proc/{self.init.pid}/ns/pid").st_ino
         found = []
         for process in psutil.process_iter():
             try:
-                if os.stat(f"/proc/{process.pid}/ns/pid").st_ino == mine and process.pid != self.init.pid:
+                here = os.stat(f"/proc/{process.pid}/ns/pid").st_ino == mine and process.pid != self.init.pid
+                if here and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except OSError:
+            except (OSError, psutil.NoSuchProcess):
                 pass  # gone meanwhile
         return found
 

@@ -130,7 +130,7 @@ class Launcher:
     def __init__(self, hosts: Hosts, directory: Path, *flags, **env):
         copy_program(directory / "launcher")
         self.directory, self.out = directory / "launcher", directory / "out"
-        env = {**os.environ, "NODES": "host0 host1 host2", "SSH": str(hosts.ssh), "DIR": "/mnt/cispo", **env}
+        env = {**os.environ, "NODES": "host0 host1 host2", "SSH": str(hosts.ssh), "CISPO_DIR": "/mnt/cispo", **env}
         with open(self.out, "w") as out:
             self.process = subprocess.Popen(["bash", "launch.sh", *flags], cwd=self.directory, env=env, stdout=out,
                                             stderr=out, start_new_session=True)  # fmt: skip
