@@ -30,6 +30,10 @@ KNOWN_MODELS = {
         head_dim=128, intermediate_size=6144, rope_theta=1e6, max_position_embeddings=40960, num_experts=128,
         num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
     ),
+    "Qwen/Qwen3-0.6B": ModelConfig(
+        vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, intermediate_size=3072, rope_theta=1e6, max_position_embeddings=40960, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 
 
@@ -206,6 +210,7 @@ def print_report(cfg, world: int) -> None:
     m = KNOWN_MODELS.get(cfg.model) or ModelConfig.from_dir(cfg.model)
     check_layout(m, world, cfg.tp, cfg.ep)
     cfg.validate()
+    print(cfg.text + "\n")
     terms, act = memory(m, cfg, world), {name: size / GIB for name, size in activation_memory(m, cfg).items()}
     peak = sum(terms.values())
     print(f"{cfg.model} on {world} ranks: tp {cfg.tp}, ep {cfg.ep}, data parallel {world // cfg.tp}, micro-batches of "

@@ -39,6 +39,7 @@ import loss
 import task
 from batch import MicroBatch, left_out, pack_batch, unpack_batch
 from checkpoint import Checkpointer, CheckpointError, begin, checkpoints_to_try, load_state_tensors, share_model
+from flags import help_text
 from hub import Hub
 from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
@@ -51,7 +52,7 @@ from weights import Publisher, gather_hf, load_hf
 from workers import LocalRollout
 
 # ---- config --------------------------------------------------------------------------------------------------
-Preset = Literal["tiny", "add", "qwen3-30b-a3b"]
+Preset = Literal["tiny", "add", "qwen3-0.6b", "qwen3-30b-a3b", "scalerl"]
 Truncation = Literal["tis", "icepop", "seq-mask-tis"]
 
 
@@ -60,7 +61,7 @@ class Config:
     """Every flag. `--preset` gives the values below; other flags override it."""
 
     # the run
-    preset: Preset = "tiny"  # tiny: 0.5 M parameters reverse five letters; add: two-digit sums; the 30B: on 16 GPUs
+    preset: Preset = "tiny"  # where the values of all other flags come from
     name: str = "tiny"  # results go to runs/NAME
     seed: int = 0  # of the prompts' order, the warm start and vLLM's sampling
     max_num_steps: int = 160  # rollout batches to train on
@@ -132,10 +133,10 @@ class Config:
     activation_checkpointing: bool = False  # keep each block's input only, and run the block again in backward
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of forward and backward; auto: bfloat16 on CUDA
     grad_dtype: Literal["float32", "bfloat16"] = "float32"  # in which micro-batches and ranks are added up
-    fp32_lm_head: bool = False  # the vocabulary projection in fp32; for vLLM: --hf-overrides '{"head_dtype":"float32"}'
+    fp32_lm_head: bool = False  # the vocabulary projection in fp32, in the trainer and in vLLM
     # plan
-    dry_run: bool = False  # print memory, traffic and FLOPs of a layout and end, status 2 if it does not fit
-    dry_run_ranks: int = 1  # of that layout; under torchrun as many as there are
+    dry_run: bool = False  # print all flags, and memory, traffic and FLOPs of a layout; status 2 if it does not fit
+    dry_run_ranks: int = 1  # of that layout; if torchrun starts several, as many
     gpu_memory_gib: float = 79.6  # that it must fit; of an 80 GB H100
     mfu: float = 0.2  # model FLOPs utilization that its tokens/s are given for
     # training
@@ -185,7 +186,8 @@ class Config:
     @property
     def text(self) -> str:
         """JSON, for the console and runs/NAME/config.json."""
-        return json.dumps({**dataclasses.asdict(self), **dataclasses.asdict(self.algorithm)}, indent=1)
+        resolved = {**dataclasses.asdict(self.algorithm), "max_input_seq_length": self.max_prompt_tokens}
+        return json.dumps({**dataclasses.asdict(self), **resolved}, indent=1)
 
     def warnings(self) -> list[str]:
         """What is allowed, and hardly meant."""
@@ -305,17 +307,63 @@ class Config:
                 raise ValueError(why)
 
 
+MATH_PROMPT = "Solve this problem. Think step by step, and end with the final answer in \\boxed{}.\n\n{problem}"
+
+PRESET_NOTES = {
+    "tiny": "0.5 M parameters learn to reverse five letters: two minutes on a laptop's CPU",
+    "add": "the same model, two-digit sums: harder",
+    "qwen3-0.6b": "dense Qwen3 on math: one GPU of 80 GB, which vLLM shares, or two of 24 GB, where it has the second",
+    "qwen3-30b-a3b": "NeMo RL's CISPO recipe: Qwen3-30B-A3B on math, 16 GPUs train and 8 sample",
+    "scalerl": "ScaleRL's algorithm on the same model and GPUs, answers of up to 14k tokens",
+}
+
+# NeMo RL's nightly of CISPO (grpo-cispo-mm1-...-3n8g-megatron-cispo.yaml, commit 7ea279a), number by number. Its first
+# column: what it is there, where our name differs.
+NIGHTLY = Config(
+    preset="qwen3-30b-a3b", name="qwen3-30b-a3b", model="Qwen/Qwen3-30B-A3B", seed=42, max_num_steps=10,
+    # Its prompt file in other words; one user's message through the chat template, which lets Qwen3 think.
+    data="nvidia/OpenMathInstruct-2", data_split="train_1M", prompt_column="problem", answer_column="expected_answer",
+    prompt_template=MATH_PROMPT, reward="math",  # hf_math_verify
+    num_prompts_per_step=32, num_generations_per_prompt=16, train_global_batch_size=32,  # 512 samples, 16 updates
+    # Prompt and answer share 4096 tokens: a sample may have what its prompt leaves.
+    max_total_sequence_length=4096, max_input_seq_length=4096, max_new_tokens=4096, temperature=1.0,
+    max_trajectory_age_steps=1,
+    ratio_clip_min=1.0, ratio_clip_max=5.0, use_importance_sampling_correction=True,  # and no truncation of it
+    use_leave_one_out_baseline=True, normalize_rewards=True, reference_policy_kl_penalty=0.0, token_level_loss=True,
+    # lr_warmup_iters 10 from lr_warmup_init 3e-8, then constant; once a rollout batch, not once an update
+    lr=3e-7, lr_warmup_steps=10, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8, max_grad_norm=1.0,
+    freeze_moe_router=True,
+    # From here on ours; the loss does not know of it. There: TP 2, EP 8, no recompute, micro-batches of 4096 tokens,
+    # gradients added up in bfloat16 (here in float32). EP 8 stays on a node's NVLink. Nodes: `python rollout.py HUB
+    # --vllm-args "--tensor-parallel-size 4 --data-parallel-size 2 --gpu-memory-utilization 0.7"`, as it has two
+    # engines of 4 GPUs.
+    tp=1, ep=8, activation_checkpointing=True, max_tokens_per_micro_batch=16384, logprob_chunk_size=0,
+    local_rollout=False, hub_port=8790, dry_run_ranks=16,
+)  # fmt: skip
+
 PRESETS = {
     "tiny": Config(),
     "add": dataclasses.replace(Config(), preset="add", name="add", task="add", max_num_steps=300),
-    # NeMo RL's nightly of CISPO: 16 updates a rollout batch; two nodes train, one samples. EP 8 stays on NVLink.
-    # There prompt and answer share 4096 tokens; here an answer may have them all.
-    "qwen3-30b-a3b": Config(
-        preset="qwen3-30b-a3b", name="qwen3-30b-a3b", seed=42, max_num_steps=10, model="Qwen/Qwen3-30B-A3B",
-        num_prompts_per_step=32, num_generations_per_prompt=16, max_new_tokens=4096, max_total_sequence_length=5120,
-        local_rollout=False, hub_port=8790, tp=1, ep=8, activation_checkpointing=True, dry_run_ranks=16,
-        train_global_batch_size=32, max_tokens_per_micro_batch=16384, logprob_chunk_size=0, lr=3e-7,
-        lr_warmup_steps=10, adam_beta2=0.999,
+    "qwen3-30b-a3b": NIGHTLY,
+    # The recipe on what one has at hand. Sizes and learning rate are ours, nothing is tuned: a fourth of the samples an
+    # update, four updates a batch. 15 GiB for the trainer by --dry-run; vLLM takes 0.4 of its GPU, shared or not.
+    "qwen3-0.6b": dataclasses.replace(
+        NIGHTLY, preset="qwen3-0.6b", name="qwen3-0.6b", model="Qwen/Qwen3-0.6B", max_num_steps=200, lr=1e-6,
+        train_global_batch_size=128, max_input_seq_length=1024, max_new_tokens=3072, ep=1, dry_run_ranks=1,
+        max_tokens_per_micro_batch=8192, gpu_memory_gib=23.0, hub_port=0, local_rollout=True,
+        rollout_args="--vllm-args '--gpu-memory-utilization 0.4'",
+    ),
+    # arXiv:2510.13786, as far as facts about it are at hand: 48 x 16 samples, 8 steps off-policy, one ratio against the
+    # sampler bounded at 5 (4, 5 or 8 are the same), means over prompts, std of the batch, groups of equal rewards
+    # dropped, prompts solved to 0.9 not sampled again, fp32 logits on both sides, thinking ended by force. Ours: one
+    # update a batch, the split of the 16k tokens, model, layout and learning rate, which are the preset's above.
+    "scalerl": dataclasses.replace(
+        NIGHTLY, preset="scalerl", name="scalerl", max_num_steps=400, num_prompts_per_step=48,
+        train_global_batch_size=768, max_trajectory_age_steps=8, ratio_anchor="sampler",
+        use_importance_sampling_correction=False, ratio_clip_max=4.0, prompt_level_loss=True,
+        use_leave_one_out_baseline=False, advantage_std="batch", drop_zero_variance=True, no_resampling_pass_rate=0.9,
+        fp32_lm_head=True, max_total_sequence_length=16384, max_input_seq_length=2048, max_new_tokens=14336,
+        interrupt_at_tokens=12288, lease_timeout_s=3600.0,
     ),
 }  # fmt: skip
 
@@ -324,6 +372,10 @@ def parse_config(argv: list[str]) -> Config:
     """Flags to a valid Config. Raises: ValueError with one line that says what is wrong."""
     chosen = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
     defaults = PRESETS.get(chosen[-1] if chosen else "tiny", PRESETS["tiny"])  # tyro refuses an unknown one
+    if {"-h", "--help"} & set(argv):
+        resolved = {**dataclasses.asdict(defaults.algorithm), "max_input_seq_length": defaults.max_prompt_tokens}
+        print(help_text(defaults, PRESET_NOTES, resolved))
+        sys.exit(0)
     cfg, unknown = tyro.cli(Config, args=argv, default=defaults, return_unknown_args=True)
     if unknown:
         names = [f.name.replace("_", "-") for f in dataclasses.fields(Config)]
@@ -521,7 +573,8 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
     run = {
         "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
         "max_model_len": cfg.max_total_sequence_length, "dtype": dtype,
-        **interruption(cfg, codec), "reward": cfg.reward, "reward_digest": reward_digest(cfg.reward),
+        "fp32_lm_head": cfg.fp32_lm_head, **interruption(cfg, codec),
+        "reward": cfg.reward, "reward_digest": reward_digest(cfg.reward),
         "sampling": {
             "n": cfg.num_generations_per_prompt, "temperature": cfg.temperature, "top_p": 1.0, "top_k": 0,
             "max_tokens": cfg.max_new_tokens, "logprobs": 0, "detokenize": False,
@@ -670,7 +723,8 @@ def main() -> None:
         cfg = parse_config(sys.argv[1:])
         if cfg.dry_run:
             if rank == 0:
-                dry_run.print_report(cfg, int(os.environ.get("WORLD_SIZE", cfg.dry_run_ranks)))
+                world_size = int(os.environ.get("WORLD_SIZE", 1))  # one process plans for others
+                dry_run.print_report(cfg, world_size if world_size > 1 else cfg.dry_run_ranks)
             return
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local_ranks)))

@@ -88,6 +88,7 @@ class VLLM:
             "--worker-extension-cls", "vllm_engine.WorkerExtension",
             "--weight-transfer-config", '{"backend": "safetensors"}',
             "--disable-uvicorn-access-log",
+            *(["--hf-overrides", '{"head_dtype": "float32"}'] if self.run.get("fp32_lm_head") else []),
             *shlex.split(self.cfg.vllm_args),
         ]  # fmt: skip
         env = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
@@ -304,6 +305,12 @@ class RewardWorkers:
 
 
 # ---- the rollout node on the trainer's machine -----------------------------------------------------------------
+def rollout_gpus(visible: str, ranks: int) -> str:
+    """CUDA_VISIBLE_DEVICES of the local rollout node: those that no rank of the trainer has, or all if none is left."""
+    gpus = visible.split(",")
+    return ",".join(gpus[ranks:] or gpus)
+
+
 class LocalRollout:
     """rollout.py beside the trainer, started again when it ends, unless it ends again and again."""
 
@@ -314,6 +321,9 @@ class LocalRollout:
         self.command = [sys.executable, str(REPO / "rollout.py"), hub.url, "--dir", str(directory), *shlex.split(args)]
         torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
         self.env = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith("TORCHELASTIC")}
+        if torch.cuda.is_available():
+            given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            self.env["CUDA_VISIBLE_DEVICES"] = rollout_gpus(given, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.starts, self.groups, self.not_before = 0, -1, 0.0
         self.process: subprocess.Popen | None = None
         self._start()

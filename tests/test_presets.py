@@ -1,0 +1,137 @@
+"""The presets are what they say they are; --help and --dry-run show them."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_cispo
+from train_cispo import PRESET_NOTES, PRESETS, Config, learning_rate, parse_config
+from workers import rollout_gpus
+
+REPO = Path(__file__).resolve().parent.parent
+
+# NeMo RL at 7ea279a, grpo-cispo-mm1-...-3n8g-megatron-cispo.yaml, resolved over its three parents: its key, its value,
+# and the flag that has to have it here.
+RECIPE = [
+    ("policy.model_name", "Qwen/Qwen3-30B-A3B", "model"),
+    ("grpo.seed", 42, "seed"),
+    ("grpo.num_prompts_per_step", 32, "num_prompts_per_step"),
+    ("grpo.num_generations_per_prompt", 16, "num_generations_per_prompt"),
+    ("policy.train_global_batch_size", 32, "train_global_batch_size"),
+    ("policy.max_total_sequence_length", 4096, "max_total_sequence_length"),
+    ("policy.generation.max_new_tokens", 4096, "max_new_tokens"),
+    ("grpo.max_num_steps", 10, "max_num_steps"),
+    ("grpo.async_grpo.max_trajectory_age_steps", 1, "max_trajectory_age_steps"),
+    ("policy.generation.temperature", 1.0, "temperature"),
+    ("optimizer.lr", 3e-7, "lr"),
+    ("scheduler.lr_warmup_iters", 10, "lr_warmup_steps"),
+    ("optimizer.weight_decay", 0.01, "weight_decay"),
+    ("optimizer.adam_beta1", 0.9, "adam_beta1"),
+    ("optimizer.adam_beta2", 0.999, "adam_beta2"),
+    ("optimizer.adam_eps", 1e-8, "adam_eps"),
+    ("optimizer.clip_grad", 1.0, "max_grad_norm"),
+    ("megatron_cfg.expert_model_parallel_size", 8, "ep"),
+    ("megatron_cfg.freeze_moe_router", True, "freeze_moe_router"),
+    ("router_replay", False, "router_replay"),
+    ("data.dataset_name", "nvidia/OpenMathInstruct-2", "data"),
+    ("data.split", "train_1M", "data_split"),
+    ("data.input_key", "problem", "prompt_column"),
+    ("data.output_key", "expected_answer", "answer_column"),
+    ("env.math, hf_math_verify", "math", "reward"),
+    ("grpo.overlong_filtering", False, "overlong_filter"),
+    ("grpo.use_dynamic_sampling", False, "drop_zero_variance"),
+    ("reward_shaping.enabled", 0, "overlong_buffer_tokens"),
+    ("grpo.use_leave_one_out_baseline", True, "use_leave_one_out_baseline"),
+    ("grpo.normalize_rewards", True, "normalize_rewards"),
+    ("loss_fn.reference_policy_kl_penalty", 0.0, "reference_policy_kl_penalty"),
+    ("loss_fn.reference_policy_kl_type", "k3", "reference_policy_kl_type"),
+    ("loss_fn.kl_input_clamp_value", 20.0, "kl_input_clamp_value"),
+    ("loss_fn.kl_output_clamp_value", 10.0, "kl_output_clamp_value"),
+    ("loss_fn.ratio_clip_min", 1.0, "ratio_clip_min"),
+    ("loss_fn.ratio_clip_max", 5.0, "ratio_clip_max"),
+    ("loss_fn.ratio_clip_c", None, "ratio_clip_c"),
+    ("loss_fn.use_on_policy_kl_approximation", False, "use_on_policy_kl_approximation"),
+    ("loss_fn.use_importance_sampling_correction", True, "use_importance_sampling_correction"),
+    ("loss_fn.truncated_importance_sampling_type", None, "truncated_importance_sampling_type"),
+    ("loss_fn.truncated_importance_sampling_ratio", None, "truncated_importance_sampling_ratio"),
+    ("loss_fn.truncated_importance_sampling_ratio_min", None, "truncated_importance_sampling_ratio_min"),
+    ("loss_fn.sequence_level_importance_ratios", False, "sequence_level_importance_ratios"),
+    ("loss_fn.token_level_loss", True, "token_level_loss"),
+    ("loss_fn.force_on_policy_ratio", False, "force_on_policy_ratio"),
+    ("loss_fn.use_kl_in_reward", False, "use_kl_in_reward"),
+    ("loss_fn.use_cispo", True, "use_cispo"),
+    ("loss_fn.disable_ppo_ratio", False, "disable_ppo_ratio"),
+    ("loss_fn.positive_example_nll_weight", 0.0, "positive_example_nll_weight"),
+]
+
+
+def test_the_30b_preset_is_nemo_rl_s_recipe_number_by_number():
+    """The dry run prints it, from one process of torchrun as well, with a layout for its 16 ranks."""
+    command = [sys.executable, "train_cispo.py", "--preset", "qwen3-30b-a3b", "--use-cispo", "--dry-run"]
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # what torchrun sets for one
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120, check=True)
+    recipe, end = json.JSONDecoder().raw_decode(done.stdout)
+    assert {key: recipe[flag] for key, _, flag in RECIPE} == {key: value for key, value, _ in RECIPE}
+    assert "on 16 ranks: tp 1, ep 8" in done.stdout[end:]
+    # max_input_seq_length is 4096 too; a prompt that long would leave no token for a sample
+    assert recipe["max_input_seq_length"] == 4095 and PRESETS["qwen3-30b-a3b"].max_input_seq_length == 4096
+
+
+def test_the_30b_preset_s_schedule_is_the_recipe_s():
+    """Once per RL step: 3e-8 for the 16 updates of step 1, 2.73e-7 in step 10, then 3e-7 (lr_decay_style constant)."""
+    cfg = PRESETS["qwen3-30b-a3b"]
+    assert cfg.samples_per_step == 512 and cfg.samples_per_step // cfg.train_global_batch_size == 16
+    found = [learning_rate(step, cfg) for step in (0, 1, 9, 10, 499)]
+    assert found == pytest.approx([3e-8, 5.7e-8, 2.73e-7, 3e-7, 3e-7])
+
+
+def test_the_scalerl_preset_has_all_of_scalerl_that_is_a_flag():
+    cfg = PRESETS["scalerl"]
+    assert (cfg.num_prompts_per_step, cfg.num_generations_per_prompt, cfg.samples_per_step) == (48, 16, 768)
+    assert (cfg.ratio_anchor, 1 + cfg.ratio_clip_max, 1 - cfg.ratio_clip_min) == ("sampler", 5.0, 0.0)
+    assert cfg.use_cispo and cfg.prompt_level_loss and cfg.fp32_lm_head and not cfg.use_importance_sampling_correction
+    assert (cfg.advantage_std, cfg.use_leave_one_out_baseline) == ("batch", False)
+    assert cfg.drop_zero_variance and cfg.no_resampling_pass_rate == 0.9 and cfg.max_trajectory_age_steps == 8
+    assert 0 < cfg.interrupt_at_tokens < cfg.max_new_tokens and cfg.max_total_sequence_length == 16384
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_named_and_fits(name, capsys):
+    cfg = parse_config(["--preset", name])
+    assert cfg == PRESETS[name] and cfg.preset == cfg.name == name in PRESET_NOTES
+    assert not cfg.warnings()
+    if cfg.model:
+        train_cispo.dry_run.print_report(cfg, cfg.dry_run_ranks)  # raises where it does not fit
+
+
+@pytest.mark.parametrize("preset", ["tiny", "scalerl"])
+def test_help_shows_every_flag_once_on_one_line_with_its_value(preset, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--help", "--preset", preset])
+    lines, cfg = capsys.readouterr().out.splitlines(), PRESETS[preset]
+    assert stopped.value.code == 0
+    for field in (f.name for f in dataclasses.fields(Config) if f.name != "preset"):
+        flag, value = f"--{field.replace('_', '-')}", getattr(cfg, field)
+        if isinstance(value, bool) and not value:
+            flag = f"--no-{field.replace('_', '-')}"
+        (line,) = [line for line in lines if line.split()[:1] == [flag]]
+        assert len(line.split("  ")) > 1 and not line.endswith("  "), line
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert line.split()[1] == str(value), line
+    value = lambda flag: next(line.split()[1] for line in lines if line.split()[:1] == [flag])
+    assert value("--ratio-clip-max") == {"tiny": "5.0", "scalerl": "4.0"}[preset]  # unset in tiny: resolved
+    assert value("--max-input-seq-length") == {"tiny": "56", "scalerl": "2048"}[preset]
+    groups = [line for line in lines if line and not line.startswith(" ")]
+    assert {"the run", "data", "rewards", "rollouts", "loss", "training"} <= set(groups)
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks", "left"), [("0", 1, "0"), ("0,1", 1, "1"), ("3,5,7", 1, "5,7"), ("0,1", 2, "0,1")]
+)
+def test_the_local_vllm_has_the_gpus_that_no_rank_has(visible, ranks, left):
+    assert rollout_gpus(visible, ranks) == left
