@@ -21,7 +21,6 @@ import secrets
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from parallel import Mesh, all_reduce, broadcast_bytes
-from waits import Wait
+from waits import Wait, await_keys
 from weights import checkpoint_files, digest, fsync, write_safetensors
 
 MANIFEST = "checkpoint.json"
@@ -327,9 +326,7 @@ class Checkpointer:
         store.set(parts[self.rank], json.dumps(part))
         wait = Wait("checkpoint", self.deadline_s, who=f"trainer rank {self.rank}")
         wanted = parts if self.rank == 0 else [f"checkpoint/{step}/whole"]
-        while missing := [key for key in wanted if not store.check([key])]:
-            wait.check(f"missing: {', '.join(missing)}")
-            time.sleep(0.05)  # polling other processes
+        await_keys(store, wanted, wait)
         if self.rank != 0:
             return store.get(wanted[0]).decode()
         files = {name: entry for key in parts for name, entry in json.loads(store.get(key)).items()}

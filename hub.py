@@ -4,9 +4,10 @@
     POST /groups           a safetensors blob: all samples of one prompt (the format is in `parse_group`)
     POST /return           {"node", "lease", "why"}: a prompt that the node could not answer comes back at once
     POST /beat             {"node", "leases", "vllm"}: the node lives, holds these leases, and its vLLM is this busy
-    GET  /weights/latest   ?after=N: the manifest of a version newer than N; waits for one
-    GET  /weights/N/FILE   a file of version N
-    POST /receipts         {"node", "version", "digest", "timing"}: a node says which weights it now samples from
+    GET  /weights/latest   ?after=N&node=NAME: the manifest of a version newer than N; waits for one
+    GET  /weights/N/FILE   a file of version N, of this node's disk; the manifest names who has the others
+    POST /receipts         {"node", "version", "digest", "timing"}: a node says which weights it now samples from, and
+                           with "checksum" what vLLM has made of them, or with "refused" why it takes no newer ones
     GET  /status, /run     the ledger and counters; what a rollout node must know of the run
 
 Every request carries `Authorization: Bearer TOKEN`, and a node's `X-Run: ID` too: the id is made at each start of the
@@ -33,12 +34,13 @@ from safetensors.torch import load
 
 from ledger import NOT_SAMPLED, Group, Lease, Ledger
 from waits import Wait, WaitOver
-from weights import MANIFEST, digest
+from weights import digest, served_file
 
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
 MAX_NODES = 4096  # that are remembered at once
 FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type")  # samples without a reward, by kind
-TIMING_PARTS = ("fetch_s", "load_s", "stopped_s", "total_s")
+TIMING_PARTS = ("fetch_s", "patch_s", "verify_s", "pause_s", "load_s", "stopped_s", "total_s", "fetch_bytes")
+FETCH_LIMIT_S = 1800.0  # how long files may be kept for a node that fetches them
 
 
 class Refused(Exception):
@@ -126,6 +128,11 @@ class Hub:
         self.version = 0  # the trainer's: how many steps it has finished
         self.published = -1  # the newest version on disk
         self.manifest: bytes = b""
+        self.whole = 0  # the newest version that is on disk in full
+        self.fetching: dict[str, tuple[int, float]] = {}  # the oldest version that a node may be fetching, since when
+        self.refused = -1  # the newest version that a node refused
+        self.checksums: dict[int, tuple[str, str]] = {}  # of versions, what a node's vLLM made of them
+        self.trouble = ""  # why no batch should be waited for any more
         self.nodes: dict[str, dict] = {}  # last receipt and time of last contact of each node
         self.over, self.told = False, set()  # the run has ended; nodes that know
         self.reloads: list[dict] = []  # seconds per part of the reloads since the trainer last looked
@@ -140,11 +147,21 @@ class Hub:
 
     def next_batch(self, version: int, timeout_s: float) -> list[Group] | None:
         """The groups to train at `version`; None if they are not there within timeout_s.
-        Raises: RuntimeError when so many prompts in a row were set aside that no batch will ever come."""
+        Raises: RuntimeError when so many prompts in a row were set aside that no batch will ever come, or what `fail`
+        was told."""
         return self._call(self._next_batch(version, timeout_s), timeout_s + 30)
 
-    def set_published(self, version: int) -> None:
-        self._call(self._set_published(version), 30)
+    def set_published(self, manifest: bytes) -> None:
+        """The nodes may have this version now. Again with another manifest: more of its files are there."""
+        self._call(self._set_published(manifest), 30)
+
+    def oldest_in_use(self) -> float:
+        """The oldest version that a node is fetching; infinity if there is none."""
+        return self._call(self._oldest_in_use(), 30)
+
+    def fail(self, why: str) -> None:
+        """Something that the run cannot go on without has failed: `next_batch` raises it."""
+        self.trouble = self.trouble or why
 
     def status(self) -> dict:
         return self._call(self._status(), 30)
@@ -245,6 +262,8 @@ class Hub:
 
     async def _next_batch(self, version: int, timeout_s: float):
         self.version = version
+        if self.trouble:
+            raise RuntimeError(self.trouble)
         batch = await self._wait_for(lambda: self.ledger.take(version), timeout_s)
         self.ledger.check()
         if batch is None and self.ledger.none_left and not (self.ledger.leases or self.ledger.returned):
@@ -258,11 +277,19 @@ class Hub:
             await self._notify()
         return batch
 
-    async def _set_published(self, version: int) -> None:
-        self.manifest = (self.weights_dir / f"v{version}" / MANIFEST).read_bytes()
-        self.published = version
-        self.version = max(self.version, version)  # a node may sample from it before the trainer asks for its batch
+    async def _set_published(self, manifest: bytes) -> None:
+        found = json.loads(manifest)
+        self.manifest, self.published, self.whole = manifest, found["version"], found["static"]["version"]
+        self.version = max(self.version, self.published)  # a node may sample from it before the trainer asks for it
+        self.checksums = {v: seen for v, seen in self.checksums.items() if v > self.published - 100}
         await self._notify()
+
+    async def _oldest_in_use(self) -> float:
+        now = time.monotonic()
+        lost = {n for n, seen in self.nodes.items() if now - seen["last_seen_s"] > self.node_timeout_s}
+        self.fetching = {n: (oldest, since) for n, (oldest, since) in self.fetching.items()
+                         if n not in lost and now - since < FETCH_LIMIT_S}  # fmt: skip
+        return min((oldest for oldest, _ in self.fetching.values()), default=math.inf)
 
     async def _take_timing(self) -> dict[str, float]:
         rows, self.reloads, gen_s, self.gen_s = self.reloads, [], self.gen_s, []
@@ -292,7 +319,8 @@ class Hub:
             "counts": dict(ledger.counts),
             "in_flight": sum(seen["vllm"].get("running", 0) for seen in self.nodes.values() if "vllm" in seen),
             "waiting": sum(seen["vllm"].get("waiting", 0) for seen in self.nodes.values() if "vllm" in seen),
-            "nodes": {n: {**seen, "last_seen_s": now - seen["last_seen_s"]} for n, seen in self.nodes.items()},
+            "nodes": {n: {**seen, "behind": self.published - seen["version"],
+                          "last_seen_s": now - seen["last_seen_s"]} for n, seen in self.nodes.items()},
         }  # fmt: skip
 
     # -- requests
@@ -398,6 +426,12 @@ class Hub:
 
     async def _receipts(self, request: web.Request) -> web.Response:
         body = await self._json(request, node=str, version=int, digest=str, timing=dict)
+        if isinstance(why := body.get("refused"), str):
+            self.fetching.pop(body["node"], None)
+            self.refused = self.published
+            self.ledger.counts["updates_refused"] += 1
+            self.ledger.news.append(f"{body['node'][:200]} stays on v{body['version']}: {why[:500]}")
+            return web.json_response({"newest": self.published})
         if not 0 <= body["version"] <= self.published:
             raise Refused(422, f"version {body['version']} was never published: the newest is {self.published}")
         if len(body["digest"]) != 64 or (body["version"] == self.published and body["digest"] != digest(self.manifest)):
@@ -409,6 +443,16 @@ class Hub:
         seen = {"version": body["version"], "digest": body["digest"], "timing": timing, "last_seen_s": time.monotonic()}
         self.nodes[node] = {**self.nodes.get(node, {}), **seen}
         self.reloads.append(timing)
+        self.fetching.pop(node, None)
+        if isinstance(body.get("checksum"), str):
+            other, checksum = self.checksums.setdefault(body["version"], (node, body["checksum"]))
+            if checksum != body["checksum"]:
+                self.ledger.counts["checksums_differ"] += 1
+                self.ledger.news.append(f"v{body['version']} is not the same in vLLM on {node} as on {other}: "
+                                        f"checksums {body['checksum'][:16]} and {checksum[:16]}")  # fmt: skip
+        alive = [n["version"] for n in self.nodes.values() if time.monotonic() - n["last_seen_s"] < self.node_timeout_s]
+        if body["version"] == self.published and min(alive) == self.published:
+            self.ledger.news.append(f"v{self.published} landed on {len(alive)}/{len(alive)} engines, digest ok")
         await self._notify()
         return web.json_response({"newest": self.published})
 
@@ -418,15 +462,17 @@ class Hub:
         except ValueError:
             raise Refused(400, f"after={request.query['after']!r} is not a version") from None
         newer = await self._wait_for(lambda: self.manifest if self.published > after else None, LONG_POLL_S)
-        return web.Response(body=newer or b"{}", content_type="application/json")
+        if newer and (node := request.query.get("node", "")[:200]) and len(self.fetching) < MAX_NODES:
+            self.fetching[node] = (min(after + 1, self.whole) if after >= 0 else self.whole, time.monotonic())
+        # The digest beside it, since all other digests are in it.
+        return web.Response(body=newer or b"{}", content_type="application/json",
+                            headers={"X-Blake3": digest(newer or b"{}")})  # fmt: skip
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
-        version, name = request.match_info["version"], request.match_info["name"]
-        directory = self.weights_dir / f"v{version}"
-        manifest = directory / MANIFEST
-        if not manifest.exists() or name not in json.loads(manifest.read_text())["files"]:
-            raise Refused(404, f"version {version} has no file {name!r}: never published, or pruned")
-        return web.FileResponse(directory / name)  # sendfile; range requests included
+        path = served_file(self.weights_dir, **request.match_info)
+        if path is None or int(request.match_info["version"]) > self.published:
+            raise Refused(404, f"{request.path}: never published, pruned, or of another trainer node")
+        return web.FileResponse(path)  # sendfile; range requests included
 
     async def _get_status(self, request: web.Request) -> web.Response:
         return web.json_response(await self._status())

@@ -32,11 +32,12 @@ import torch
 import tyro
 from safetensors.torch import save
 
+import receive
 import weights
 from ledger import NOT_SAMPLED
 from rewards import reward_digest
 from task import Codec
-from waits import Wait
+from waits import Wait, WaitOver
 from workers import VLLM, RewardWorkers, VLLMUnfit, backoff_s, log
 
 
@@ -144,6 +145,8 @@ async def ask(hub: aiohttp.ClientSession, method: str, route: str, patience_s: f
         try:
             async with hub.request(method, route, **kwargs) as response:
                 body = await response.read()
+                if (wanted := response.headers.get("X-Blake3")) and weights.digest(body) != wanted:
+                    raise aiohttp.ClientError("what arrived is damaged: its digest differs")
                 if response.status == 410:
                     raise RunOver
                 if response.status == 412:
@@ -211,23 +214,35 @@ class Node:
             await self.workers.close()
 
     async def follow_weights(self) -> None:
-        """Fetch every newer version as it is published, and load it."""
+        """Fetch every newer version as it is published, and load it. One that cannot be had whole and proven is
+        refused: vLLM keeps what it has, the hub is told why, and the next attempt trusts nothing that is here."""
+        refused = 0
         while True:
-            body = await self.ask("GET", f"/weights/latest?after={self.version}")
-            manifest = json.loads(body)
-            if manifest:
-                await self.update(manifest, weights.digest(body))
+            body = await self.ask("GET", f"/weights/latest?after={self.version}&node={self.name}")
+            if not (manifest := json.loads(body)):
+                continue
+            try:
+                receive.check_manifest(manifest, self.run["id"], self.version)
+                have, headers, start = self.checkpoint if refused == 0 else None, self.hub.headers, time.perf_counter()
+                checkpoint, timing = await receive.fetch(manifest, self.root, have, self.cfg.hub, dict(headers))
+            except (weights.WeightsError, WaitOver) as e:
+                if self.version < 0 and isinstance(e, receive.NoRoom):
+                    raise RuntimeError(str(e)) from None  # it will not get better
+                await self.refuse(manifest, f"v{manifest.get('version')} refused: {e}")
+                refused += 1
+                await asyncio.sleep(backoff_s(refused))
+                continue
+            refused = 0
+            await self.update(manifest, weights.digest(body), checkpoint, timing, start)
 
-    async def update(self, manifest: dict, digest: str) -> None:
-        version, start = manifest["version"], time.perf_counter()
-        try:
-            checkpoint = await weights.fetch(self.hub, manifest, self.root, have=self.checkpoint)
-        except (weights.WeightsError, aiohttp.ClientError) as e:
-            # Damaged, cut off, or pruned meanwhile: vLLM keeps what it has, and the next round asks anew.
-            log(f"weights v{version} refused, still on v{self.version}: {e}")
-            await asyncio.sleep(1.0)
-            return
-        timing = {"fetch_s": time.perf_counter() - start}
+    async def refuse(self, manifest: dict, why: str) -> None:
+        log(f"weights {why}; still on v{self.version}")
+        word = {"node": self.name, "version": self.version, "digest": "", "timing": {}, "refused": why}
+        await self.ask("POST", "/receipts", json=word)
+
+    async def update(self, manifest: dict, digest: str, checkpoint: Path, timing: dict, start: float) -> None:
+        """Load a proven version into vLLM, and send the receipt."""
+        version, first = manifest["version"], self.version < 0
         async with self.engine:
             previous, self.checkpoint = self.checkpoint, checkpoint
             self.ready.clear()  # a request sent now would run on the new weights with the old ones' cache salt
@@ -247,6 +262,9 @@ class Node:
             shutil.rmtree(previous)
         timing["total_s"] = time.perf_counter() - start
         receipt = {"node": self.name, "version": version, "digest": digest, "timing": timing}
+        if first or manifest["full"]:  # those that all nodes look at, so that the hub can compare
+            sums = json.dumps(await self.vllm.checksums(), sort_keys=True)
+            receipt["checksum"] = weights.digest(sums.encode())
         await self.ask("POST", "/receipts", json=receipt)
         self.joined.set()
         self.ready.set()  # after the receipt, since the hub leases by the version it names

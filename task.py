@@ -17,7 +17,6 @@ import math
 import mmap
 import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -294,7 +293,7 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
     import torch.nn.functional as F
 
     from model import ModelConfig, Qwen3MoE
-    from weights import write_version
+    from weights import write_safetensors
 
     make, alphabet = TASKS[task]
     scratch = path.parent / f"{path.name}.tmp"  # renamed as a whole: an interrupted warm start leaves no checkpoint
@@ -304,7 +303,7 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
         num_key_value_heads=2, head_dim=32, intermediate_size=256, num_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=64, norm_topk_prob=True, rope_theta=1e4, max_position_embeddings=512,
     )  # fmt: skip
-    (scratch / "config.json").write_text(json.dumps(cfg.to_hf(vocab[EOS]), indent=1))
+    (scratch / "config.json").write_text(json.dumps({**cfg.to_hf(vocab[EOS]), "dtype": "float32"}, indent=1))
     model, rng = Qwen3MoE(cfg), random.Random(f"warm start/{seed}")
     model.init_weights(torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -336,6 +335,5 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
     else:
         raise RuntimeError(f"warm start reached {accuracy:.2f} in {max_steps} steps, not {until}")
     progress(f"warm start on {task!r}: done after {step} steps, a sample is right with probability {accuracy:.2f}")
-    written = write_version(scratch, 0, list(model.hf_tensors()), static=scratch)
-    written.rename(path)
-    shutil.rmtree(scratch)
+    write_safetensors(scratch / "model.safetensors", list(model.hf_tensors()))
+    scratch.rename(path)

@@ -48,7 +48,7 @@ from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
 from rewards import load_reward, reward_digest
 from waits import Signals, Wait, agree, stop_word
-from weights import Publisher, gather_hf, load_hf
+from weights import Publisher, load_hf
 from workers import LocalRollout
 
 # ---- config --------------------------------------------------------------------------------------------------
@@ -154,7 +154,8 @@ class Config:
     router_replay: bool = False  # the updates of a step use the experts that the trainer chose at its start
     compile: bool = True  # torch.compile the model's blocks and the loss; off computes the same, eagerly
     publish_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of published weights; auto: bfloat16 on CUDA
-    keep_versions: int = 4  # published versions kept on disk
+    full_version_every: int = 16  # versions; those between are written as what changed, where that is less
+    keep_versions: int = 4  # published versions kept on disk, at least; more where the last whole one is older
     checkpoint_every_steps: int = 20  # 0: only when the run is asked to stop
     keep_checkpoints: int = 2  # the last ones; the one with the best reward is kept besides
     resume: str = "off"  # auto: from the last whole checkpoint of runs/NAME, if there is one; or a checkpoint directory
@@ -270,9 +271,9 @@ class Config:
             (self.max_trajectory_age_steps < 0,
              f"--max-trajectory-age-steps {self.max_trajectory_age_steps}: must be at least 0"),
             (min(self.max_num_steps, self.num_prompts_per_step, batch, self.max_new_tokens, self.keep_versions,
-                 self.keep_checkpoints, self.max_prompt_failures) < 1,
+                 self.full_version_every, self.keep_checkpoints, self.max_prompt_failures) < 1,
              "--max-num-steps, --num-prompts-per-step, --train-global-batch-size, --max-new-tokens, "
-             "--keep-versions, --keep-checkpoints and --max-prompt-failures must be at least 1"),
+             "--keep-versions, --full-version-every, --keep-checkpoints and --max-prompt-failures must be at least 1"),
             (self.resume not in ("auto", "off") and not Path(self.resume).is_dir(),
              f"--resume {self.resume!r}: auto, off, or a checkpoint directory"),
             (self.logprob_chunk_size < 0, f"--logprob-chunk-size {self.logprob_chunk_size}: must be at least 0"),
@@ -567,8 +568,8 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.lr * (0.1 + 0.9 * done)
 
 
-def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, device) -> tuple[Hub, Publisher]:
-    """The hub with the run's prompts, and the publisher of its weights."""
+def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, device) -> Hub:
+    """The hub with the run's prompts."""
     dtype = str(resolve_dtype(cfg.publish_dtype, device)).removeprefix("torch.")
     run = {
         "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
@@ -584,10 +585,9 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
     ledger = Ledger(cfg.num_prompts_per_step, cfg.max_trajectory_age_steps, cfg.max_num_steps, cfg.lease_timeout_s,
                     cfg.max_prompt_failures, prompts, cfg.no_resampling_pass_rate)  # fmt: skip
     token = os.environ.get("CISPO_TOKEN") or secrets.token_urlsafe(32)
-    weights_dir = cfg.run_dir / "weights"
-    hub = Hub(ledger, prompts, codec.encode, weights_dir, vocab_size, token, run)
+    hub = Hub(ledger, prompts, codec.encode, cfg.run_dir / "weights", vocab_size, token, run)
     hub.start(cfg.hub_host, cfg.hub_port)
-    return hub, Publisher(weights_dir, checkpoint, cfg.keep_versions, hub.set_published)
+    return hub
 
 
 def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None,
@@ -619,20 +619,24 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
     saver = Checkpointer(cfg.run_dir / "checkpoints", rank, mesh.world_size, cfg.keep_checkpoints, start)
 
     # ---- hub and rollout
-    hub = rollout = publisher = None
-    published = gather_hf(model, resolve_dtype(cfg.publish_dtype, mesh.device))
+    hub = rollout = None
     if rank == 0:
-        hub, publisher = start_hub(cfg, checkpoint, prompts, codec, model_cfg.vocab_size, mesh.device)
+        hub = start_hub(cfg, checkpoint, prompts, codec, model_cfg.vocab_size, mesh.device)
         if resume:
             hub.ledger.restore(saved["ledger"])  # before there are weights to lease a prompt for
             say(f"going on from {resume}: step {start}, {saved['ledger']['taken']} prompts trained")
-        publisher.publish(start, published)
         if cfg.local_rollout:
             rollout = LocalRollout(hub, cfg.run_dir / "rollout", cfg.rollout_args, cfg.run_dir / "rollout.log")
         num_parameters = sum(shape.numel() for shape in model.checkpoint_shapes().values())
         say(f"{num_parameters / 1e6:.1f} M parameters on {mesh.world_size} rank(s), "
             f"hub at {hub.url}, weight clamped to [{1 - cfg.algorithm.ratio_clip_min:g}, "
             f"{1 + cfg.algorithm.ratio_clip_max:g}], results in {cfg.run_dir}")  # fmt: skip
+    publisher = Publisher(
+        model, resolve_dtype(cfg.publish_dtype, mesh.device), cfg.run_dir / "weights", checkpoint,
+        cfg.full_version_every, cfg.keep_versions, torch.distributed.distributed_c10d._get_default_store(),
+        deadline_s=cfg.collective_timeout_s / 2, hub=hub, port=cfg.hub_port,
+    )  # fmt: skip
+    publisher.publish(start)
 
     # ---- loop
     step, clock, done, word, rewards = start, Clock(), threading.Event(), "train", []
@@ -673,9 +677,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
 
             # 5 publish: copies the weights; writing, fetching and loading go on while the next step runs
             clock.begin("publish_copy")
-            published = gather_hf(model, resolve_dtype(cfg.publish_dtype, mesh.device))
-            if rank == 0:
-                publisher.publish(step + 1, published)
+            publisher.publish(step + 1, last=step + 1 == cfg.max_num_steps)
 
             # 6 log and checkpoint
             if rank == 0:
@@ -686,7 +688,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
                     "ordinals": [g.ordinal for g in groups],
                     **{f"train/{why}": int(torch.cat(m).sum()) for why, m in left_out(groups, cfg).items()},
                     **rollout_metrics(groups, step), **update_metrics(values, counts), **clock.seconds(),
-                    "timing/train/publish_write": publisher.write_s, **hub.take_timing(), "hub": hub.status(),
+                    **publisher.stats, **hub.take_timing(), "hub": hub.status(),
                 }  # fmt: skip
                 log_step(record, cfg.run_dir)
                 rewards.append(record["train/reward"])
@@ -699,8 +701,10 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
         if word != "train" and saver.newest_step != step:  # asked to stop before this step: all before it is whole
             saver.save(step, model, optimizer, about(cfg, hub, rewards) if rank == 0 else None)
         saver.wait()
+        publisher.close()
+        if word == "train" and publisher.error:
+            word = str(publisher.error)
         if rank == 0:
-            publisher.close()
             if word != "train":
                 say(f"stopped at step {step}, its state is in {saver.root}: {word}")
         if not word.startswith(("train", "SIGTERM")):

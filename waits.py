@@ -18,6 +18,8 @@ WAITS = {  # name: who waits, for whom, and what happens when the deadline passe
     "turn": ("a trainer rank", "rank 0's word on the next step", "the rank fails, and torchrun starts the job again"),
     "hub thread": ("trainer rank 0", "the hub's thread", "the run stops with its state saved"),
     "rollout end": ("trainer rank 0", "its rollout process to end", "it is killed"),
+    "publish": ("a trainer rank", "its publisher to be done with a version", "the run stops with its state saved"),
+    "version": ("trainer rank 0's publisher", "every rank's share", "the run stops with its state saved"),
     "checkpoint": ("trainer rank 0", "every rank's part of a checkpoint", "the run stops; the one before it is whole"),
     "lease": ("hub", "a node's answer to a prompt", "the prompt is handed out again"),
     "node": ("hub", "a sign of life from a node", "its prompts are handed out again"),
@@ -25,6 +27,7 @@ WAITS = {  # name: who waits, for whom, and what happens when the deadline passe
     "hub": ("rollout node", "the hub's answer", "the node ends"),
     "vllm start": ("rollout node", "vLLM to come up", "it is started again, then the node ends"),
     "vllm progress": ("rollout node", "a token from vLLM", "vLLM is killed and started again"),
+    "weights fetch": ("rollout node", "bytes of new weights", "the update is refused, and vLLM keeps what it has"),
     "weight update": ("rollout node", "vLLM to load weights", "vLLM is killed and started on them"),
     "reward": ("rollout node", "the reward function", "its worker is killed and the sample dropped"),
 }  # fmt: skip
@@ -63,6 +66,14 @@ class Wait:
         """Raises: WaitOver once the deadline has passed."""
         if self.over:
             raise WaitOver(self.message(known))
+
+
+def await_keys(store: dist.Store, keys: list[str], wait: Wait) -> None:
+    """Until all keys are in the store: how threads of several ranks meet, since collectives are the main threads'.
+    Raises: WaitOver, which names the missing ones."""
+    while missing := [key for key in keys if not store.check([key])]:
+        wait.check(f"missing: {', '.join(missing)}")
+        time.sleep(0.02)  # polling other processes; the store's own wait would hold its connection
 
 
 # ---- what ranks agree upon before a collective starts ----------------------------------------------------------

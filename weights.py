@@ -1,39 +1,56 @@
-"""Weights on their way: from a Hugging Face checkpoint into the trainer, and from the trainer to vLLM.
+"""Weights on their way: from a Hugging Face checkpoint into the trainer, and out again to the rollout nodes, whose end
+is receive.py.
 
-A published version is a directory `v{N}` that is a complete Hugging Face checkpoint (safetensors, config.json,
-tokenizer) plus `manifest.json`, which says what the other files must contain:
+Every rank owns a share of the checkpoint's tensors (`own_hf`), copies it to host memory between two steps, and encodes,
+writes and serves it in the background. A version is a directory `v{N}` on the disk of each trainer node:
 
-    {"version": 3, "files": {name: {"bytes": n, "blake3": digest}}, "tensors": {name: {"dtype", "shape", "blake3"}}}
+    model-00001-of-00004.delta          rank 0's share as what changed since version N-1 (delta.py); of each rank one
+    model-00001-of-00004.safetensors    the same share whole: every K-th version, the first of a run and the last, and
+                                        where the delta would be larger
+    model.safetensors.index.json, config.json, tokenizer.json, ...      where all shares are whole: v{N} opens in
+                                        transformers and vLLM as it is
+    manifest.json                       on rank 0's node, written last: without it there is no version
 
-The directory is written as `v{N}.tmp`, synced to disk and renamed; the manifest goes last. A reader that finds a
-manifest finds everything, and `verify` proves it: each tensor's digest is taken from the trainer's memory before
-the file is written, so a match on the far side covers the writer, both disks and the wire.
+The manifest says what every tensor of the version must be (digests taken from the trainer's memory, so a match on the
+far side covers codec, disks and wire), and which files of this and earlier versions lead there, of what size and where:
 
-The part that runs inside vLLM is vllm_engine.py.
+    {"run": id, "version": 12, "base": 11, "full": false,
+     "static": {"version": 0, "files": {name: {"bytes", "blake3"}}},
+     "shards": [{"name": "model-00001-of-00004", "tensors": {name: {"dtype", "shape", "blake3"}},
+                 "files": [{"version": 12, "kind": "delta", "bytes", "blake3", "url"}, ...]}]}
 """
 
 import asyncio
+import hmac
 import json
 import os
 import queue
+import re
 import shutil
+import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from aiohttp import web
 from blake3 import blake3
 from safetensors import safe_open
 
-MANIFEST = "manifest.json"
-# What makes a checkpoint directory complete besides its weights; copied to every published version.
+import delta
+from waits import Wait, WaitOver, await_keys
+
+MANIFEST, INDEX = "manifest.json", "model.safetensors.index.json"
+# What makes a checkpoint directory complete besides its weights; copied to every version that is whole.
 STATIC_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
                 "merges.txt", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32",
-           torch.int64: "I64", torch.uint8: "U8"}  # fmt: skip
+SUFFIX = {"full": ".safetensors", "delta": ".delta"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64,
+          "U8": torch.uint8}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class WeightsError(RuntimeError):
@@ -51,22 +68,27 @@ def digest(data) -> str:
 
 def describe(tensor: torch.Tensor) -> dict:
     """A tensor's entry in the manifest."""
-    return {"dtype": _DTYPES.get(tensor.dtype), "shape": list(tensor.shape), "blake3": digest(tensor_bytes(tensor))}
+    return {"dtype": _NAMES.get(tensor.dtype), "shape": list(tensor.shape), "blake3": digest(tensor_bytes(tensor))}
 
 
-def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor]]) -> str:
-    """Write CPU tensors: header, then buffers, then fsync. Returns the file's digest. The library's save_file copies
-    each tensor to bytes first and takes 2 to 5 times as long; what is written here, it reads."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, t in tensors:
-        end = offset + t.numel() * t.element_size()
-        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
-        offset = end
+def safetensors_header(tensors: dict[str, tuple[str, list[int], int]], metadata: dict[str, str]) -> bytes:
+    """What a safetensors file starts with, for tensors of (dtype, shape, bytes) that lie end to end."""
+    header, offset = {"__metadata__": {"format": "pt", **metadata}}, 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor]], metadata: dict | None = None) -> str:
+    """Write CPU tensors: header, then buffers, then fsync. Returns the file's digest. The library's save_file copies
+    each tensor to bytes first and takes 2 to 5 times as long; what is written here, it reads."""
+    entries = {n: (_NAMES[t.dtype], list(t.shape), t.numel() * t.element_size()) for n, t in tensors}
     hasher = blake3()
     with open(path, "wb") as f:
-        for data in (struct.pack("<Q", len(text)), text, *(tensor_bytes(t) for _, t in tensors)):
+        for data in (safetensors_header(entries, metadata or {}), *(tensor_bytes(t) for _, t in tensors)):
             hasher.update(data)
             f.write(data)
         f.flush()
@@ -74,20 +96,26 @@ def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor]]) -> st
     return hasher.hexdigest()
 
 
+def layer_order(name: str) -> tuple:
+    """Sorts tensors as a model uses them: embedding, the layers by number, then norm and head."""
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    return (1, int(layer[1]), name) if layer else (0 if "embed" in name else 2, 0, name)
+
+
 def checkpoint_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint directory: those its index names, else model.safetensors."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
+    if (index := path / INDEX).exists():
         return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     return [path / "model.safetensors"]
 
 
 def read_tensors(path: Path) -> Iterable[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a whole checkpoint directory, one mapped tensor at a time."""
-    for file in checkpoint_files(path):
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():
-                yield name, f.get_tensor(name)
+    """(name, tensor) of a whole checkpoint directory, one mapped tensor at a time, layer by layer: vLLM converts a
+    layer when all of it has come, and holds back what has come of the others."""
+    files = [safe_open(file, framework="pt") for file in checkpoint_files(path)]
+    where = {name: file for file in files for name in file.keys()}
+    for name in sorted(where, key=layer_order):
+        yield name, where[name].get_tensor(name)
 
 
 @torch.no_grad()
@@ -120,149 +148,363 @@ def load_hf(model, path: str | Path) -> int:
 
 
 @torch.no_grad()
-def gather_hf(model, dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
-    """The whole checkpoint in rank 0's host memory; all ranks must call, the others get []. One parameter at a time,
-    from the ranks of rank 0's own tp and ep groups: they hold one whole copy of the model."""
-    mesh, tensors = model.mesh, []
+def own_hf(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor on the device) of this rank's share of the checkpoint, one at a time. Every tensor is
+    one rank's, so that all ranks and nodes take part in copying, writing and serving. All ranks must exhaust it.
+
+    An expert is never gathered: of the ranks that have it, the replicas take turns by layer. Dense tensors go around
+    all ranks; each is gathered over its owner's tp group, and the others do nothing for it.
+    """
+    mesh, dense = model.mesh, 0
     for name, p in model.named_parameters():
-        split, is_expert = model.split_of(name), ".experts." in name
-        group, ranks = (mesh.ep_group, mesh.ep) if is_expert else (mesh.tp_group, mesh.tp)
-        if mesh.rank >= ranks:
+        split = model.split_of(name)
+        if ".experts." in name:
+            replicas, (_, layer, _) = mesh.world_size // mesh.ep, layer_order(name)
+            if layer % replicas == mesh.rank // mesh.ep:
+                views = model.hf_views(name, p.detach(), first_expert=split.index * len(p))
+                yield from ((hf_name, view.to(dtype)) for hf_name, view in views)
+            continue
+        owner, dense = dense % mesh.world_size, dense + 1
+        if owner // mesh.tp != mesh.dp_rank:
             continue
         whole = p.detach().to(dtype)
-        if group is not None and split.count > 1:
-            parts = [torch.empty_like(whole) for _ in range(ranks)] if mesh.rank == 0 else None
-            dist.gather(whole, parts, dst=0, group=group)
-            whole = torch.cat(parts[:: ranks // split.count], dim=split.dim) if parts else None
-        if mesh.rank == 0:
-            tensors += model.hf_views(name, whole.to("cpu", copy=True))
-    return tensors
+        if split.count > 1:
+            parts = [torch.empty_like(whole) for _ in range(mesh.tp)] if mesh.rank == owner else None
+            dist.gather(whole, parts, dst=owner, group=mesh.tp_group)
+            whole = torch.cat(parts[:: mesh.tp // split.count], dim=split.dim) if parts else None
+        if mesh.rank == owner:
+            yield name, whole
 
 
-# ---- publish -------------------------------------------------------------------------------------------------
-def write_version(root: Path, version: int, tensors: list[tuple[str, torch.Tensor]], static: Path) -> Path:
-    """Write one version atomically: `v{N}.tmp`, fsync, manifest last, rename. Returns the directory."""
-    final, tmp = root / f"v{version}", root / f"v{version}.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    for name in STATIC_FILES:
-        if (static / name).exists():
-            shutil.copyfile(static / name, tmp / name)
-    config = json.loads((tmp / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(tensors[0][1].dtype).removeprefix("torch.")  # what the file holds, for who opens it "auto"
-    (tmp / "config.json").write_text(json.dumps(config, indent=1))
-    described = {name: describe(tensor) for name, tensor in tensors}
-    files = {p.name: {"bytes": p.stat().st_size, "blake3": digest(p.read_bytes())} for p in sorted(tmp.iterdir())}
-    model_file = tmp / "model.safetensors"
-    model_digest = write_safetensors(model_file, tensors)
-    files[model_file.name] = {"bytes": model_file.stat().st_size, "blake3": model_digest}
-    manifest = tmp / MANIFEST
-    manifest.write_text(json.dumps({"version": version, "files": files, "tensors": described}))
-    fsync(manifest)
-    shutil.rmtree(final, ignore_errors=True)  # left by a run that is being repeated under the same name
-    tmp.rename(final)
-    fsync(root)
-    return final
-
-
+# ---- files of a version ----------------------------------------------------------------------------------------
 def fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
 
 
-class Publisher:
-    """Writes versions from a background thread, one at a time and in order.
+def put_in_place(tmp: Path) -> None:
+    """Give a file that is written and synced its name, `tmp` without ".tmp": what has its name is whole."""
+    tmp.rename(tmp.with_suffix(""))
+    fsync(tmp.parent)
 
-    The tensors are copies, so the next step may change the weights while they are written. At most one version waits:
-    if the disk is slower than training, publish blocks, visibly in its seconds. A writer that failed
-    raises from the next call.
+
+def write_text(path: Path, text: str) -> None:
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    fsync(tmp)
+    put_in_place(tmp)
+
+
+def write_share(directory: Path, shard: str, tensors: dict[str, torch.Tensor], codes: dict[str, bytes] | None,
+                metadata: dict[str, str]) -> dict:  # fmt: skip
+    """Write a rank's share of a version, as its codes or whole; the file's entry in the manifest."""
+    kind = "full" if codes is None else "delta"
+    tmp = directory / f"{shard}{SUFFIX[kind]}.tmp"
+    directory.mkdir(parents=True, exist_ok=True)
+    if codes is None:
+        # The digest that counts is each tensor's, and the receiver knows what the header must be.
+        blake3 = ""
+        write_safetensors(tmp, list(tensors.items()))
+    else:
+        data = [(name, torch.frombuffer(bytearray(code), dtype=torch.uint8)) for name, code in codes.items() if code]
+        blake3 = write_safetensors(tmp, data, metadata)
+    size = tmp.stat().st_size
+    put_in_place(tmp)
+    return {"version": int(metadata["version"]), "kind": kind, "bytes": size, "blake3": blake3}
+
+
+def write_static(directory: Path, source: Path, shards: list[dict]) -> dict:
+    """Make a directory of whole shares a checkpoint that others can open: index, config, tokenizer. Returns their
+    entries in the manifest; the index is not among them, since a receiver makes its own."""
+    files = {}
+    for name in STATIC_FILES:
+        if (source / name).exists():
+            text = (source / name).read_text()
+            if name == "config.json":  # says what the files hold, for who opens it with dtype "auto"
+                config = json.loads(text)
+                config.pop("torch_dtype", None)
+                dtype = next(iter(shards[0]["tensors"].values()))["dtype"]
+                config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
+                text = json.dumps(config, indent=1)
+            write_text(directory / name, text)
+            files[name] = {"bytes": len(text.encode()), "blake3": digest(text.encode())}
+    write_index(directory, shards)
+    return files
+
+
+def write_index(directory: Path, shards: list[dict]) -> None:
+    where = {name: shard["name"] + SUFFIX["full"] for shard in shards for name in shard["tensors"]}
+    write_text(directory / INDEX, json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def served_file(root: Path, version: str, name: str) -> Path | None:
+    """The file of a version that a node may fetch under this name, if it is there. Whatever is being written has
+    another name."""
+    path = root / f"v{version}" / name
+    known = name in STATIC_FILES or re.fullmatch(r"model-\d{5}-of-\d{5}\.(safetensors|delta)", name)
+    return path if known and version.isdigit() and path.is_file() else None
+
+
+class FileServer:
+    """What a trainer node other than rank 0's serves, in a thread: the files of its ranks' shares."""
+
+    def __init__(self, root: Path, token: str, host: str, port: int):
+        self.root, self.token, started = root, token, threading.Event()
+        serve = lambda: asyncio.run(self._serve(host, port, started))
+        threading.Thread(target=serve, name="file server", daemon=True).start()
+        if not started.wait(30):
+            raise WeightsError(f"no file server on {host}: its thread has failed")
+
+    async def _serve(self, host: str, port: int, started: threading.Event) -> None:
+        app = web.Application()
+        app.router.add_get("/weights/{version}/{name}", self._file)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError:  # taken: any other will do, since the manifest names it
+            await web.TCPSite(runner, host, 0).start()
+        self.url = f"http://{host}:{runner.addresses[0][1]}"
+        started.set()
+        await asyncio.Event().wait()  # for as long as the process lives
+
+    async def _file(self, request: web.Request) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(errors="surrogateescape"), self.token.encode()):
+            return web.json_response({"error": "missing or wrong bearer token"}, status=401)
+        path = served_file(self.root, **request.match_info)
+        return web.FileResponse(path) if path else web.json_response({"error": "no such file"}, status=404)
+
+
+def own_address() -> str:
+    """Where other hosts reach this one: the address of the connection to torchrun's store."""
+    with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=30) as s:
+        return s.getsockname()[0]
+
+
+# ---- publish -------------------------------------------------------------------------------------------------
+class Publisher:
+    """Publishes versions, a rank's share on each rank: `publish` copies it to host memory, a thread does the rest while
+    training goes on. Every rank makes one, and all call `publish` for the same versions.
+
+    There are two sets of host buffers, since the version before is what the next is compared with; `publish` waits
+    until the set it needs is free, visibly in its seconds. The ranks' threads meet in the store and never in a
+    collective. What fails in a thread reaches `hub.fail` on rank 0, so that the loop stops with its state saved.
     """
 
-    def __init__(self, root: Path, static: Path, keep: int, on_published: Callable[[int], None]):
-        self.root, self.static, self.keep, self.on_published = root, static, keep, on_published
+    def __init__(self, model, dtype: torch.dtype, root: Path, static: Path, full_every: int, keep: int,
+                 store: dist.Store, deadline_s: float, hub=None, port: int = 0):  # fmt: skip
+        """hub: rank 0's, None elsewhere; static: a checkpoint directory with config and tokenizer; store: for the
+        ranks to meet in; port: of this node's file server, where it needs one."""
+        mesh = model.mesh
+        self.model, self.dtype, self.root, self.static, self.keep = model, dtype, root, static, keep
+        self.rank, self.world_size, self.full_every = mesh.rank, mesh.world_size, full_every
+        self.store, self.deadline_s, self.hub = dist.PrefixStore("weights", store), deadline_s, hub
+        self.shard = f"model-{self.rank + 1:05d}-of-{self.world_size:05d}"
+        self.node, first_here = os.environ.get("GROUP_RANK", "0"), int(os.environ.get("LOCAL_RANK", self.rank)) == 0
         self.error: Exception | None = None
-        self.write_s = 0.0  # of the last version written
-        self._jobs: queue.Queue = queue.Queue(maxsize=1)
+        self.stats: dict[str, float] = {}  # of the last version, for the metrics (rank 0)
+        self.version, self.tensors, self.described = -1, {}, {}  # what the thread wrote last
+        self.files: dict[str, list[dict]] = {}  # of each shard, those that are on disk (rank 0)
+        self.whole, self.repairs, self.repaired = {}, 0, -1
+        if first_here:
+            self._clear()
+        if self.rank == 0:
+            self.store.set("run", json.dumps({"id": hub.run["id"], "token": hub.token}))
+            self.store.set(f"url/{self.node}", "")  # the hub serves these
+        await_keys(self.store, ["run"], Wait("version", deadline_s, who=f"trainer rank {self.rank}", whom="the hub"))
+        run = json.loads(self.store.get("run"))
+        self.run = run["id"]
+        self.server = None
+        if first_here and self.rank != 0 and self.node != "0":
+            self.server = FileServer(root, run["token"], own_address(), port)
+            self.store.set(f"url/{self.node}", self.server.url)
+        # A neighbour's directory must have been cleared before this rank writes to it.
+        await_keys(self.store, [f"url/{self.node}"], Wait("version", deadline_s, who=f"trainer rank {self.rank}"))
+        self._views: list[dict[str, torch.Tensor]] = []
+        self._free = threading.Semaphore(2)
+        self._jobs: queue.Queue = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
-    def publish(self, version: int, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        """tensors: whole, in host memory, and the publisher's from now on (`gather_hf` makes them)."""
-        self._raise_if_failed()
-        self._jobs.put((version, tensors))
+    def _clear(self) -> None:
+        """Remove what a run that was killed, or went back, left: versions that are not whole."""
+        for left in self.root.glob("v*"):
+            if not ((left / MANIFEST).exists() and (left / INDEX).exists()):
+                shutil.rmtree(left, ignore_errors=True)
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    # -- the training thread
+    def publish(self, version: int, last: bool = False) -> None:
+        """Copy this rank's share. All ranks must call: dense tensors are gathered."""
+        wait = Wait("publish", self.deadline_s, who=f"trainer rank {self.rank}")
+        if not self._free.acquire(timeout=self.deadline_s):
+            self._fail(version, WaitOver(wait.message(f"v{version}")))
+        if not self._views:
+            self._allocate()
+        views = self._views[version % 2]
+        for name, tensor in own_hf(self.model, self.dtype):
+            if self.error is None:  # else only the others' collectives are served
+                views[name].copy_(tensor, non_blocking=True)
+        if self.model.mesh.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # sync: the parameters may change now
+        self._jobs.put((version, views, last or version % self.full_every == 0))
+
+    def _allocate(self) -> None:
+        """Two sets of host buffers, each in one piece: pinned on CUDA, so that copies run at the bus's speed. They are
+        registered after the fact, since torch's pinned allocator rounds up to a power of two."""
+        shapes = [(name, tensor.shape) for name, tensor in own_hf(self.model, self.dtype)]
+        for _ in range(2):
+            flat = torch.empty(sum(shape.numel() for _, shape in shapes), dtype=self.dtype)
+            if self.model.mesh.device.type == "cuda" and flat.numel():
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
+            parts = flat.split([shape.numel() for _, shape in shapes])
+            self._views.append({name: part.view(shape) for (name, shape), part in zip(shapes, parts)})
 
     def close(self) -> None:
-        """Wait until all versions are on disk."""
+        """Until all is on disk, or has failed."""
         self._jobs.put(None)
-        self._thread.join()
-        self._raise_if_failed()
+        wait = Wait("publish", self.deadline_s, who=f"trainer rank {self.rank}")
+        self._thread.join(self.deadline_s if self.error is None else 1.0)
+        if self._thread.is_alive() and self.error is None:
+            self._fail(self.version, WaitOver(wait.message("at the end of the run")))
 
-    def _raise_if_failed(self) -> None:
-        if self.error is not None:
-            raise WeightsError(f"publishing to {self.root} failed: {self.error!r}") from self.error
-
+    # -- the publisher's thread
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if self.error is None:  # after a failure only drain, so that publish() can raise instead of block
-                try:
-                    start = time.perf_counter()
-                    version, tensors = job
-                    write_version(self.root, version, tensors, self.static)
-                    self.write_s = time.perf_counter() - start
-                    self.on_published(version)
-                    for old in self.root.glob("v*"):
-                        if old.name[1:].isdigit() and int(old.name[1:]) <= version - self.keep:
-                            shutil.rmtree(old)
-                except Exception as e:  # any failure: it must reach the training thread, not die with this one
-                    self.error = e
+        while True:
+            try:
+                job = self._jobs.get(timeout=0.5)
+            except queue.Empty:
+                job = ()
+            if job is None:
+                return
+            try:
+                if self.error is None and job:
+                    self._publish(*job)
+                elif self.error is None:
+                    self._repair()
+            except Exception as e:  # any: it must reach the training thread, not die with this one
+                self._fail(job[0] if job else self.version, e)
+            if self.error is not None:
+                self._free.release()  # publish() shall find the error, and not wait for ever
 
+    def _fail(self, version: int, error: Exception) -> None:
+        self.error = self.error or WeightsError(f"publishing v{version} to {self.root} failed: {error}")
+        if self.rank == 0:
+            self.hub.fail(str(self.error))
+        else:
+            self.store.set(f"{version}/{self.rank}", json.dumps({"error": str(self.error)}))
 
-# ---- receive -------------------------------------------------------------------------------------------------
-def verify(path: Path, manifest: dict) -> None:
-    """Check a directory against its manifest: every file's size and digest, every tensor's dtype, shape and digest.
+    def _publish(self, version: int, views: dict[str, torch.Tensor], full: bool) -> None:
+        start, old, metadata = time.perf_counter(), self.tensors, {"run": self.run, "version": str(version)}
+        first = self.version < 0
+        codes = None if first else {name: delta.encode(old[name], new) for name, new in views.items()}
+        keep = {name: self.described[name] for name, code in codes.items() if not code} if codes else {}
+        self.described = {name: keep.get(name) or describe(new) for name, new in views.items()}
+        self.version, self.tensors = version, views
+        if not first:
+            self._free.release()  # the version before is not needed any more
+        encoded = time.perf_counter()
+        delta_bytes, full_bytes = sum(map(len, (codes or {}).values())), sum(t.nbytes for t in views.values())
+        directory, files = self.root / f"v{version}", []
+        if codes is not None and delta_bytes < full_bytes:
+            base = {**metadata, "base": str(version - 1)}
+            files.append(write_share(directory, self.shard, views, codes, base))
+        if full or not files:
+            files.append(write_share(directory, self.shard, views, None, metadata))
+        elements = sum(t.numel() for t in views.values())
+        changed = elements if first else sum(delta.changed(code) for code in codes.values())
+        part = {"node": self.node, "name": self.shard, "tensors": self.described, "files": files, "changed": changed,
+                "elements": elements, "delta_bytes": delta_bytes, "full_bytes": full_bytes,
+                "encode_s": encoded - start, "write_s": time.perf_counter() - encoded}  # fmt: skip
+        self.store.set(f"{version}/{self.rank}", json.dumps(part))
+        if self.rank == 0:
+            self._commit(version, start)
+        elif self.server is not None and self.store.check(["oldest"]):
+            self._prune(int(self.store.get("oldest")))  # on this node's disk; rank 0 does it on its own
 
-    Raises: WeightsError naming the first file or tensor that differs.
-    """
-    for name, want in manifest["files"].items():
-        file = path / name
-        if not file.exists() or file.stat().st_size != want["bytes"]:
-            raise WeightsError(f"{file}: {file.stat().st_size if file.exists() else 'no'} bytes, not {want['bytes']}")
-        if file.suffix != ".safetensors" and digest(file.read_bytes()) != want["blake3"]:
-            raise WeightsError(f"{file}: digest differs from the manifest")
-    left = dict(manifest["tensors"])
-    for name, tensor in read_tensors(path):
-        found = describe(tensor)
-        if found != (want := left.pop(name, None)):
-            raise WeightsError(f"{path}: tensor {name} differs from the manifest: {found} instead of {want}")
-    if left:
-        raise WeightsError(f"{path}: {len(left)} tensors of the manifest are missing, {next(iter(left))} among them")
+    def _parts(self, what: str) -> list[dict]:
+        """Rank 0: every rank's word on a version. Raises: WeightsError with the rank whose thread has failed."""
+        keys = [f"{what}/{rank}" for rank in range(self.world_size)]
+        await_keys(self.store, keys, Wait("version", self.deadline_s, who="trainer rank 0's publisher"))
+        parts = [json.loads(self.store.get(key)) for key in keys]
+        for key in keys:
+            self.store.delete_key(key)
+        for rank, part in enumerate(parts):
+            if "error" in part:
+                raise WeightsError(f"rank {rank}: {part['error']}")
+        return [part for part in parts if part["tensors"]]  # a small model may have nothing for a rank
 
+    def _commit(self, version: int, start: float) -> None:
+        """Rank 0: once all shares are on disk, the manifest, and with it the version."""
+        parts = self._parts(str(version))
+        total = lambda key: sum(part[key] for part in parts)
+        self.shards = [{"name": part["name"], "tensors": part["tensors"]} for part in parts]
+        self._add(parts)
+        if all(file["kind"] == "full" for part in parts for file in part["files"][-1:]):
+            self.whole = {"version": version, "files": write_static(self.root / f"v{version}", self.static, parts)}
+        self.stats = {
+            "weights/changed": total("changed") / total("elements"), "weights/delta_bytes": total("delta_bytes"),
+            "weights/full_bytes": total("full_bytes"),
+            "timing/train/publish_encode": max(part["encode_s"] for part in parts),
+            "timing/train/publish_write": max(part["write_s"] for part in parts),
+            "timing/train/publish_total": time.perf_counter() - start,
+        }  # fmt: skip
+        oldest = self._oldest(version)
+        self._write_manifest(version, oldest)
+        self._prune(oldest)
+        self.store.set("oldest", str(oldest))
 
-async def fetch(session, manifest: dict, root: Path, have: Path | None) -> Path:
-    """Bring a version from the hub into `root/v{N}`, verified; files that `have` (an older version) already holds
-    unchanged are linked instead of fetched.
+    def _add(self, parts: list[dict]) -> None:
+        for part in parts:
+            url = self.store.get(f"url/{part['node']}").decode()
+            self.files.setdefault(part["name"], []).extend({**file, "url": url} for file in part["files"])
 
-    Raises: WeightsError when what arrived is not what the manifest says; aiohttp.ClientError for the network.
-    """
-    final, tmp = root / f"v{manifest['version']}", root / f"v{manifest['version']}.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    held = json.loads((have / MANIFEST).read_text())["files"] if have else {}
-    for name, want in manifest["files"].items():
-        if Path(name).name != name:
-            raise WeightsError(f"manifest names {name!r}, which is not a plain file name")
-        if held.get(name) == want:
-            os.link(have / name, tmp / name)
-            continue
-        async with session.get(f"/weights/{manifest['version']}/{name}") as response:
-            response.raise_for_status()
-            with open(tmp / name, "wb") as f:
-                async for chunk in response.content.iter_chunked(1 << 20):
-                    f.write(chunk)
-    await asyncio.to_thread(verify, tmp, manifest)  # seconds for a large model: meanwhile the node must say it lives
-    (tmp / MANIFEST).write_text(json.dumps(manifest))
-    shutil.rmtree(final, ignore_errors=True)
-    tmp.rename(final)
-    return final
+    def _write_manifest(self, version: int, oldest: int) -> None:
+        for shard, files in self.files.items():
+            self.files[shard] = [file for file in files if file["version"] >= oldest]
+        shards = [{**shard, "files": [f for f in self.files[shard["name"]] if f["version"] <= version]}
+                  for shard in self.shards]  # fmt: skip
+        text = json.dumps({"run": self.run, "version": version, "base": version - 1, "static": self.whole,
+                           "full": self.whole["version"] == version, "shards": shards})  # fmt: skip
+        write_text(self.root / f"v{version}" / MANIFEST, text)
+        self.hub.set_published(text.encode())
+
+    def _oldest(self, version: int) -> int:
+        """The oldest version to keep: what leads from the newest whole one here, at least `keep`, and what a node is
+        still fetching, as long as all that is no more than four whole copies."""
+        sizes: dict[int, int] = {}
+        for file in (file for files in self.files.values() for file in files):
+            sizes[file["version"]] = sizes.get(file["version"], 0) + file["bytes"]
+        oldest, used = min(self.whole["version"], version - self.keep + 1), self.hub.oldest_in_use()
+        for older in sorted((v for v in sizes if used <= v < oldest), reverse=True):
+            if sum(size for v, size in sizes.items() if v >= older) <= 4 * self.stats["weights/full_bytes"]:
+                oldest = older
+        return oldest
+
+    def _prune(self, oldest: int) -> None:
+        for old in self.root.glob("v*"):
+            if old.name[1:].isdigit() and int(old.name[1:]) < oldest:
+                shutil.rmtree(old, ignore_errors=True)  # a neighbour on a shared disk may be at it too
+
+    def _repair(self) -> None:
+        """Between versions: a node refused the newest one, so write all of it again, whole, from memory. Else a file
+        damaged here would keep every node from it until the next whole version."""
+        if self.rank == 0 and self.hub.refused == self.version != self.repaired:
+            self.repaired = self.version
+            self.store.set("wanted", str(self.repairs + 1))
+        if self.version < 0 or not self.store.check(["wanted"]) or int(self.store.get("wanted")) == self.repairs:
+            return
+        self.repairs += 1
+        metadata = {"run": self.run, "version": str(self.version)}
+        file = write_share(self.root / f"v{self.version}", self.shard, self.tensors, None, metadata)
+        part = {"node": self.node, "name": self.shard, "files": [file], "tensors": bool(self.tensors)}
+        self.store.set(f"repair {self.repairs}/{self.rank}", json.dumps(part))
+        if self.rank == 0:
+            parts = self._parts(f"repair {self.repairs}")
+            self._add(parts)
+            if all(part["files"][0]["version"] == self.version for part in parts):  # else a rank is one ahead
+                directory = self.root / f"v{self.version}"
+                self.whole = {"version": self.version, "files": write_static(directory, self.static, self.shards)}
+            self._write_manifest(self.version, oldest=0)

@@ -15,6 +15,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+from published import publish, write_version
 
 import weights
 from hub import Hub
@@ -33,7 +34,7 @@ def make_hub(tmp_path, tiny_checkpoint, reward="exact", prompts=None, **ledger):
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
     for version in range(3):
-        weights.write_version(tmp_path / "hub", version, list(model.hf_tensors()), tiny_checkpoint)
+        write_version(tmp_path / "hub", version, list(model.hf_tensors()), tiny_checkpoint)
     sampling = {"n": SAMPLES, "temperature": 1.0, "max_tokens": 8, "stop_token_ids": [1]}
     run = {"num_generations": SAMPLES, "max_new_tokens": 8, "sampling": sampling, "dtype": "float32", "seed": 0,
            "max_model_len": 64, "reward": reward, "reward_digest": reward_digest(reward)}  # fmt: skip
@@ -41,7 +42,7 @@ def make_hub(tmp_path, tiny_checkpoint, reward="exact", prompts=None, **ledger):
     ledger = {"prompts_per_step": 1, "max_age": 10**6, "num_steps": 10**6, "lease_timeout_s": 120.0, **ledger}
     hub = Hub(Ledger(**ledger), prompts, Codec(tiny_checkpoint).encode, tmp_path / "hub", 32, "t", run)
     hub.start("127.0.0.1", 0)
-    hub.set_published(0)
+    publish(hub, 0)
     return hub
 
 
@@ -128,7 +129,7 @@ def test_a_vllm_that_hangs_dies_or_stalls_in_an_update_is_started_again(hub, tmp
         for published, kind in [(0, "hang"), (0, "crash"), (1, "crash_update"), (2, "stall_update")]:
             with contextlib.suppress(aiohttp.ClientError):  # a crash does not answer
                 await node.vllm.post("/fault", {"kind": kind})
-            await asyncio.to_thread(hub.set_published, published)
+            await asyncio.to_thread(publish, hub, published)
             await until(lambda published=published: node.version == published and node.ready.is_set())
             await groups(hub, 40)  # more than the answers that were on their way
         return [max(g.versions.tolist()) for g in hub.ledger.buffer]
@@ -271,7 +272,7 @@ def test_a_node_killed_between_pause_and_resume_leaves_no_process_and_loses_no_p
                     await session.post("/fault", json={"kind": "stall_update"})
 
             asyncio.run(stall())
-            hub.set_published(1)
+            publish(hub, 1)
             wait(lambda: "stalled in mid-update" in (tmp_path / "node/vllm.log").read_text())
             node.send_signal(signal.SIGKILL)
             node.wait()

@@ -8,12 +8,13 @@ import time
 import aiohttp
 import pytest
 import torch
+from published import publish, write_version
 from safetensors.torch import save
 
 from hub import Hub
 from ledger import Group, Ledger
 from task import Prompts
-from weights import digest, write_version
+from weights import digest
 
 TOKEN, VOCAB, G, NEW = "secret", 32, 4, 8
 
@@ -42,7 +43,7 @@ def hub(tmp_path):
     run = {"num_generations": G, "max_new_tokens": NEW}
     hub = Hub(Ledger(2, 1, 10, 600.0), prompts, lambda e: [2, 3, 4], weights_dir, VOCAB, TOKEN, run)
     hub.start("127.0.0.1", 0)
-    hub.set_published(0)
+    publish(hub, 0)
     receipt = {"node": "n", "version": 0, "digest": digest(hub.manifest), "timing": {}}
     assert call(hub, "POST", "/receipts", json=receipt)[0] == 200
     yield hub
@@ -163,7 +164,7 @@ def test_a_waiting_lease_is_granted_when_a_receipt_admits_it(hub):
             done, _ = await asyncio.wait([waiting], timeout=0.3)
             assert not done
             write_version(hub.weights_dir, 1, [("w", torch.ones(4))], static=hub.weights_dir / "v0")
-            await asyncio.to_thread(hub.set_published, 1)
+            await asyncio.to_thread(publish, hub, 1)
             receipt = {"node": "n", "version": 1, "digest": digest(hub.manifest), "timing": {}}
             assert (await session.post("/receipts", json=receipt)).status == 200
             return await (await asyncio.wait_for(waiting, 10)).json()

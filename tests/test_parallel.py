@@ -28,7 +28,7 @@ from metrics import expert_load
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, Split, join_ranks, make_mesh, reduce_metrics
 from train_cispo import Config, micro_batch_logprobs, train_update
-from weights import gather_hf, load_hf
+from weights import load_hf, own_hf
 
 # No two widths agree; 2 kv heads, so that tp 4 has to replicate them; a dense layer between two with experts.
 MODEL = ModelConfig(
@@ -163,11 +163,12 @@ def compare(path, case, dtype, wanted_metrics, mesh):
             errors[f"gradient of {kind}"].append(relative(values, whole[part].flatten()[low:high], whole))
         if dtype == torch.float64:
             errors["weights after 3 steps"].append(relative(p.detach(), wanted_after[name][part], wanted_after[name]))
-    published = dict(gather_hf(model, dtype))
-    if mesh.rank == 0 and dtype == torch.float64:  # the whole model again, from its parts
-        after = load_file(path / "after.safetensors")
-        assert published.keys() == after.keys()
-        errors["published"] = [relative(published[name], after[name], after[name]) for name in after]
+    if dtype == torch.float64:  # the whole model again, each tensor from one rank
+        after, own = load_file(path / "after.safetensors"), dict(own_hf(model, dtype))
+        names: list = [None] * mesh.world_size
+        torch.distributed.all_gather_object(names, list(own))
+        assert sorted(name for of_rank in names for name in of_rank) == sorted(after)
+        errors["published"] = [relative(tensor, after[name], after[name]) for name, tensor in own.items()] or [0.0]
     return {what: max(found) for what, found in errors.items()}
 
 

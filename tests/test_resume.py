@@ -18,6 +18,7 @@ import fake_vllm
 import psutil
 import pytest
 import torch
+from published import write_version
 from ranks import on_ranks
 
 import checkpoint
@@ -86,7 +87,7 @@ def plain_loop(tiny_checkpoint, tmp_path, steps):
     sampling = {"n": 8, "temperature": 1.0, "max_tokens": 8, "stop_token_ids": eos_token_ids(tiny_checkpoint)}
 
     async def generate(step):
-        policy = fake_vllm.Policy(weights.write_version(tmp_path, step, list(model.hf_tensors()), tiny_checkpoint))
+        policy = fake_vllm.Policy(write_version(tmp_path, step, list(model.hf_tensors()), tiny_checkpoint))
         groups = []
         for ordinal in range(step * 8, step * 8 + 8):
             example = prompts[ordinal]

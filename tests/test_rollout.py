@@ -8,6 +8,7 @@ import socket
 import aiohttp
 import pytest
 import torch
+from published import SHARD, publish, write_version
 
 import weights
 from hub import Hub
@@ -66,13 +67,13 @@ def hub(tmp_path, tiny_checkpoint):
     weights.load_hf(model, tiny_checkpoint)
     for version in range(3):
         tensors = [(name, t + version) for name, t in model.hf_tensors()]
-        weights.write_version(weights_dir, version, tensors, tiny_checkpoint)
+        write_version(weights_dir, version, tensors, tiny_checkpoint)
     run = {"num_generations": SAMPLES, "max_new_tokens": 8, "sampling": {"max_tokens": 8}, "max_model_len": 64,
            "reward": "exact", "reward_digest": ""}  # fmt: skip
     prompts = [{"prompt": "abcde>", "answer": "edcba"}] * 10
     hub = Hub(Ledger(1, 1, 4, 60.0), prompts, Codec(tiny_checkpoint).encode, weights_dir, 32, "t", run)
     hub.start("127.0.0.1", 0)
-    hub.set_published(0)
+    publish(hub, 0)
     yield hub
     if not hub.over:
         hub.close(patience_s=0.0)
@@ -170,7 +171,7 @@ def test_each_version_is_loaded_once_reported_and_used_as_the_salt_of_later_requ
     async def scenario(node):
         await next_batch(hub, 0)
         for version in (1, 2):
-            await asyncio.to_thread(hub.set_published, version)
+            await asyncio.to_thread(publish, hub, version)
             await until(lambda version=version: hub.nodes.get(node.name, {}).get("version") == version)
         await next_batch(hub, 1)
         return sorted(p.name for p in node.root.iterdir() if p.is_dir())
@@ -187,7 +188,7 @@ def test_a_load_that_broke_off_starts_vllm_afresh_on_the_new_weights(hub, tmp_pa
 
     async def scenario(node):
         await next_batch(hub, 0)
-        await asyncio.to_thread(hub.set_published, 1)
+        await asyncio.to_thread(publish, hub, 1)
         await until(lambda: node.version == 1 and node.ready.is_set())
 
     run_node(hub, tmp_path, stand_in, scenario)
@@ -197,16 +198,17 @@ def test_a_load_that_broke_off_starts_vllm_afresh_on_the_new_weights(hub, tmp_pa
 
 def test_damaged_weights_are_refused_and_the_node_stays_on_what_it_has(hub, tmp_path):
     stand_in = StandIn()
-    file = hub.weights_dir / "v1/model.safetensors"
+    file = hub.weights_dir / "v1" / f"{SHARD}.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-8] + b"\0" * 8)
 
     async def scenario(node):
         await next_batch(hub, 0)
-        await asyncio.to_thread(hub.set_published, 1)
-        arrived = node.root / "v1.tmp/model.safetensors"
-        await until(lambda: arrived.exists() and arrived.stat().st_size == len(whole))
+        await asyncio.to_thread(publish, hub, 1)
+        await until(lambda: hub.status()["counts"].get("updates_refused"))
         assert node.version == 0 and node.ready.is_set()
+        (news,) = [line for line in hub.take_news() if "refused" in line]
+        assert f"{node.name} stays on v0: v1 refused: " in news and "differs from the manifest" in news
         file.write_bytes(whole)  # mended: the next attempt takes it
         await until(lambda: node.version == 1)
 

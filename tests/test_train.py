@@ -327,7 +327,7 @@ def test_micro_batches_are_invisible_in_the_update(algorithm):
 class Standby:
     """In place of hub and publisher: the loop runs, and nothing is served."""
 
-    url, write_s = "nowhere", 0.0
+    url, stats, error = "nowhere", {}, None
     publish = close = lambda *args, **kwargs: None
     take_timing = status = ledger_state = lambda self: {}
 
@@ -356,7 +356,8 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     counted = lambda model, mb, cfg: passes.append(torch.is_grad_enabled()) or micro_batch_logprobs(model, mb, cfg)
     updated = lambda model, opt, batches, *rest: trained.extend(batches) or train_update(model, opt, batches, *rest)
     for name, stand_in in {
-        "start_hub": lambda *args: (Standby(), Standby()), "wait_for_batch": lambda *args: (groups, "train"),
+        "start_hub": lambda *args: Standby(), "Publisher": lambda *args, **kwargs: Standby(),
+        "wait_for_batch": lambda *args: (groups, "train"),
         "sum_up": lambda run_dir: None,
         "micro_batch_logprobs": counted, "train_update": updated,
     }.items():  # fmt: skip

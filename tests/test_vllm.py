@@ -10,8 +10,8 @@ import math
 
 import pytest
 import torch
+from published import write_version
 
-import weights
 from metrics import mismatch
 from model import ModelConfig, Qwen3MoE
 from rollout import RolloutConfig, damage, pack_group
@@ -46,7 +46,7 @@ def other_checkpoint(tiny_checkpoint, tmp_path_factory):
     cfg = dataclasses.replace(ModelConfig.from_dir(tiny_checkpoint), initializer_range=0.15)
     model = Qwen3MoE(cfg)
     model.init_weights(torch.Generator().manual_seed(7))
-    return weights.write_version(tmp_path_factory.mktemp("other"), 1, list(model.hf_tensors()), tiny_checkpoint)
+    return write_version(tmp_path_factory.mktemp("other"), 1, list(model.hf_tensors()), tiny_checkpoint)
 
 
 def reference(checkpoint, tokens, num_prompt):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from published import publish, write_version
 
 import parallel
 from checkpoint import Checkpointer, CheckpointError
@@ -21,7 +22,7 @@ from parallel import ShardedAdamW
 from rollout import RolloutConfig, ask
 from train_cispo import Config, wait_for_batch
 from waits import WAITS, Wait, WaitOver, agree
-from weights import digest, write_version
+from weights import digest
 from workers import VLLM, LocalRollout, RewardWorkers
 
 RUN = {"dtype": "float32", "max_model_len": 64, "seed": 0, "num_generations": 2, "max_new_tokens": 8}
@@ -40,7 +41,7 @@ def hub(tmp_path):
     prompts = [{"prompt": "ab>", "answer": "ba"}] * 100
     hub = Hub(Ledger(2, 1, 10, 600.0), prompts, lambda e: [2, 3, 4], tmp_path / "weights", 32, "t", RUN)
     hub.start("127.0.0.1", 0)
-    hub.set_published(0)
+    publish(hub, 0)
     yield hub
     hub.close(patience_s=0.0)
 
@@ -129,9 +130,11 @@ def test_node(hub):
     assert len(eval(post(hub, "/lease", node="n", max=2))["leases"]) == 2
     hub.node_timeout_s = 0.1
     deadline = time.monotonic() + 20
-    while not (news := hub.take_news()):
+    news = []
+    while not any("wait" in line for line in news):
         assert time.monotonic() < deadline
-    assert says(news[0], "node", "hub", "n") and news[0].endswith("2 prompts")
+        news += hub.take_news()
+    assert says(news[-1], "node", "hub", "n") and news[-1].endswith("2 prompts")
     status = hub.status()
     assert status["returned"] == 2 and status["leased"] == 0 and status["counts"]["leases_of_lost_nodes"] == 2
 
@@ -201,8 +204,9 @@ def test_reward(tmp_path):
 
 
 def test_every_wait_of_the_table_has_its_test():
-    """And "vllm progress" has its own in test_failures.py."""
-    text = "".join((Path(__file__).parent / name).read_text() for name in ("test_waits.py", "test_failures.py"))
+    """And "vllm progress" has its own in test_failures.py, those of weights in test_weights.py."""
+    files = ("test_waits.py", "test_failures.py", "test_weights.py")
+    text = "".join((Path(__file__).parent / name).read_text() for name in files)
     assert [name for name in WAITS if not re.search(rf'(says\([^,]*, |wait )[\'"]{name}[\'"]', text)] == []
 
 

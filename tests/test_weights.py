@@ -1,19 +1,36 @@
-"""weights.py: what is published is complete, atomic and readable by others; what is damaged is never loaded."""
+"""weights.py and receive.py: what is published is complete, atomic and readable by others; what is damaged is never
+loaded."""
 
 import asyncio
+import contextlib
+import errno
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
-import aiohttp
 import pytest
 import torch
+from published import SHARD, manifest_of, publish, write_version
+from ranks import on_ranks
 from safetensors.torch import load_file
 
+import parallel
+import receive
 import weights
 from hub import Hub
 from ledger import Ledger
 from model import ModelConfig, Qwen3MoE
-from weights import MANIFEST, Publisher, WeightsError, fetch, gather_hf, load_hf, verify, write_version
+from receive import NoRoom, fetch, path_to
+from weights import MANIFEST, Publisher, WeightsError, load_hf, read_tensors
+
+FULL, DELTA = f"{SHARD}.safetensors", f"{SHARD}.delta"
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +40,22 @@ def model(tiny_checkpoint):
     return model
 
 
-def manifest_of(path):
-    return json.loads((path / MANIFEST).read_text())
+def steps(model, count, seed=0):
+    """Tensors of versions 0, 1, ...: each a few elements away from the one before, as a low learning rate makes it."""
+    rng, versions = torch.Generator().manual_seed(seed), [{n: t.clone() for n, t in model.hf_tensors()}]
+    for _ in range(count - 1):
+        new = {name: t.clone() for name, t in versions[-1].items()}
+        for tensor in new.values():
+            where = torch.randint(tensor.numel(), (1 + tensor.numel() // 50,), generator=rng)
+            tensor.view(-1)[where] *= 1.0001
+        versions.append(new)
+    return versions
+
+
+def same(directory, tensors):
+    found = dict(read_tensors(directory))
+    assert found.keys() == tensors.keys()
+    return all(torch.equal(found[n].view(torch.uint8), t.contiguous().view(torch.uint8)) for n, t in tensors.items())
 
 
 # ---- files ---------------------------------------------------------------------------------------------------
@@ -42,10 +73,10 @@ def test_the_safetensors_library_reads_what_write_safetensors_wrote(tmp_path):
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8))
 
 
-def test_a_published_version_opens_in_transformers_as_it_is(tmp_path, model, tiny_checkpoint):
+def test_a_whole_version_opens_in_transformers_as_it_is(tmp_path, model, tiny_checkpoint):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = write_version(tmp_path, 5, list(model.hf_tensors()), tiny_checkpoint)
+    path = write_version(tmp_path, 5, model.hf_tensors(), tiny_checkpoint)
     hf = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokens = tokenizer("abcde>", return_tensors="pt").input_ids
@@ -71,118 +102,506 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, model, tiny
             load_hf(target, tmp_path)
 
 
+def test_tensors_come_layer_by_layer_whatever_files_they_are_in(tmp_path, model, tiny_checkpoint):
+    """vLLM converts a layer once all of it has come, and buffers what is ahead of it."""
+    tensors = list(model.hf_tensors())
+    shards = [{"name": f"model-0000{i + 1}-of-00003", "tensors": dict(tensors[i::3])} for i in range(3)]
+    for shard in shards:
+        weights.write_safetensors(tmp_path / f"{shard['name']}.safetensors", list(shard["tensors"].items()))
+    weights.write_index(tmp_path, shards)
+    names = [name for name, _ in read_tensors(tmp_path)]
+    assert sorted(names) == sorted(name for name, _ in tensors)
+    layers = [name.split(".")[2] if ".layers." in name else name for name in names]
+    blocks = [layer for i, layer in enumerate(layers) if i == 0 or layers[i - 1] != layer]
+    assert blocks == ["model.embed_tokens.weight", "0", "1", "lm_head.weight", "model.norm.weight"]
+
+
 # ---- publish -------------------------------------------------------------------------------------------------
-def test_what_is_published_is_the_moment_of_the_call_not_of_the_write(tmp_path, tiny_checkpoint, monkeypatch):
-    """The next step changes the weights while the writer still works on the last ones."""
+class Listener:
+    """What a publisher needs of a hub."""
+
+    def __init__(self):
+        self.run, self.token, self.refused, self.used = {"id": "run"}, "t", -1, float("inf")
+        self.published, self.failed, self.failure = [], "", threading.Event()
+
+    def set_published(self, manifest):
+        self.published.append(json.loads(manifest))
+
+    def oldest_in_use(self):
+        return self.used
+
+    def fail(self, why):
+        self.failed = why
+        self.failure.set()
+
+
+def publisher(model, root, static, listener=None, **flags):
+    flags = {"full_every": 4, "keep": 2, "deadline_s": 20.0, "dtype": torch.float32, **flags}
+    return Publisher(model, root=root, static=static, store=torch.distributed.HashStore(),
+                     hub=listener or Listener(), **flags)  # fmt: skip
+
+
+def loaded(tiny_checkpoint):
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     load_hf(model, tiny_checkpoint)
-    may_write, real_write = threading.Event(), weights.write_version
-    monkeypatch.setattr(weights, "write_version", lambda *a: (may_write.wait(30), real_write(*a))[1])
-    published = []
-    publisher = Publisher(tmp_path / "w", tiny_checkpoint, keep=2, on_published=published.append)
-    publisher.publish(1, gather_hf(model, torch.float32))
+    return model
+
+
+def nudge(model, seed):
+    """As an update does: a few elements of each parameter move."""
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(1.0)
+            p.view(-1)[torch.randint(p.numel(), (1 + p.numel() // 50,), generator=rng)] *= 1.001
+
+
+def test_what_is_published_is_the_moment_of_the_call_not_of_the_write(tmp_path, tiny_checkpoint, monkeypatch):
+    """The next step changes the weights while the writer still works on the last ones."""
+    model, listener = loaded(tiny_checkpoint), Listener()
+    may_write, real = threading.Event(), weights.write_share
+    monkeypatch.setattr(weights, "write_share", lambda *a: (may_write.wait(30), real(*a))[1])
+    p = publisher(model, tmp_path / "w", tiny_checkpoint, listener)
+    p.publish(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
     may_write.set()
-    publisher.close()
-    assert published == [1]
-    found, before = load_file(tmp_path / "w/v1/model.safetensors"), load_file(tiny_checkpoint / "model.safetensors")
-    assert all(torch.equal(found[name], before[name]) for name in before)
+    p.close()
+    assert [m["version"] for m in listener.published] == [1]
+    assert same(tmp_path / "w/v1", load_file(tiny_checkpoint / "model.safetensors"))
 
 
-def test_a_writer_that_failed_is_an_error_of_the_next_publish_not_a_hang(tmp_path, tiny_checkpoint, model):
-    blocked = tmp_path / "w"
-    blocked.write_text("a file where the directory should be")
-    publisher = Publisher(blocked, tiny_checkpoint, keep=2, on_published=lambda version: None)
-    with pytest.raises(WeightsError, match="publishing to"):
-        for version in range(10):
-            publisher.publish(version, list(model.hf_tensors()))
-    with pytest.raises(WeightsError, match="publishing to"):
-        publisher.close()
+def test_versions_are_deltas_between_whole_ones_and_every_digest_is_of_the_full_tensor(tmp_path, tiny_checkpoint):
+    model, listener = loaded(tiny_checkpoint), Listener()
+    p = publisher(model, tmp_path, tiny_checkpoint, listener)
+    wanted = []
+    for version in range(7):
+        p.publish(version, last=version == 6)
+        wanted.append({name: weights.describe(t) for name, t in model.hf_tensors()})
+        nudge(model, version)
+    p.close()
+    kinds = [[f["kind"] for f in m["shards"][0]["files"] if f["version"] == m["version"]] for m in listener.published]
+    assert kinds == [["full"], *[["delta"]] * 3, ["delta", "full"], ["delta"], ["delta", "full"]]
+    assert [m["shards"][0]["tensors"] for m in listener.published] == wanted
+    assert [m["full"] for m in listener.published] == [True, False, False, False, True, False, True]
+    assert (
+        0.01 < p.stats["weights/changed"] < 0.03 and p.stats["weights/delta_bytes"] * 5 < p.stats["weights/full_bytes"]
+    )
+    assert p.stats["weights/full_bytes"] == sum(t.nbytes for _, t in model.hf_tensors())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v5", "v6"]  # two are kept
+    assert json.loads((tmp_path / "v6/config.json").read_text())["dtype"] == "float32"
 
 
-def test_old_versions_are_pruned_and_the_published_dtype_is_in_the_config(tmp_path, tiny_checkpoint, model):
-    publisher = Publisher(tmp_path, tiny_checkpoint, keep=2, on_published=lambda version: None)
-    for version in range(5):
-        publisher.publish(version, gather_hf(model, torch.bfloat16))
-    publisher.close()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["v3", "v4"]
-    assert json.loads((tmp_path / "v4/config.json").read_text())["dtype"] == "bfloat16"
-    assert load_file(tmp_path / "v4/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+def test_a_version_whose_delta_would_be_larger_is_written_whole(tmp_path, tiny_checkpoint):
+    model, listener = loaded(tiny_checkpoint), Listener()
+    p = publisher(model, tmp_path, tiny_checkpoint, listener, dtype=torch.bfloat16)
+    p.publish(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # any bit pattern: nothing of it can be said in fewer bits
+            parameter.copy_(torch.randint(-(2**15), 2**15, parameter.shape).to(torch.int16).view(torch.bfloat16))
+    p.publish(2)
+    p.close()
+    assert [f["kind"] for f in listener.published[1]["shards"][0]["files"]] == ["full", "full"]
+    assert listener.published[1]["full"] and (tmp_path / "v2/config.json").exists()
+    assert json.loads((tmp_path / "v2/config.json").read_text())["dtype"] == "bfloat16"
+    assert dict(read_tensors(tmp_path / "v2"))["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_half_written_weights_are_never_a_version(tmp_path, tiny_checkpoint, model, monkeypatch):
-    """The writer dies after each of its steps in turn: no v1 may exist, and v0 stays whole."""
-    write_version(tmp_path, 0, list(model.hf_tensors()), tiny_checkpoint)
-    tensors = list(model.hf_tensors())
-    for step in ("write_safetensors", "describe", "fsync"):
-        with monkeypatch.context() as m:
-            m.setattr(weights, step, lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-            with pytest.raises(OSError, match="disk full"):
-                write_version(tmp_path, 1, tensors, tiny_checkpoint)
-        assert not (tmp_path / "v1").exists()
-    verify(tmp_path / "v0", manifest_of(tmp_path / "v0"))
-    assert write_version(tmp_path, 1, tensors, tiny_checkpoint).name == "v1"  # the leftovers are no obstacle
+def test_what_a_node_still_fetches_is_kept_and_no_more_than_four_copies_of_it(tmp_path, tiny_checkpoint):
+    model, listener = loaded(tiny_checkpoint), Listener()
+    p = publisher(model, tmp_path, tiny_checkpoint, listener, full_every=1, keep=1)
+    listener.used = 1
+    for version in range(8):
+        p.publish(version)
+        nudge(model, version)
+        while len(listener.published) <= version:
+            assert not listener.failed
+            time.sleep(0.01)  # polling a thread
+        if version == 2:
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["v1", "v2"]
+    p.close()
+    # v1 was in use all the time, but a node that is so slow may not fill the disk
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v5", "v6", "v7"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[3:5]
+from test_weights import loaded, nudge, publisher, weights
+root, checkpoint = Path(sys.argv[1]), Path(sys.argv[2])
+for whole_files in map(int, sys.argv[5:]):
+    if not (child := os.fork()):
+        left, real = [whole_files], weights.put_in_place
+        def put(tmp):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(tmp)
+        weights.put_in_place = put
+        p = publisher(loaded(checkpoint), root / str(whole_files), checkpoint)
+        p.publish(0)
+        nudge(p.model, 0)
+        p.publish(1, last=True)
+        p.close()
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_half_written_weights_are_never_a_version_and_the_next_start_removes_them(tmp_path, tiny_checkpoint, model):
+    """kill -9 of the trainer between write and rename, of some of the files that two versions consist of."""
+    # v0: share, config, tokenizer, its config, index, manifest; v1: delta, share, the same
+    kills, here = (0, 3, 5, 6, 7, 9, 12), Path(__file__).parent
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(tiny_checkpoint), str(here.parent), str(here)]
+    done = subprocess.run([*command, *map(str, kills)], capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout.split() == ["-9"] * len(kills), (done.stdout, done.stderr[-2000:])
+    for kill in kills:
+        root = tmp_path / str(kill)
+        assert (root / "v0" / MANIFEST).exists() == (kill >= 6) and not (root / "v1" / MANIFEST).exists()
+        assert len(list(root.glob("v*/*.tmp"))) == 1
+        publisher(model, root, tiny_checkpoint).close()  # the next start
+        assert [path.name for path in root.iterdir()] == (["v0"] if kill >= 6 else [])
+        if kill >= 6:
+            assert same(root / "v0", dict(model.hf_tensors()))
+
+
+def test_a_writer_that_failed_is_an_error_with_a_name_that_reaches_the_loop(tmp_path, tiny_checkpoint):
+    """A disk that is full, by a file system of 1 MiB; publish never blocks, and the run is asked to stop."""
+    listener, small = Listener(), tmp_path / "small"
+    with mounted(small, "1m"):
+        model = loaded(tiny_checkpoint)
+        p = publisher(model, small / "w", tiny_checkpoint, listener)
+        for version in range(4):
+            p.publish(version)
+        assert listener.failure.wait(20)
+        assert "publishing v0 to" in listener.failed and os.strerror(errno.ENOSPC) in listener.failed
+        p.close()
+        assert str(p.error) == listener.failed and not listener.published
+
+
+@contextlib.contextmanager
+def mounted(path, size):
+    """A file system in RAM of this size."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_disk_that_stands_still_is_a_wait_with_a_name(tmp_path, tiny_checkpoint, monkeypatch):
+    """publish() for the third version needs the buffers of the first, which the thread is not done with."""
+    model, listener, go = loaded(tiny_checkpoint), Listener(), threading.Event()
+    monkeypatch.setattr(weights, "write_share", lambda *a: go.wait(60))
+    p = publisher(model, tmp_path, tiny_checkpoint, listener, deadline_s=0.3)
+    for version in range(4):
+        p.publish(version)
+    assert "wait 'publish': trainer rank 0 waits for its publisher to be done with a version since" in listener.failed
+    p.close()
+    go.set()
+
+
+def test_a_rank_that_says_nothing_is_a_wait_with_a_name(tmp_path, tiny_checkpoint):
+    listener = Listener()
+    p = publisher(loaded(tiny_checkpoint), tmp_path, tiny_checkpoint, listener, deadline_s=0.3)
+    p.world_size = 2
+    p.publish(0)
+    assert listener.failure.wait(20)
+    assert "wait 'version': trainer rank 0's publisher waits for every rank's share since" in listener.failed
+    assert "missing: 0/1" in listener.failed and not listener.published
+    p.close()
+
+
+def of_rank(root, checkpoint, fail):
+    """On each of four ranks, as two nodes of two: publish three versions; the files of the node, and rank 0's
+    manifests. fail: rank 3's disk is full at version 1."""
+    parallel.join_ranks(60)
+    rank = torch.distributed.get_rank()
+    os.environ |= {"GROUP_RANK": str(rank // 2), "LOCAL_RANK": str(rank % 2)}
+    model_cfg = ModelConfig.from_dir(checkpoint)
+    mesh = parallel.make_mesh(2, 2, model_cfg.num_key_value_heads)
+    model, listener = Qwen3MoE(model_cfg, mesh), Listener()
+    load_hf(model, checkpoint)
+    real = weights.write_share
+
+    def full_disk(directory, *rest):
+        if fail and rank == 3 and directory.name == "v1":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(directory, *rest)
+
+    weights.write_share = full_disk
+    store = torch.distributed.distributed_c10d._get_default_store()
+    p = Publisher(model, torch.float32, root / f"node{rank // 2}", checkpoint, 2, 9, store, 20.0,
+                  listener if rank == 0 else None)  # fmt: skip
+    p.store.wait(["url/0", "url/1"])
+    for version in range(3):
+        p.publish(version)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.001)
+    if fail:
+        assert rank != 0 or listener.failure.wait(30)
+    p.close()
+    torch.distributed.barrier()
+    if rank == 0 and not fail:
+        write = fetch_all(listener.published[-1], p, root)
+        torch.distributed.barrier()
+        return listener.published, write, ""
+    torch.distributed.barrier()
+    return [], [], listener.failed
+
+
+def fetch_all(manifest, p, root):
+    """A rollout node's fetch while both trainer nodes serve. Rank 0's files have the hub in a whole run; here a server
+    as the other nodes have it."""
+    server = weights.FileServer(p.root, "t", "127.0.0.1", 0)
+    directory, timing = asyncio.run(fetch(manifest, root / "rollout", None, server.url, {"Authorization": "Bearer t"}))
+    return [sorted(path.name for path in directory.iterdir()), timing["fetch_bytes"]]
+
+
+def test_every_tensor_has_one_owner_and_all_nodes_write_and_serve(tmp_path, tiny_checkpoint, model):
+    """tp 2, ep 2 on four ranks, two nodes with a disk each: the rollout node has all, from both."""
+    published, (names, _), _ = on_ranks(4, of_rank, tmp_path, tiny_checkpoint, False)[0]
+    shards = published[-1]["shards"]
+    owned = [name for shard in shards for name in shard["tensors"]]
+    assert sorted(owned) == sorted(name for name, _ in model.hf_tensors()) and len(shards) == 4
+    urls = {shard["name"]: {file["url"] for file in shard["files"]} for shard in shards}
+    assert [len(u) for u in urls.values()] == [1] * 4 and len(set().union(*urls.values())) == 2
+    for node in (0, 1):
+        files = sorted(path.name for path in (tmp_path / f"node{node}/v2").glob("*.safetensors"))
+        assert files == [f"model-0000{2 * node + i}-of-00004.safetensors" for i in (1, 2)]
+    sizes = [sum(torch.Size(t["shape"]).numel() for t in shard["tensors"].values()) for shard in shards]
+    assert max(sizes) < 0.5 * sum(sizes), sizes
+    # 1.001 three times over, rounded as the ranks round it
+    wanted = {name: t * 1.001 * 1.001 for name, t in model.hf_tensors()}
+    assert same(tmp_path / "rollout/v2", wanted) and "model.safetensors.index.json" in names
+
+
+def test_a_full_disk_at_one_rank_stops_the_run_by_rank_0_s_word(tmp_path, tiny_checkpoint):
+    results = on_ranks(4, of_rank, tmp_path, tiny_checkpoint, True)
+    failed = results[0][2]
+    assert "rank 3: publishing v1 to" in failed and os.strerror(errno.ENOSPC) in failed
 
 
 # ---- receive -------------------------------------------------------------------------------------------------
 @pytest.fixture
 def hub(tmp_path, tiny_checkpoint, model):
-    write_version(tmp_path / "hub", 0, list(model.hf_tensors()), tiny_checkpoint)
+    """A hub with versions 0 to 3, the first whole; 0 is published."""
     ledger = Ledger(1, 1, 1, 60.0)
     hub = Hub(ledger, [], None, tmp_path / "hub", 32, "t", {"num_generations": 2, "max_new_tokens": 8})
+    hub.versions = steps(model, 4)
+    for version, tensors in enumerate(hub.versions):
+        before = hub.versions[version - 1] if version else None
+        write_version(hub.weights_dir, version, tensors, tiny_checkpoint, hub.run["id"], before, full=version == 0)
     hub.start("127.0.0.1", 0)
-    hub.set_published(0)
+    publish(hub, 0)
     yield hub
     hub.close(patience_s=0.0)
 
 
-def fetch_from(hub, manifest, root, have=None):
-    async def run():
-        async with aiohttp.ClientSession(hub.url, headers={"Authorization": "Bearer t"}) as session:
-            return await fetch(session, manifest, root, have)
+def fetch_from(hub, version, root, have=None, url=None, change=()):
+    publish(hub, version)
+    manifest = {**json.loads(hub.manifest), **dict(change)}
+    headers = {"Authorization": "Bearer t", "X-Run": hub.run["id"]}
+    return asyncio.run(fetch(manifest, root, have, url or hub.url, headers))
 
-    return asyncio.run(run())
 
-
-def test_a_fetched_version_is_the_published_one_and_unchanged_files_are_linked(hub, tmp_path, model, tiny_checkpoint):
-    first = fetch_from(hub, manifest_of(tmp_path / "hub/v0"), tmp_path / "node")
-    changed = [(name, t + 1) for name, t in model.hf_tensors()]
-    write_version(tmp_path / "hub", 1, changed, tiny_checkpoint)
-    second = fetch_from(hub, manifest_of(tmp_path / "hub/v1"), tmp_path / "node", have=first)
-    for file in (tmp_path / "hub/v1").iterdir():
-        assert (second / file.name).read_bytes() == file.read_bytes() or file.name == MANIFEST
+def test_a_node_follows_by_deltas_and_a_late_joiner_takes_the_anchor_and_the_chain(hub, tmp_path):
+    first, _ = fetch_from(hub, 0, tmp_path / "node")
+    assert same(first, hub.versions[0])
+    second, timing = fetch_from(hub, 1, tmp_path / "node", have=first)
+    assert same(second, hub.versions[1]) and same(first, hub.versions[0])
+    assert timing["fetch_bytes"] == (hub.weights_dir / "v1" / DELTA).stat().st_size
     assert (second / "tokenizer.json").samefile(first / "tokenizer.json")
-    assert not (second / "model.safetensors").samefile(first / "model.safetensors")
+    fourth, timing = fetch_from(hub, 3, tmp_path / "node", have=second)  # one was missed
+    assert same(fourth, hub.versions[3])
+    assert timing["fetch_bytes"] == sum((hub.weights_dir / v / DELTA).stat().st_size for v in ("v2", "v3"))
+    late, timing = fetch_from(hub, 3, tmp_path / "late")
+    assert same(late, hub.versions[3]) and timing["fetch_bytes"] > (hub.weights_dir / "v0" / FULL).stat().st_size
+    for name in ("config.json", "tokenizer.json"):
+        assert (late / name).read_bytes() == (hub.weights_dir / "v0" / name).read_bytes()
+    assert not list(tmp_path.glob("*/v*.tmp"))
 
 
-def test_damage_on_the_way_is_found_and_nothing_is_kept(hub, tmp_path):
-    """One flipped bit in a tensor, a cut file, a changed config: each refused, each named."""
-    source, good = tmp_path / "hub/v0", manifest_of(tmp_path / "hub/v0")
+def test_the_cheapest_way_by_bytes_is_taken():
+    entry = lambda version, kind, size: {"version": version, "kind": kind, "bytes": size}
+    shard = {"name": "s", "files": [entry(0, "full", 100), *(entry(v, "delta", 20) for v in (1, 2, 3)),
+                                    entry(4, "delta", 20), entry(4, "full", 100), entry(5, "delta", 20)]}  # fmt: skip
+    way = lambda held: [(f["version"], f["kind"]) for f in path_to(shard, 5, held)]
+    assert way(4) == [(5, "delta")] and way(3) == [(4, "delta"), (5, "delta")]
+    assert way(0) == [(v, "delta") for v in (1, 2, 3, 4, 5)]  # 100 bytes, against 120
+    assert way(None) == [(4, "full"), (5, "delta")] and way(-7) == way(None)
+    with pytest.raises(WeightsError, match="no way to v6 of s from v5"):
+        path_to(shard, 6, 5)
 
-    def flip(data):
-        return data[:-1000] + bytes([data[-1000] ^ 1]) + data[-999:]
 
-    for name, damage, reason in [
-        ("model.safetensors", flip, "tensor .* differs from the manifest"),
-        ("model.safetensors", lambda data: data[:-4], "bytes, not"),
-        ("config.json", lambda data: data.replace(b"128", b"129"), "config.json: digest differs"),
+def flip(data, at=-1000):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if at != -1 else data[:-1] + bytes([data[-1] ^ 1])
+
+
+DAMAGE = [
+    ("v0", FULL, flip, "tensor .* differs from the manifest"),
+    ("v0", FULL, lambda data: flip(data, 12), "header differs from the manifest"),
+    ("v0", FULL, lambda data: data[:-4], "status 416|fetch"),
+    ("v0", FULL, None, "status 404"),
+    ("v0", "config.json", lambda data: data.replace(b"128", b"129"), "config.json: digest differs"),
+    ("v1", DELTA, flip, "v1/.*delta: digest differs"),
+    ("v1", DELTA, lambda data: flip(data, 12), "v1/.*delta: digest differs"),
+    ("v1", DELTA, None, "status 404"),
+]
+
+
+@pytest.mark.parametrize(("version", "name", "damage", "reason"), DAMAGE)
+def test_damage_on_the_way_is_found_and_nothing_is_kept(hub, tmp_path, monkeypatch, version, name, damage, reason):
+    """One flipped bit in a tensor, a header or a delta; a cut, a missing or another file: each refused and named, and
+    once it is mended the node takes it."""
+    monkeypatch.setattr(receive, "PATIENCE_S", 0.3)
+    have = fetch_from(hub, 0, tmp_path / "node")[0] if version == "v1" else None
+    source = hub.weights_dir / version / name
+    whole = source.read_bytes()
+    source.write_bytes(damage(whole)) if damage else source.unlink()
+    with pytest.raises((WeightsError, receive.WaitOver), match=reason):
+        fetch_from(hub, 1, tmp_path / "node", have)
+    assert [p.name for p in (tmp_path / "node").iterdir()] == (["v0"] if have else [])
+    assert have is None or same(have, hub.versions[0])
+    if damage is not None and version == "v1":  # a full copy from elsewhere would still do; here there is none
+        source.write_bytes(whole)
+        assert same(fetch_from(hub, 1, tmp_path / "node", have)[0], hub.versions[1])
+
+
+def test_a_delta_on_another_base_or_of_another_run_is_refused(hub, tmp_path, tiny_checkpoint):
+    first, _ = fetch_from(hub, 0, tmp_path / "node")
+    for run, base, reason in [(hub.run["id"], "7", "'base': '7'"), ("other", "0", "'run': 'other'")]:
+        directory = hub.weights_dir / "v1"
+        old, new = hub.versions[:2]
+        codes = {n: weights.delta.encode(old[n], new[n]) for n in new}
+        file = weights.write_share(directory, SHARD, new, codes, {"run": run, "version": "1", "base": base})
+        manifest = manifest_of(directory)
+        manifest["shards"][0]["files"][-1] = {**file, "url": ""}
+        (directory / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(WeightsError, match=f"v1/.* is of .*{reason}"):
+            fetch_from(hub, 1, tmp_path / "node", first)
+    assert same(first, hub.versions[0])
+
+
+def test_memory_of_the_node_that_has_changed_shows_and_a_full_copy_mends_it(hub, tmp_path):
+    first, _ = fetch_from(hub, 0, tmp_path / "node")
+    held = first / FULL
+    held.write_bytes(flip(held.read_bytes()))
+    with pytest.raises(WeightsError, match=r"tensor .* differs from the manifest"):
+        fetch_from(hub, 1, tmp_path / "node", first)
+    assert same(fetch_from(hub, 1, tmp_path / "node", None)[0], hub.versions[1])
+
+
+def test_replayed_and_foreign_manifests_are_refused(hub, tmp_path):
+    manifest = json.loads(hub.manifest)
+    check = receive.check_manifest
+    check(manifest, hub.run["id"], -1)
+    for change, after, reason in [
+        ({}, 0, "manifest of v0, which is not newer than v0"),
+        ({}, 5, "manifest of v0, which is not newer than v5"),
+        ({"run": "other"}, -1, "manifest of run other"),
+        ({"shards": [{**manifest["shards"][0], "name": "../x"}]}, -1, "not a plain file name"),
+        ({"static": {"version": 0, "files": {"../x": {}}}}, -1, "which no checkpoint needs"),
     ]:
-        whole = (source / name).read_bytes()
-        (source / name).write_bytes(damage(whole))
         with pytest.raises(WeightsError, match=reason):
-            fetch_from(hub, good, tmp_path / "node")
-        (source / name).write_bytes(whole)
-        assert not (tmp_path / "node/v0").exists()
-    with pytest.raises(WeightsError, match="not a plain file name"):
-        fetch_from(hub, {**good, "files": {"../x": {}, **good["files"]}}, tmp_path / "node")
-    fetch_from(hub, good, tmp_path / "node")
+            check({**manifest, **change}, hub.run["id"], after)
 
 
-def test_a_tensor_missing_from_the_file_is_found_by_name(tmp_path, model, tiny_checkpoint):
-    path = write_version(tmp_path, 0, list(model.hf_tensors()), tiny_checkpoint)
+def test_a_directory_that_is_too_small_is_said_before_a_byte_is_fetched_or_when_it_fills(hub, tmp_path, monkeypatch):
+    with mounted(tmp_path / "small", "3m") as small:  # the weights take 2: one copy fits, and the next beside it not
+        with pytest.raises(NoRoom, match=r"has 0.00 GiB free, and two versions.*choose another directory with --dir"):
+            fetch_from(hub, 0, small)
+        monkeypatch.setattr(receive, "check_room", lambda *a: None)  # what is free may go to others meanwhile
+        first, _ = fetch_from(hub, 0, small)
+        with pytest.raises(WeightsError, match=f"cannot write weights to .*{os.strerror(errno.ENOSPC)}"):
+            fetch_from(hub, 1, small, None)
+        assert same(first, hub.versions[0]) and [p.name for p in small.iterdir()] == ["v0"]
+        assert shutil.disk_usage(small).free > 0
+
+
+class Link:
+    """A TCP proxy to the hub that can be cut: bytes stop, and no connection ends."""
+
+    def __init__(self, target, cut_after):
+        self.target, self.cut_after, self.passed = target, cut_after, 0
+        self.cut, self.open = threading.Event(), threading.Event()
+        self.open.set()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                there = socket.create_connection(self.target)
+                for a, b in ((client, there), (there, client)):
+                    threading.Thread(target=self._pump, args=(a, b), daemon=True).start()
+
+    def _pump(self, a, b):
+        with contextlib.suppress(OSError):
+            while data := a.recv(1 << 15):
+                self.passed += len(data)
+                if self.passed > self.cut_after and not self.cut.is_set():
+                    self.cut.set()
+                    self.open.clear()
+                self.open.wait()
+                b.sendall(data)
+            b.shutdown(socket.SHUT_WR)
+
+    def mend_after(self, seconds):
+        self.cut.wait(60)
+        timer = threading.Timer(seconds, self.open.set)
+        timer.start()
+
+
+def test_a_link_that_is_cut_for_20_s_in_mid_fetch_costs_those_20_s(hub, tmp_path):
+    host, port = hub.url.removeprefix("http://").split(":")
+    link = Link((host, int(port)), cut_after=1_000_000)
+    threading.Thread(target=link.mend_after, args=(20.0,), daemon=True).start()
+    start = time.monotonic()
+    directory, _ = fetch_from(hub, 0, tmp_path / "node", url=link.url)
+    seconds = time.monotonic() - start
+    link.listener.close()
+    assert same(directory, hub.versions[0]) and link.cut.is_set() and 20 < seconds < 35
+    # resumed where it was: what came before the cut did not come again, but for what was in flight
+    assert link.passed < 1.7 * (hub.weights_dir / "v0" / FULL).stat().st_size
+
+
+def test_a_link_that_stays_cut_refuses_the_update(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(receive, "PATIENCE_S", 1.0)
+    host, port = hub.url.removeprefix("http://").split(":")
+    link = Link((host, int(port)), cut_after=1_000_000)
+    with pytest.raises(receive.WaitOver, match=r"wait 'weights fetch': rollout node waits for v0/.* since"):
+        fetch_from(hub, 0, tmp_path / "node", url=link.url)
+    assert not list((tmp_path / "node").iterdir())
+    link.listener.close()
+
+
+def test_a_fetch_that_is_cancelled_ends_and_leaves_nothing(hub, tmp_path):
+    host, port = hub.url.removeprefix("http://").split(":")
+    link = Link((host, int(port)), cut_after=1_000_000)  # never mended
+
+    async def cancelled():
+        headers = {"Authorization": "Bearer t"}
+        task = asyncio.create_task(fetch(json.loads(hub.manifest), tmp_path / "node", None, link.url, headers))
+        await asyncio.to_thread(link.cut.wait, 30)
+        task.cancel()
+        async with asyncio.timeout(20):
+            await asyncio.wait([task])
+        return task.cancelled()
+
+    assert asyncio.run(cancelled()) and not list((tmp_path / "node").iterdir())
+    link.listener.close()
+
+
+def test_a_tensor_missing_from_the_files_is_found_by_name(hub, tmp_path):
+    path, _ = fetch_from(hub, 0, tmp_path / "node")
     manifest = manifest_of(path)
-    manifest["tensors"]["model.ghost.weight"] = {"dtype": "F32", "shape": [1], "blake3": "0"}
+    manifest["shards"][0]["tensors"]["model.ghost.weight"] = {"dtype": "F32", "shape": [1], "blake3": "0"}
+    workers = SimpleNamespace(map=map)
     with pytest.raises(WeightsError, match=r"model\.ghost\.weight among them"):
-        verify(path, manifest)
+        receive.prove(path, manifest, workers, threading.Event())
