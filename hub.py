@@ -119,6 +119,7 @@ class Hub:
     """
 
     node_timeout_s = 30.0  # a node that is silent this long loses its leases
+    hung_up_timeout_s = 6.0  # or this long, once the connection of its last beat is closed: its process has died
     body_timeout_s = 30.0  # a request has to arrive within
 
     def __init__(self, ledger: Ledger, prompts, encode, weights_dir: Path, vocab_size: int, token: str, run: dict):
@@ -134,6 +135,7 @@ class Hub:
         self.checksums: dict[int, tuple[str, str]] = {}  # of versions, what a node's vLLM made of them
         self.trouble = ""  # why no batch should be waited for any more
         self.nodes: dict[str, dict] = {}  # last receipt and time of last contact of each node
+        self.beats: dict[str, asyncio.Transport] = {}  # the connection of each node's last beat
         self.over, self.told = False, set()  # the run has ended; nodes that know
         self.reloads: list[dict] = []  # seconds per part of the reloads since the trainer last looked
         self.gen_s: list[float] = []  # and the seconds that each group took in vLLM
@@ -247,12 +249,15 @@ class Hub:
             now = time.monotonic()
             self.ledger.expire(now)
             for node, seen in self.nodes.items():
-                silence = Wait("node", self.node_timeout_s, whom=node, start=seen["last_seen_s"])
+                hung_up = node in self.beats and self.beats[node].is_closing()
+                limit_s = min(self.node_timeout_s, self.hung_up_timeout_s if hung_up else math.inf)
+                silence = Wait("node", limit_s, whom=node, start=seen["last_seen_s"])
                 if silence.over and (held := [x.id for x in self.ledger.leases.values() if x.node == node]):
                     self.ledger.news.append(silence.message(f"{len(held)} prompts"))
                     for lease in held:
                         self.ledger.give_back(lease, "leases_of_lost_nodes", failure=f"contact with {node} was lost")
             self.nodes = {n: seen for n, seen in self.nodes.items() if now - seen["last_seen_s"] < 3600}
+            self.beats = {n: connection for n, connection in self.beats.items() if n in self.nodes}
             # aiohttp has no limit on how long a client may take over its headers.
             silent = [c for c in self._runner.server.connections if c.transport and c._request_count == 0]
             since = {c: since.get(c, now) for c in silent}
@@ -398,6 +403,8 @@ class Hub:
         node, held = body["node"], {x for x in body["leases"] if isinstance(x, str)}
         if node not in self.nodes:
             raise Refused(422, f"node {node[:50]!r} has not sent a receipt of its weights yet")
+        if request.transport is not None:
+            self.beats[node] = request.transport
         self.nodes[node]["vllm"] = _numbers(body["vllm"], ("running", "waiting", "kv", "limit", "preemptions"))
         for kind, count in _numbers(body.get("failed_rewards", {}), FAILED_REWARDS).items():
             self.ledger.counts[f"reward_{kind}"] += count

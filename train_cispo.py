@@ -642,7 +642,8 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
     step, clock, done, word, rewards = start, Clock(), threading.Event(), "train", []
     Signals.in_loop = True  # from here on SIGTERM is a word, not an exception
     if rank == 0:
-        now = lambda: f"step {step}, {clock.doing} for {clock.since():.0f} s; {last_line(cfg.run_dir / 'rollout.log')}"
+        word_of_nodes = lambda: last_line(rollout.log_path) if rollout else f"{len(hub.nodes)} rollout node(s) so far"
+        now = lambda: f"step {step}, {clock.doing} for {clock.since():.0f} s; {word_of_nodes()}"
         threading.Thread(target=say_something, args=(now, done), daemon=True).start()
     try:
         hide_bar = True if rank != 0 else None  # None: tqdm shows a bar on a terminal only; the lines come anyway

@@ -276,3 +276,29 @@ def test_prompts_too_long_or_solved_are_passed_over_and_every_ordinal_keeps_its_
     assert not ledger.none_left
     ledger.solved |= {0, 1, 4, 6, 8, 9}
     assert ledger.none_left and ledger.grant("n", 30, 0.0) is None
+
+
+def test_a_node_that_has_died_loses_its_prompts_long_before_one_that_is_silent(hub):
+    """The kernel closes the connections of a process that is killed; a node that is only slow keeps them."""
+    hub.hung_up_timeout_s = 0.5
+    receipt = {"node": "dead", "version": 0, "digest": digest(hub.manifest), "timing": {}}
+    assert call(hub, "POST", "/receipts", json=receipt)[0] == 200
+
+    async def scenario():
+        headers, held = {"Authorization": f"Bearer {TOKEN}"}, {}
+        sessions = {node: aiohttp.ClientSession(hub.url, headers=headers) for node in ("n", "dead")}
+        for node, session in sessions.items():
+            async with session.post("/lease", json={"node": node, "max": 1}) as response:
+                (held[node],) = [granted["lease"] for granted in (await response.json())["leases"]]
+            async with session.post("/beat", json={"node": node, "leases": [held[node]], "vllm": {}}) as response:
+                assert (await response.json())["drop"] == []
+        await sessions["dead"].close()
+        deadline = time.monotonic() + 10
+        while held["dead"] in hub.ledger.leases and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)  # a short poll of another thread's state
+        found = set(hub.ledger.leases)
+        await sessions["n"].close()
+        return found == {held["n"]}
+
+    assert asyncio.run(scenario())
+    assert any("hub waits for dead" in line for line in hub.take_news())
