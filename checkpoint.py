@@ -311,8 +311,8 @@ class Checkpointer:
             tmp, final = self.root / f"step-{step:06d}.tmp", self.root / f"step-{step:06d}"
             tmp.mkdir(parents=True, exist_ok=True)
             file = tmp / f"state-{self.rank:05d}.safetensors"
-            blake3 = write_safetensors(file, tensors)
-            part = {file.name: {"bytes": file.stat().st_size, "blake3": blake3, **extra}}
+            write_safetensors(file, tensors, hasher=(hasher := blake3()))
+            part = {file.name: {"bytes": file.stat().st_size, "blake3": hasher.hexdigest(), **extra}}
             manifest = self._gather(step, part, run, lambda text: self._finish(tmp, final, text))
             if self.rank != 0 and tmp.exists():  # rank 0's disk is not ours: this node keeps its own parts
                 self._finish(tmp, final, manifest)
