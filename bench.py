@@ -382,6 +382,9 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", default="", help="names of contenders, separated by /")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument(
+        "--landed", action="store_true", help="weights: from the step's end until vLLM has them, by part"
+    )
     parser.add_argument("--verbose", action="store_true", help="show what the contenders write to stderr")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -13,6 +13,8 @@ xor + zstd is at level 1, each tensor by itself, as ours.
 
 import json
 import os
+import secrets
+import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +24,15 @@ import numpy as np
 import torch
 import zstandard
 from safetensors.torch import save_file
+from torch.distributed import HashStore
 
 import delta
+import task
 import weights
+from hub import Hub
+from ledger import Ledger
+from model import ModelConfig, Qwen3MoE
+from workers import LocalRollout
 
 LAYERS, VOCAB, D, EXPERTS, F, HEADS, KV_HEADS, HEAD = 48, 151936, 2048, 128, 768, 32, 4, 128
 GRADIENT = 30.5e9**-0.5  # an element's, when the norm of all 30.5 G is 1
@@ -161,6 +169,66 @@ def show(result) -> None:
               f"{found['ours'] / found['save_file']:.2f}x")  # fmt: skip
 
 
+# ---- from step to landed ---------------------------------------------------------------------------------------
+def small_step(p: torch.Tensor, lr: float, g: torch.Generator) -> None:
+    """What a step of AdamW does to a bf16 weight: the fp32 master that was rounded to it is drawn anew, moved by a
+    normal number of the size that a step has when the gradient is noise (a mean over 10 of them), and rounded."""
+    bits = p.detach().float().view(torch.int32)
+    master = (bits + torch.randint(-32767, 32768, bits.shape, generator=g, dtype=torch.int32)).view(torch.float32)
+    p.detach().copy_(master.add_(torch.randn(p.shape, generator=g), alpha=0.23 * lr))
+
+
+def landed(args) -> dict:
+    """Seconds of each part from the end of a step to the receipt, of a 2 GB model on one machine: the publisher, the
+    hub, rollout.py and a real vLLM that has nothing else to do. The median of --runs versions at lr 3e-6."""
+    cfg = ModelConfig(
+        vocab_size=32, hidden_size=D, num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        head_dim=HEAD, intermediate_size=4 * F, num_experts=104, num_experts_per_tok=8, moe_intermediate_size=F,
+        norm_topk_prob=True, rope_theta=1e6, max_position_embeddings=512,
+    )  # fmt: skip
+    g, rows = torch.Generator().manual_seed(0), []
+    model = Qwen3MoE(cfg)
+    for p in model.parameters():
+        p.data = (torch.ones(p.shape) if p.dim() == 1 else torch.randn(p.shape, generator=g) * 0.02).bfloat16()
+    run = {
+        "num_generations": 1, "max_new_tokens": 8, "max_model_len": 64, "dtype": "bfloat16", "seed": 0,
+        "reward": "exact", "reward_digest": "",
+        "sampling": {"n": 1, "max_tokens": 8, "stop_token_ids": [1], "logprobs": 0, "detokenize": False},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryDirectory(dir="/dev/shm") as there:
+        static, log = Path(here, "checkpoint"), Path(here, "rollout.log")
+        eos = task.write_char_tokenizer(static, "abc")[task.EOS]
+        (static / "config.json").write_text(json.dumps({**cfg.to_hf(eos), "dtype": "bfloat16"}))
+        hub = Hub(
+            Ledger(1, 1, 0, 60.0), [], None, Path(here, "weights"), cfg.vocab_size, secrets.token_urlsafe(16), run
+        )
+        hub.start("127.0.0.1", 0)
+        publisher = weights.Publisher(model, torch.bfloat16, hub.weights_dir, static, 100, 2, HashStore(), 600.0, hub)
+        node = LocalRollout(hub, Path(there), "", log)
+        try:
+            for version in range(args.runs + 1):  # the first is whole, and vLLM starts on it
+                if version:
+                    for p in model.parameters():
+                        small_step(p, 3e-6, g)
+                start = time.perf_counter()
+                publisher.publish(version)
+                copied = time.perf_counter() - start
+                while not any(seen["version"] == version for seen in hub.status()["nodes"].values()):
+                    assert node.process.poll() is None and not hub.trouble, f"{hub.trouble}\n{log.read_text()}"
+                    time.sleep(0.01)  # polling another process
+                total = time.perf_counter() - start
+                (seen,) = hub.status()["nodes"].values()
+                rows.append({"copy": copied, **publisher.stats, **seen["timing"], "landed": total})
+        finally:
+            node.stop()
+            publisher.close()
+            hub.close(patience_s=0.0)
+    return {key: statistics.median(row[key] for row in rows[1:]) for key in rows[1]}
+
+
 def main(args) -> None:
-    result = run(args)
-    print(json.dumps(result)) if args.json else show(result)
+    result = landed(args) if args.landed else run(args)
+    if args.json or args.landed:
+        print(json.dumps(result, indent=None if args.json else 1))
+    else:
+        show(result)
