@@ -240,8 +240,9 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
         assert "rollout node host2 has ended with status 0" in launcher.text()
         assert left_over(hosts) == []
         done = records()
-        print(f"joiner: {groups(done[-1])} groups, killed at step {killed_at}; longest wait for a batch after that "
-              f"{max(r['timing/train/exposed_generation'] for r in done[killed_at:]):.1f} s")  # fmt: skip
+        longest = max(r["timing/train/exposed_generation"] for r in done[killed_at:])
+        print(f"joiner: {groups(done[-1])} groups, killed at step {killed_at}; longest wait after that {longest:.1f} s")
+        assert longest < 25  # its prompts are handed out again after 6 s, and not after 30
         assert [r["step"] for r in done] == list(range(110)) and killed_at < 90
         rewards = [r["train/reward"] for r in done]
         assert sum(rewards[:5]) / 5 <= 0.5 and sum(rewards[-5:]) / 5 >= 0.9, rewards
@@ -251,10 +252,21 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
                 assert r["train/gen_kl_error_same_version"] <= 1e-5
         ordinals = [ordinal for r in done for ordinal in r["ordinals"]]
         assert len(ordinals) == len(set(ordinals))  # what the dead host held was trained once, by others
-        # each trainer's disk has its own rank's share of the state, and the tiny checkpoint that host0 made
-        for rank, host in enumerate(hosts[:2]):
-            names = {p.name for p in (host.disk / "cispo/runs/tiny/checkpoints/step-000110").iterdir()}
+        # each trainer's disk has its own rank's share, of state and of weights, and the tiny model that host0 made
+        shares, made_by = [set(), set()], {}
+        for rank, (host, other) in enumerate(zip(hosts[:2], ("model-00002", "model-00001"))):
+            run = host.disk / "cispo/runs/tiny"
+            names = {p.name for p in (run / "checkpoints/step-000110").iterdir()}
             assert names == {f"state-{rank:05d}.safetensors", "checkpoint.json"}
+            shares[rank] = {p.name for p in run.glob("weights/v*/model-*")}
+            assert shares[rank] and not [name for name in shares[rank] if name.startswith(other)]
             (made,) = (host.disk / "cispo/checkpoints").iterdir()
-            assert (made / "model.safetensors").is_file()
+            made_by[host.name] = checkpoint.model_digest(made)
+        assert made_by["host0"] == made_by["host1"]
+        # so what vLLM ran on came from both, from the second by its own address
+        manifest = json.loads((hosts[0].disk / "cispo/runs/tiny/weights/v110/manifest.json").read_text())
+        urls = {file["url"] for shard in manifest["shards"] for file in shard["files"]}
+        assert urls == {"", "http://10.77.0.2:8790"}
+        (version,) = (n["version"] for name, n in done[-1]["hub"]["nodes"].items() if name.startswith("host2:"))
+        assert version >= 108
         assert not (hosts[2].disk / "cispo/runs").exists() and not list(hosts[2].disk.glob("../dev/shm/cispo-*"))
