@@ -110,6 +110,7 @@ node() {
     localhost* | 127.* | ::1*) ;; # all on one machine
     *\ 127.* | *\ ::1) fail "$master is $address on $(hostname), where other nodes cannot reach it: use its address" ;;
   esac
+  PATH=$PATH:/usr/sbin
   if command -v ip >/dev/null; then # the interface that has the address, or else that on the way to it
     interface=$(ip -o addr show to "$address" | awk 'NR == 1 { print $2 }')
     [ -n "$interface" ] || interface=$(ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\) .*/\1/p')

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import psutil
 
-from workers import with_parent
-
 REPO = Path(__file__).resolve().parent.parent
 SUBNET = "10.77.0"  # of no network but the bridge's: every test has its own
 IP = "/usr/sbin/ip"
@@ -28,9 +26,9 @@ mount -t tmpfs tmpfs /dev/shm
 mkdir /mnt/tmp /mnt/home
 printf '{hosts}' >/mnt/hosts
 mount --bind /mnt/hosts /etc/hosts
-ip link set lo up
+{ip} link set lo up
 echo ready
-exec sleep infinity
+exec cat
 """
 
 
@@ -53,7 +51,9 @@ class Host:
     def __init__(self, name: str, script: str):
         command = ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc", "bash"]
         self.name = name
-        self.holder = subprocess.Popen(with_parent([*command, "-c", script]), stdout=subprocess.PIPE, text=True)
+        # Its first process reads a pipe that nobody writes to, and that ends with this process, however it does.
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.holder = subprocess.Popen([*command, "-c", script], **pipes, text=True)
         assert self.holder.stdout.readline() == "ready\n"
         (self.init,) = psutil.Process(self.holder.pid).children()
         self.enter = ["nsenter", "--all", f"--target={self.init.pid}"]
@@ -76,9 +76,7 @@ class Host:
         return found
 
     def end(self) -> None:
-        self.holder.kill()  # its child is the first process of the host: with it all others end
-        self.holder.wait()
-        self.holder.stdout.close()
+        self.holder.communicate()  # with the first process of a host all others end
 
 
 class Hosts:
@@ -88,10 +86,10 @@ class Hosts:
     def __init__(self, count: int, directory: Path):
         ip_of = {f"host{i}": f"{SUBNET}.{i + 1}" for i in range(count)}
         lines = "127.0.0.1 localhost\\n" + "".join(f"{ip} {name}\\n" for name, ip in ip_of.items())
-        switch = "ip link add name bridge type bridge && ip link set bridge up && echo ready && exec sleep infinity"
+        switch = f"{IP} link add name bridge type bridge && {IP} link set bridge up && echo ready; exec cat"
         self.all = [Host("switch", switch)]
         for i, (name, ip) in enumerate(ip_of.items()):
-            host = Host(name, SETUP.format(name=name, hosts=lines))
+            host = Host(name, SETUP.format(name=name, hosts=lines, ip=IP))
             self.all.append(host)
             copy_program(host.disk / "cispo")
             netns = ["nsenter", f"--net=/proc/{self.all[0].init.pid}/ns/net", IP]
