@@ -240,12 +240,17 @@ def share_model(path: Path, handed_out: bool) -> None:
 def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], None]) -> Path | None:
     """The run's directory; nobody's results are overwritten. Returns where `found`, to go on from, is now."""
     if found is not None and found.parent.parent.resolve() == cfg.run_dir.resolve():
-        metrics = cfg.run_dir / "metrics.jsonl"  # steps after the checkpoint will be made again
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        kept = [line for line in lines if line.endswith("\n")]
-        replaced = metrics.with_suffix(".tmp")
-        replaced.write_text("".join(line for line in kept if json.loads(line)["step"] < saved["step"]))
-        replaced.replace(metrics)
+        # Steps and validations after the checkpoint will be made again.
+        for name, made in [
+            ("metrics", lambda r: r["step"] < saved["step"]),
+            ("samples", lambda r: r["step"] < saved["step"]),
+            ("validation", lambda r: r["version"] <= saved["step"]),
+        ]:
+            path = cfg.run_dir / f"{name}.jsonl"
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            replaced = path.with_suffix(".tmp")
+            replaced.write_text("".join(line for line in lines if line.endswith("\n") and made(json.loads(line))))
+            replaced.replace(path)
     elif cfg.run_dir.exists():
         aside = next(p for i in itertools.count(1) if not (p := Path(f"{cfg.run_dir}.{i}")).exists())
         cfg.run_dir.rename(aside)
@@ -345,11 +350,17 @@ class Checkpointer:
         shutil.rmtree(final, ignore_errors=True)  # of a run that went back and came here again
         tmp.rename(final)
         fsync(self.root)
-        self._prune()
+        self._prune(json.loads(manifest))
 
-    def _prune(self) -> None:
-        """Keep the last ones, and the one with the best reward."""
-        found = whole(self.root)
-        reward = lambda path: read_manifest(path).get("reward") or 0.0
-        for old in set(found) - set(found[: self.keep]) - {max(found, key=reward)}:
-            shutil.rmtree(old)
+    def _prune(self, newest: dict) -> None:
+        """Keep the last ones, the one with the best score by the newest manifest, and those whose score is still
+        awaited. Every node's disk does as rank 0's."""
+        found = {int(p.name.removeprefix("step-")): p for p in whole(self.root)}
+        keep = {*list(found)[: self.keep], *newest["unscored"], best_step(newest["scores"], found)}
+        for step in found.keys() - keep:
+            shutil.rmtree(found[step])
+
+
+def best_step(scores: dict, among) -> int | None:
+    """The step with the best score, the latest of equals."""
+    return max((step for step in among if str(step) in scores), key=lambda s: (scores[str(s)], s), default=None)

@@ -32,13 +32,15 @@ from aiohttp import web
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ledger import NOT_SAMPLED, Group, Lease, Ledger
+from ledger import NOT_SAMPLED, Books, Group, Lease, Ledger
+from validation import Round, Validation
 from waits import Wait, WaitOver
 from weights import digest, served_file
 
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
 MAX_NODES = 4096  # that are remembered at once
 FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type")  # samples without a reward, by kind
+VITALS = ("running", "waiting", "kv", "limit", "preemptions", "idle", "tokens_per_s")
 TIMING_PARTS = ("fetch_s", "patch_s", "verify_s", "pause_s", "load_s", "stopped_s", "total_s", "fetch_bytes")
 FETCH_LIMIT_S = 1800.0  # how long files may be kept for a node that fetches them
 
@@ -78,14 +80,14 @@ def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     return metadata, tensors
 
 
-def check_group(t: dict[str, torch.Tensor], num_generations: int, max_new_tokens: int, vocab_size: int, versions,
+def check_group(t: dict[str, torch.Tensor], num_samples, max_new_tokens: int, vocab_size: int, versions,
                 max_inserted: int = 0):  # fmt: skip
-    """Raises: Refused (422) unless the tensors can be trained on. `versions`: (oldest, newest) that are possible;
-    max_inserted: tokens of a sample that may be NOT_SAMPLED."""
+    """Raises: Refused (422) unless the tensors are what was asked for. `num_samples`: (fewest, most) of the prompt;
+    `versions`: (oldest, newest) that are possible; max_inserted: tokens of a sample that may be NOT_SAMPLED."""
     samples, tokens = len(t["lengths"]), len(t["token_ids"])
-    low, high = versions
+    (fewest, most), (low, high) = num_samples, versions
     for ok, reason in [
-        (2 <= samples <= num_generations, f"{samples} samples, expected 2 to {num_generations}"),
+        (fewest <= samples <= most, f"{samples} samples, expected {fewest} to {most}"),
         (all(len(t[n]) == samples for n in ("rewards", "truncated")), "rewards or truncated: not one for each sample"),
         (all(len(t[n]) == tokens for n in ("logprobs", "versions")), "logprobs or versions: not one for each token"),
         (samples and int(t["lengths"].min()) >= 1, "a sample has no tokens"),
@@ -122,8 +124,11 @@ class Hub:
     hung_up_timeout_s = 6.0  # or this long, once the connection of its last beat is closed: its process has died
     body_timeout_s = 30.0  # a request has to arrive within
 
-    def __init__(self, ledger: Ledger, prompts, encode, weights_dir: Path, vocab_size: int, token: str, run: dict):
+    def __init__(self, ledger: Ledger, prompts, encode, weights_dir: Path, vocab_size: int, token: str, run: dict,
+                 validation: Validation | None = None):  # fmt: skip
         self.ledger, self.prompts, self.encode, self.token = ledger, prompts, encode, token
+        self.validation = validation or Validation()
+        self.books: list[Books] = [self.validation, self.ledger]  # the first is the next to hand out a prompt
         self.run = {**run, "id": secrets.token_hex(8)}
         self.weights_dir, self.vocab_size = weights_dir, vocab_size
         self.version = 0  # the trainer's: how many steps it has finished
@@ -179,6 +184,14 @@ class Hub:
     def ledger_state(self) -> dict:
         return self._call(self._ledger_state(), 30)
 
+    def begin_validation(self, version: int) -> None:
+        """Hand out the held-out prompts, to nodes that have this version or a newer one."""
+        self._call(self._begin_validation(version), 30)
+
+    def take_validations(self) -> list[Round]:
+        """The rounds that were finished since the last call."""
+        return self._call(self._take_validations(), 30)
+
     def take_timing(self) -> dict[str, float]:
         """Mean seconds of the rollout nodes' parts since the last call: reloads, and generation of a group."""
         return self._call(self._take_timing(), 30)
@@ -202,7 +215,9 @@ class Hub:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # often 1,024, and every node is a few connections
         if 0 <= soft < 16_384:  # below 0: no limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (16_384 if hard < 0 else min(hard, 16_384), hard))
-        group_bytes = self.run["num_generations"] * (self.run["max_new_tokens"] * 12 + 16)
+        group_bytes = max(self.run["num_generations"], self.validation.num_samples) * (
+            self.run["max_new_tokens"] * 12 + 16
+        )
         app = web.Application(client_max_size=group_bytes + (1 << 20), middlewares=[self._authorize])
         app.add_routes([
             web.post("/lease", self._lease), web.post("/groups", self._groups), web.post("/receipts", self._receipts),
@@ -247,15 +262,17 @@ class Hub:
         while True:
             await asyncio.sleep(1.0)
             now = time.monotonic()
-            self.ledger.expire(now)
+            for books in self.books:
+                books.expire(now)
             for node, seen in self.nodes.items():
                 hung_up = node in self.beats and self.beats[node].is_closing()
                 limit_s = min(self.node_timeout_s, self.hung_up_timeout_s if hung_up else math.inf)
                 silence = Wait("node", limit_s, whom=node, start=seen["last_seen_s"])
-                if silence.over and (held := [x.id for x in self.ledger.leases.values() if x.node == node]):
-                    self.ledger.news.append(silence.message(f"{len(held)} prompts"))
-                    for lease in held:
-                        self.ledger.give_back(lease, "leases_of_lost_nodes", failure=f"contact with {node} was lost")
+                for books in self.books:
+                    if silence.over and (held := books.held_by(node)):
+                        books.news.append(silence.message(f"{len(held)} prompts"))
+                        for lease in held:
+                            books.give_back(lease.id, "leases_of_lost_nodes", f"contact with {node} was lost")
             self.nodes = {n: seen for n, seen in self.nodes.items() if now - seen["last_seen_s"] < 3600}
             self.beats = {n: connection for n, connection in self.beats.items() if n in self.nodes}
             # aiohttp has no limit on how long a client may take over its headers.
@@ -303,27 +320,40 @@ class Hub:
         return {f"timing/rollout/{name}": sum(s) / len(s) for name, s in timing.items() if s}
 
     async def _release(self, node: str) -> None:
-        for lease in [x.id for x in self.ledger.leases.values() if x.node == node]:
-            self.ledger.give_back(lease, "leases_of_lost_nodes", failure=f"{node} ended")
+        for books in self.books:
+            for lease in books.held_by(node):
+                books.give_back(lease.id, "leases_of_lost_nodes", failure=f"{node} ended")
         self.nodes.pop(node, None)
         await self._notify()
 
     async def _take_news(self) -> list[str]:
-        news, self.ledger.news = self.ledger.news, []
+        news = [line for books in self.books for line in books.news]
+        for books in self.books:
+            books.news = []
         return news
 
     async def _ledger_state(self) -> dict:
         return self.ledger.state()
 
+    async def _begin_validation(self, version: int) -> None:
+        self.validation.begin(version)
+        await self._notify()
+
+    async def _take_validations(self) -> list[Round]:
+        finished, self.validation.finished = self.validation.finished, []
+        return finished
+
     async def _status(self) -> dict:
         ledger, now = self.ledger, time.monotonic()
+        vllm = [seen["vllm"] for seen in self.nodes.values() if "vllm" in seen]
         return {
             "version": self.version, "published": self.published, "handed_out": ledger.next_ordinal,
             "taken": ledger.num_taken, "buffered": len(ledger.buffer), "leased": len(ledger.leases),
             "returned": len(ledger.returned), "set_aside": len(ledger.set_aside), "skipped": ledger.num_skipped,
-            "counts": dict(ledger.counts),
-            "in_flight": sum(seen["vllm"].get("running", 0) for seen in self.nodes.values() if "vllm" in seen),
-            "waiting": sum(seen["vllm"].get("waiting", 0) for seen in self.nodes.values() if "vllm" in seen),
+            "counts": dict(ledger.counts), "validation": self.validation.status(),
+            "in_flight": sum(v.get("running", 0) for v in vllm), "waiting": sum(v.get("waiting", 0) for v in vllm),
+            "tokens_per_s": sum(v.get("tokens_per_s", 0) for v in vllm),
+            "idle": sum(v.get("idle", 0) for v in vllm) / len(vllm) if vllm else None,
             "nodes": {n: {**seen, "behind": self.published - seen["version"],
                           "last_seen_s": now - seen["last_seen_s"]} for n, seen in self.nodes.items()},
         }  # fmt: skip
@@ -374,8 +404,14 @@ class Hub:
         def grant():
             # The node's version is read anew each time: a receipt that comes while this request waits may admit it.
             version, now = self.nodes.get(node, {"version": -1})["version"], time.monotonic()
-            granted = (self.ledger.grant(node, version, now) for _ in range(wanted))
-            return [] if self.over else [lease for lease in granted if lease] or None
+            granted: list[Lease] = []
+            while len(granted) < wanted and not self.over:
+                lease = self.books[0].grant(node, version, now) or self.books[1].grant(node, version, now)
+                if lease is None:
+                    break
+                granted.append(lease)
+                self.books.reverse()  # validation and training in turn, while both have prompts to hand out
+            return granted or ([] if self.over else None)
 
         leases = await self._wait_for(grant, LONG_POLL_S) or []
         if self.over:
@@ -385,16 +421,22 @@ class Hub:
         return web.json_response({"leases": [self._describe(lease) for lease in leases]})
 
     def _describe(self, lease: Lease) -> dict:
-        example = self.prompts[lease.ordinal]
+        example = self._example(lease)
         return {"lease": lease.id, "deadline_s": self.ledger.lease_timeout_s, "example": example,
-                "prompt_ids": self.encode(example)}  # fmt: skip
+                "prompt_ids": self.encode(example), "validates": lease.validates}  # fmt: skip
+
+    def _example(self, lease: Lease) -> dict:
+        return (self.prompts if lease.validates is None else self.validation.examples)[lease.ordinal]
+
+    def _books_of(self, lease_id: str) -> tuple[Books, Lease] | tuple[None, None]:
+        return next(((books, books.leases[lease_id]) for books in self.books if lease_id in books.leases), (None, None))
 
     async def _return(self, request: web.Request) -> web.Response:
         body = await self._json(request, node=str, lease=str, why=str)
-        lease = self.ledger.leases.get(body["lease"])
+        books, lease = self._books_of(body["lease"])
         if lease is None or lease.node != body["node"]:
             raise Refused(409, f"lease {body['lease'][:50]!r} is not held by {body['node'][:50]!r}")
-        self.ledger.give_back(lease.id, "leases_returned", failure=f"{body['why'][:300]} ({lease.node})")
+        books.give_back(lease.id, "leases_returned", failure=f"{body['why'][:300]} ({lease.node})")
         await self._notify()
         return web.json_response({"returned": lease.id})
 
@@ -405,29 +447,32 @@ class Hub:
             raise Refused(422, f"node {node[:50]!r} has not sent a receipt of its weights yet")
         if request.transport is not None:
             self.beats[node] = request.transport
-        self.nodes[node]["vllm"] = _numbers(body["vllm"], ("running", "waiting", "kv", "limit", "preemptions"))
+        self.nodes[node]["vllm"] = _numbers(body["vllm"], VITALS)
         for kind, count in _numbers(body.get("failed_rewards", {}), FAILED_REWARDS).items():
             self.ledger.counts[f"reward_{kind}"] += count
-        mine = {x.id: x.granted for x in self.ledger.leases.values() if x.node == node}
-        for lease, granted in mine.items():  # an answer to /lease that never arrived; some may be on their way still
-            if lease not in held and granted < time.monotonic() - 10.0:
-                self.ledger.give_back(lease, "leases_not_held")
+        mine = {lease.id: (books, lease) for books in self.books for lease in books.held_by(node)}
+        for books, lease in mine.values():  # an answer to /lease that never arrived; some may be on their way still
+            if lease.id not in held and lease.granted < time.monotonic() - 10.0:
+                books.give_back(lease.id, "leases_not_held")
         await self._notify()
         return web.json_response({"drop": sorted(held - mine.keys())})
 
     async def _groups(self, request: web.Request) -> web.Response:
         metadata, tensors = parse_group(await self._body(request))
-        lease = self.ledger.leases.get(metadata.get("lease", ""))
+        books, lease = self._books_of(metadata.get("lease", ""))
         if lease is None:
             raise Refused(409, f"unknown lease {metadata.get('lease')!r}: never granted, expired, or already used")
-        check_group(tensors, self.run["num_generations"], self.run["max_new_tokens"], self.vocab_size,
+        # A training sample needs a sibling to be compared with.
+        num_samples = (2, self.run["num_generations"]) if books is self.ledger else (1, self.validation.num_samples)
+        check_group(tensors, num_samples, self.run["max_new_tokens"], self.vocab_size,
                     (lease.version, self.version), len(self.run.get("interrupt_ids", ())))  # fmt: skip
-        prompt_ids = self.encode(self.prompts[lease.ordinal])
-        self.ledger.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))
-        if lease.node in self.nodes:
-            self.nodes[lease.node]["groups"] = self.nodes[lease.node].get("groups", 0) + 1
-        self.gen_s.append(metadata["gen_s"])
-        self.ledger.counts["samples_dropped"] += self.run["num_generations"] - len(tensors["lengths"])
+        prompt_ids = self.encode(self._example(lease))
+        books.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))
+        books.counts["samples_dropped"] += num_samples[1] - len(tensors["lengths"])
+        if books is self.ledger:
+            self.gen_s.append(metadata["gen_s"])
+            if lease.node in self.nodes:
+                self.nodes[lease.node]["groups"] = self.nodes[lease.node].get("groups", 0) + 1
         await self._notify()
         return web.json_response({"accepted": lease.id})
 

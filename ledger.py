@@ -41,9 +41,30 @@ class Lease:
     version: int  # of the weights that the node held when it took the lease: no token of it can be older
     granted: float  # time.monotonic()
     deadline: float
+    validates: int | None = None  # the version whose validation it belongs to; None: it is to be trained on
 
 
-class Ledger:
+class Books:
+    """Leases, and what became of them. Ledger has those of training, validation.Validation the others."""
+
+    def __init__(self, lease_timeout_s: float):
+        self.lease_timeout_s = lease_timeout_s
+        self.leases: dict[str, Lease] = {}
+        self.counts: Counter[str] = Counter()  # of everything that did not go straight through
+        self.news: list[str] = []  # what the log should say, until the trainer takes it
+
+    def held_by(self, node: str) -> list[Lease]:
+        return [lease for lease in self.leases.values() if lease.node == node]
+
+    def expire(self, now: float) -> None:
+        for lease in [lease for lease in self.leases.values() if lease.deadline <= now]:
+            late = Wait("lease", self.lease_timeout_s, who=f"hub (prompt {lease.id.rpartition('-')[0]})", whom=lease.node,
+                        start=lease.granted).message()  # fmt: skip
+            self.news.append(late)
+            self.give_back(lease.id, "leases_expired", failure=f"no answer from {lease.node}")
+
+
+class Ledger(Books):
     """Who has which prompt. Every ordinal handed out is leased, buffered, returned (to be leased again), taken for
     training, set aside after failing max_failures times, or skipped; it is taken once. `frontier` is the lowest ordinal
     that is not done with, `beyond` what was taken or skipped past it: together they are all that a checkpoint needs.
@@ -60,12 +81,11 @@ class Ledger:
 
     def __init__(self, prompts_per_step: int, max_age: int, num_steps: int, lease_timeout_s: float,
                  max_failures: int = 5, prompts=None, pass_rate: float | None = None):  # fmt: skip
+        super().__init__(lease_timeout_s)
         self.prompts_per_step, self.max_age, self.num_steps = prompts_per_step, max_age, num_steps
-        self.lease_timeout_s, self.max_failures = lease_timeout_s, max_failures
-        self.prompts, self.pass_rate = prompts, pass_rate
+        self.max_failures, self.prompts, self.pass_rate = max_failures, prompts, pass_rate
         self.solved: set[int] = set()  # rows of the data set
         self.num_skipped = 0
-        self.leases: dict[str, Lease] = {}
         self.buffer: list[Group] = []
         self.returned: list[int] = []  # ordinals to be leased again, lowest first
         self.num_taken = self.next_ordinal = self.frontier = 0
@@ -74,8 +94,6 @@ class Ledger:
         self.set_aside_in_a_row = 0  # with no group between them: then it is not the prompts
         self.failures: dict[int, list[str]] = {}
         self.attempts: Counter[int] = Counter()
-        self.counts: Counter[str] = Counter()  # of everything that did not go straight through
-        self.news: list[str] = []  # what the log should say, until the trainer takes it
 
     def grant(self, node: str, node_version: int, now: float) -> Lease | None:
         outstanding = self.num_taken + len(self.buffer) + len(self.leases)
@@ -121,13 +139,6 @@ class Ledger:
         self.news.append(f"prompt {lease.ordinal} failed {self.max_failures} times and is set aside: "
                          f"{self.set_aside[lease.ordinal]}")  # fmt: skip
         self._advance(lease.ordinal)
-
-    def expire(self, now: float) -> None:
-        for lease in [lease for lease in self.leases.values() if lease.deadline <= now]:
-            late = Wait("lease", self.lease_timeout_s, who=f"hub (prompt {lease.ordinal})", whom=lease.node,
-                        start=lease.granted).message()  # fmt: skip
-            self.news.append(late)
-            self.give_back(lease.id, "leases_expired", failure=f"no answer from {lease.node}")
 
     def accept(self, lease_id: str, group: Group) -> None:
         del self.leases[lease_id]

@@ -16,8 +16,10 @@ import torch
 from tqdm import tqdm
 
 import watch
+from checkpoint import best_step
 from ledger import NOT_SAMPLED, Group
 from metrics import ratio_quantile
+from validation import Round, Validation, samples, score
 
 
 # ---- console -------------------------------------------------------------------------------------------------
@@ -124,11 +126,53 @@ def log_step(record: dict, run_dir: Path) -> None:
         f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})")  # fmt: skip
 
 
-def sum_up(run_dir: Path) -> None:
+def log_samples(groups: list[Group], step: int, decode: Callable[[list[int]], str], run_dir: Path) -> None:
+    """Of the step's first two prompts the samples with the highest and the lowest reward, to samples.jsonl."""
+    with open(run_dir / "samples.jsonl", "a") as f:
+        for group in groups[:2]:
+            completions = group.token_ids.split(group.lengths.tolist())
+            for i in dict.fromkeys((int(group.rewards.argmax()), int(group.rewards.argmin()))):
+                sample = {
+                    "step": step, "ordinal": group.ordinal, "prompt": decode(group.prompt_ids),
+                    "completion": decode(completions[i].tolist()), "reward": group.rewards[i].item(),
+                    "truncated": bool(group.truncated[i]),
+                }  # fmt: skip
+                f.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+
+def log_validations(hub, decode: Callable[[list[int]], str], run_dir: Path) -> dict[int, float]:
+    """The scores of the validations that were finished since the last call."""
+    return {done.version: log_validation(done, hub.validation, decode, run_dir) for done in hub.take_validations()}
+
+
+def log_validation(done: Round, validation: Validation, decode: Callable[[list[int]], str], run_dir: Path) -> float:
+    """A finished round: its samples to validation/vN.jsonl, its record to validation.jsonl and a line to the console.
+    Returns avg@k."""
+    path = run_dir / "validation" / f"v{done.version}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    lines = [json.dumps(s, ensure_ascii=False) for s in samples(done, validation.examples, decode)]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    record, k = score(done, validation.num_samples), validation.num_samples
+    with open(run_dir / "validation.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
+    (first, last), r = record["versions"], lambda name: record[f"validation/{name}"]
+    wrong = [f"{r(name)} {name.replace('_', ' ')}" for name in
+             ("prompts_failed", "samples_dropped", "leases_repeated") if r(name)]  # fmt: skip
+    say(
+        f"validation of v{done.version}: avg@{k} {r(f'avg@{k}'):.3f}, pass@{k} {r(f'pass@{k}'):.3f} on "
+        f"{r('prompts')} prompts, tokens of v{first}..v{last}, {done.seconds:.1f} s{''.join(f', {w}' for w in wrong)}"
+    )
+    return r(f"avg@{k}")
+
+
+def sum_up(run_dir: Path, scores: dict[int, float]) -> None:
     """The picture and the last lines."""
     records = watch.read_metrics(run_dir)
     first, last = ([r["train/reward"] for r in part] for part in (records[:5], records[-5:]))
     say(f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
         f"of the last {len(last)} {sum(last) / len(last):.3f}")  # fmt: skip
+    steps = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-??????")]
+    if (best := best_step({str(v): s for v, s in scores.items()}, steps)) is not None:
+        say(f"best checkpoint: {run_dir / 'checkpoints' / f'step-{best:06d}'} (score {scores[best]:.3f})")
     say(f"weights: {run_dir / 'weights' / f'v{len(records)}'} (opens in transformers and vLLM as it is)")
     say(f"curves: {watch.plot(run_dir)}")

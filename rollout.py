@@ -182,6 +182,7 @@ class Node:
         self.limit, self.in_vllm, self.vitals = min(32, cfg.max_groups), 0, {}
         # aiohttp keeps as many connections as were ever needed at once: few of each node are enough for the hub.
         self.pushing = asyncio.Semaphore(4)
+        self.idle_s, self.idle_from = 0.0, time.monotonic()  # how long vLLM had nothing to do
 
     async def ask(self, method: str, route: str, **kwargs) -> bytes:
         return await ask(self.hub, method, route, self.cfg.hub_timeout_s, **kwargs)
@@ -204,7 +205,7 @@ class Node:
             self.workers = RewardWorkers(run["reward"], self.cfg.reward_workers, self.cfg.reward_timeout_s)
         self.run = self.vllm.run = run
         self.hub.headers["X-Run"] = run["id"]
-        self.version, self.loading = -1, False
+        self.version, self.loading, self.held = -1, False, {}  # an answer that met the change would raise it for ever
         self.ready.clear()
         self.joined.clear()
 
@@ -326,13 +327,26 @@ class Node:
                 stall, last, self.vitals = Wait("vllm progress", self.cfg.stall_timeout_s), None, {}
                 self.ready.set()
 
+    def in_flight(self, change: int) -> None:
+        """A request goes to vLLM or comes back. While there is none, vLLM has nothing to do."""
+        now = time.monotonic()
+        self.idle_s += 0.0 if self.in_vllm else now - self.idle_from
+        self.in_vllm, self.idle_from = self.in_vllm + change, now
+
     async def beat(self) -> None:
         """A sign of life, with what this node holds: the hub leases the rest again, and says what is void here."""
+        last, last_idle_s, tokens = time.monotonic(), self.idle_s, 0.0
         while True:
             await self.joined.wait()
+            self.in_flight(0)
+            now, made = time.monotonic(), self.vitals.get("tokens", 0.0)
+            passed = max(1e-3, now - last)
+            load = {"idle": (self.idle_s - last_idle_s) / passed, "tokens_per_s": max(0.0, made - tokens) / passed}
+            last, last_idle_s, tokens = now, self.idle_s, made
             vllm = {
                 **{n: self.vitals.get(n, 0) for n in ("running", "waiting", "kv", "preemptions")},
                 "limit": self.limit,
+                **load,
             }
             body = {
                 "node": self.name,
@@ -350,25 +364,28 @@ class Node:
         """One prompt, from lease to push, or back to the hub after max_tries. A vLLM that dies under it is waited
         for, and counts as a try: it may be this prompt that kills it."""
         name, why = lease["lease"], ""
+        # A sample that is trained on needs a sibling to be compared with.
+        kind, fewest = ("sampling", 2) if lease["validates"] is None else ("val_sampling", 1)
+        sampling = self.run[kind]
         for attempt in range(self.cfg.max_tries):
             if attempt:
                 log(f"lease {name}: {why}; trying again")
                 await asyncio.sleep(backoff_s(attempt))
             await self.ready.wait()
             start = time.perf_counter()
-            self.in_vllm += 1
+            self.in_flight(+1)
             try:
-                choices = await self.generate(lease["prompt_ids"])
+                choices = await self.generate(lease["prompt_ids"], sampling)
             except (aiohttp.ClientError, TimeoutError, RuntimeError) as e:
                 why = f"generation failed: {e!r}"[:300]
                 continue
             finally:
-                self.in_vllm -= 1
+                self.in_flight(-1)
             gen_s = time.perf_counter() - start
             choices, rewards, why = await self.score(choices, lease["example"])
             if why:
                 log(f"lease {name}: {why}")
-            if len(choices) < 2:  # a sample needs a sibling to be compared with
+            if len(choices) < fewest:
                 continue
             try:
                 async with self.pushing:
@@ -381,16 +398,16 @@ class Node:
                 why = str(e)
         await self.give_back(name, f"{self.cfg.max_tries} tries, the last: {why}", self.cfg.hub_timeout_s)
 
-    async def generate(self, prompt_ids: list[int]) -> list[dict]:
+    async def generate(self, prompt_ids: list[int], sampling: dict) -> list[dict]:
         """All samples of a prompt in one request. With --interrupt-at-tokens those that are not done by then go on in
         a request each, after the text that ends their thinking, unless they have ended it themselves (ScaleRL)."""
-        sampling, inserted = self.run["sampling"], self.run.get("interrupt_ids", [])
+        inserted = self.run.get("interrupt_ids", [])
         most = min(self.run["max_new_tokens"], self.run["max_model_len"] - len(prompt_ids))
         first = self.run.get("interrupt_at", 0)
         if not 0 < first < most - len(inserted):
             first = most
         choices = await self.vllm.generate(prompt_ids, {**sampling, "max_tokens": first}, self.version)
-        choices = choices[: self.run["num_generations"]]
+        choices = choices[: sampling["n"]]
 
         async def go_on(choice: dict) -> dict:
             if choice["finish_reason"] != "length" or damage(choice, first):

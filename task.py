@@ -267,6 +267,16 @@ def task_examples(task: str, count: int, seed: int) -> list[dict]:
     return [TASKS[task][0](rng) for _ in range(count)]
 
 
+def held_out_examples(task: str, count: int, seed: int, trained: list[dict]) -> list[dict]:
+    """Examples of the task that are not among those trained on."""
+    rng, seen, found = random.Random(f"{task}/{seed}/held out"), {e["prompt"] for e in trained}, []
+    while len(found) < count:
+        if (example := TASKS[task][0](rng))["prompt"] not in seen:
+            seen.add(example["prompt"])
+            found.append(example)
+    return found
+
+
 def write_char_tokenizer(path: Path, alphabet: str) -> dict[str, int]:
     """tokenizer.json and tokenizer_config.json of one token per character, after <pad> = 0 and <eos> = 1."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers

@@ -26,6 +26,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 import dry_run
 import loss
+import report
 import task
 from batch import MicroBatch, left_out, pack_batch, unpack_batch
 from checkpoint import Checkpointer, CheckpointError, begin, checkpoints_to_try, load_state_tensors, share_model
@@ -47,6 +49,7 @@ from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks, make_mesh, reduce_metrics
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
 from rewards import load_reward, reward_digest
+from validation import Validation, read_scores
 from waits import Signals, Wait, agree, stop_word
 from weights import Publisher, load_hf
 from workers import LocalRollout
@@ -101,6 +104,13 @@ class Config:
     max_prompt_failures: int = 5  # a prompt that fails this often, on whatever node, is set aside and named
     batch_timeout_s: float = 1800.0  # longest wait for a batch before the run stops, its state saved
     collective_timeout_s: float = 600.0  # longest wait of a rank for another in a collective
+    # validation: held-out prompts, answered beside the training ones
+    val_every_steps: int = 40  # and at the start and the end; 0: never. It needs --val-data or a built-in task
+    val_data: str = ""  # as --data; "": 64 examples of the built-in task that are not trained on
+    val_data_split: str = "train"  # of it; test[:500] is one too
+    val_samples: int = 4  # of each prompt: the k of avg@k and pass@k
+    val_temperature: float = 1.0  # of sampling; 0: greedy, with one sample
+    val_timeout_s: float = 600.0  # longest wait for the last one at the end of the run
     # loss
     use_cispo: bool = True  # CISPO; --no-use-cispo is the PPO/GRPO clipped loss
     ratio_clip_min: float | None = None  # ratio is clamped from 1 - this; unset: 1.0 with CISPO, else 0.2
@@ -157,7 +167,7 @@ class Config:
     full_version_every: int = 16  # versions; those between are written as what changed, where that is less
     keep_versions: int = 4  # published versions kept on disk, at least; more where the last whole one is older
     checkpoint_every_steps: int = 20  # 0: only when the run is asked to stop
-    keep_checkpoints: int = 2  # the last ones; the one with the best reward is kept besides
+    keep_checkpoints: int = 2  # the last ones; besides, the one with the best validation, or without it reward
     resume: str = "off"  # auto: from the last whole checkpoint of runs/NAME, if there is one; or a checkpoint directory
     cpu_threads: int = 0  # of each trainer process on a CPU; 0: half of the cores in all, vLLM has the other half
 
@@ -190,6 +200,11 @@ class Config:
         resolved = {**dataclasses.asdict(self.algorithm), "max_input_seq_length": self.max_prompt_tokens}
         return json.dumps({**dataclasses.asdict(self), **resolved}, indent=1)
 
+    def validates(self, version: int) -> bool:
+        """Whether a validation begins under this version, the one that the run starts with aside."""
+        every = self.val_every_steps if self.val_data or not self.data else 0
+        return bool(every) and (version % every == 0 or version == self.max_num_steps)
+
     def warnings(self) -> list[str]:
         """What is allowed, and hardly meant."""
         alg, found = self.algorithm, []
@@ -199,6 +214,8 @@ class Config:
         if alg.use_cispo and (alg.ratio_clip_min, alg.ratio_clip_max) == (0.2, 0.2):
             found.append("CISPO with PPO's bounds 0.2/0.2 weighs no token below 0.8 or above 1.2; "
                          "its own are --ratio-clip-min 1 --ratio-clip-max 5")  # fmt: skip
+        if self.val_every_steps and self.data and not self.val_data:
+            found.append("--data without --val-data: there is no validation; the reward names the best checkpoint")
         return found
 
     def validate(self) -> None:
@@ -274,6 +291,11 @@ class Config:
                  self.full_version_every, self.keep_checkpoints, self.max_prompt_failures) < 1,
              "--max-num-steps, --num-prompts-per-step, --train-global-batch-size, --max-new-tokens, "
              "--keep-versions, --full-version-every, --keep-checkpoints and --max-prompt-failures must be at least 1"),
+            (min(self.val_every_steps, self.val_temperature) < 0 or self.val_samples < 1,
+             f"--val-every-steps {self.val_every_steps}, --val-temperature {self.val_temperature} and --val-samples "
+             f"{self.val_samples}: must be at least 0, 0 and 1"),
+            (self.val_temperature == 0 and self.val_samples > 1,
+             f"--val-samples {self.val_samples}: --val-temperature 0 is greedy, all samples would be the same; use 1"),
             (self.resume not in ("auto", "off") and not Path(self.resume).is_dir(),
              f"--resume {self.resume!r}: auto, off, or a checkpoint directory"),
             (self.logprob_chunk_size < 0, f"--logprob-chunk-size {self.logprob_chunk_size}: must be at least 0"),
@@ -417,21 +439,41 @@ def load_examples(cfg: Config) -> task.Examples:
     return task.Examples(task.task_examples(cfg.task, 20_000, cfg.seed))
 
 
-def load_prompts(cfg: Config, checkpoint: Path, examples: task.Examples) -> tuple[task.Prompts, task.Codec]:
-    """The run's prompts and their tokenizer. Raises: ValueError when none is short enough to be answered."""
+def load_held_out(cfg: Config, examples: task.Examples) -> task.Examples | None:
+    """The data set of validation. Raises: ValueError for one that cannot be read."""
+    if not cfg.validates(0):
+        return None
+    if not cfg.val_data:
+        return task.Examples(task.held_out_examples(cfg.task, 64, cfg.seed, examples))
+    try:
+        return task.read_data(cfg.val_data, cfg.val_data_split, cfg.prompt_column, cfg.answer_column)
+    except ValueError as e:
+        raise ValueError(str(e).replace("--data", "--val-data")) from None
+
+
+def load_prompts(cfg: Config, checkpoint: Path, examples: task.Examples, held_out: task.Examples | None = None):
+    """The run's prompts, their tokenizer, and the list of held-out examples. Raises: ValueError when none of a data
+    set is short enough to be answered."""
     codec = task.Codec(checkpoint, task.text_of(cfg.system_prompt), task.text_of(cfg.prompt_template),
                        cfg.chat_template)  # fmt: skip
     interruption(cfg, codec)  # raises what it raises before there is a run
-    skip = examples.too_long(codec, cfg.max_prompt_tokens)
     limit = f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens {cfg.max_new_tokens}"
     if cfg.max_input_seq_length is not None:
         limit = f"--max-input-seq-length {cfg.max_input_seq_length}"
     limit = f"more than {cfg.max_prompt_tokens} tokens, {limit}"
-    if len(skip) == len(examples):
-        raise ValueError(f"no prompt can be used: all {len(skip)} have {limit}")
-    if skip:
-        say(f"{len(skip)} of {len(examples)} prompts are left out: they have {limit}")
-    return task.Prompts(examples, cfg.seed, skip), codec
+
+    def too_long(rows: task.Examples, what: str) -> set[int]:
+        skip = rows.too_long(codec, cfg.max_prompt_tokens)
+        if len(skip) == len(rows):
+            raise ValueError(f"no {what} can be used: all {len(skip)} have {limit}")
+        if skip:
+            say(f"{len(skip)} of {len(rows)} {what}s are left out: they have {limit}")
+        return skip
+
+    skip = too_long(examples, "prompt")
+    left_out = too_long(held_out, "held-out prompt") if held_out else set()
+    val_examples = [held_out[i] for i in range(len(held_out)) if i not in left_out] if held_out else []
+    return task.Prompts(examples, cfg.seed, skip), codec, val_examples
 
 
 def interruption(cfg: Config, codec: task.Codec) -> dict:
@@ -555,10 +597,25 @@ def wait_for_batch(hub: Hub, version: int, cfg: Config, rollout: LocalRollout | 
     return None, stop
 
 
-def about(cfg: Config, hub: Hub, rewards: list[float]) -> dict:
-    """Rank 0's part of a checkpoint; the mean reward since the one before decides which is best."""
-    reward = sum(rewards) / len(rewards) if rewards else None
-    return {"ledger": hub.ledger_state(), "config": dataclasses.asdict(cfg), "reward": reward}
+def wait_for_validation(hub: Hub, cfg: Config, rollout: LocalRollout | None) -> None:
+    """At the end of the run: until the last held-out prompt is answered, or it takes too long."""
+    wait, why = Wait("validation", cfg.val_timeout_s), ""
+    try:
+        while (status := hub.status())["validation"]["rounds"] and not (why := Signals.stop):
+            wait.check(json.dumps(status["validation"]))
+            if rollout is not None:
+                rollout.keep(status["taken"] + status["validation"]["answered"], say)
+            time.sleep(0.1)  # polling another thread
+    except RuntimeError as e:  # the training is done and saved: it is not lost for want of a score
+        why = str(e)
+    if why:
+        say(f"the last validation is not finished: {why}")
+
+
+def about(cfg: Config, hub: Hub, scores: dict[int, float]) -> dict:
+    """Rank 0's part of a checkpoint. The scores, of validation or else of training, say which checkpoint is best."""
+    unscored = [r["version"] for r in hub.status()["validation"]["rounds"]]
+    return {"ledger": hub.ledger_state(), "config": dataclasses.asdict(cfg), "scores": scores, "unscored": unscored}
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -568,8 +625,9 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.lr * (0.1 + 0.9 * done)
 
 
-def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, device) -> Hub:
+def start_hub(cfg: Config, checkpoint: Path, data, vocab_size: int, device) -> Hub:
     """The hub with the run's prompts."""
+    prompts, codec, held_out = data
     dtype = str(resolve_dtype(cfg.publish_dtype, device)).removeprefix("torch.")
     run = {
         "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
@@ -582,17 +640,19 @@ def start_hub(cfg: Config, checkpoint: Path, prompts, codec, vocab_size: int, de
             "stop_token_ids": task.eos_token_ids(checkpoint),
         },
     }  # fmt: skip
+    run["val_sampling"] = {**run["sampling"], "n": cfg.val_samples, "temperature": cfg.val_temperature}
     ledger = Ledger(cfg.num_prompts_per_step, cfg.max_trajectory_age_steps, cfg.max_num_steps, cfg.lease_timeout_s,
                     cfg.max_prompt_failures, prompts, cfg.no_resampling_pass_rate)  # fmt: skip
     token = os.environ.get("CISPO_TOKEN") or secrets.token_urlsafe(32)
-    hub = Hub(ledger, prompts, codec.encode, cfg.run_dir / "weights", vocab_size, token, run)
+    validation = Validation(held_out, cfg.val_samples, cfg.lease_timeout_s, cfg.max_prompt_failures)
+    hub = Hub(ledger, prompts, codec.encode, cfg.run_dir / "weights", vocab_size, token, run, validation)
     hub.start(cfg.hub_host, cfg.hub_port)
     return hub
 
 
-def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: task.Codec | None,
+def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, list[dict]] | None,
           checkpoints: list[Path] | None = None) -> None:  # fmt: skip
-    """The run. Rank 0 alone has prompts, codec and the checkpoints that it may go on from."""
+    """The run. Rank 0 alone has data (`load_prompts`) and the checkpoints that it may go on from."""
     # ---- processes and seeds
     join_ranks(cfg.collective_timeout_s)  # the wait for a batch is not one of them: see waits.agree
     share_model(checkpoint, handed_out=not cfg.model)
@@ -621,10 +681,16 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
     # ---- hub and rollout
     hub = rollout = None
     if rank == 0:
-        hub = start_hub(cfg, checkpoint, prompts, codec, model_cfg.vocab_size, mesh.device)
+        hub = start_hub(cfg, checkpoint, data, model_cfg.vocab_size, mesh.device)
+        _, codec, _ = data
+        validating = cfg.validates(0)
+        scores = read_scores(cfg.run_dir, cfg.val_samples) if validating else {}
         if resume:
             hub.ledger.restore(saved["ledger"])  # before there are weights to lease a prompt for
+            scores = scores if validating else {int(at): score for at, score in saved["scores"].items()}
             say(f"going on from {resume}: step {start}, {saved['ledger']['taken']} prompts trained")
+        if validating and start not in scores:
+            hub.begin_validation(start)
         if cfg.local_rollout:
             rollout = LocalRollout(hub, cfg.run_dir / "rollout", cfg.rollout_args, cfg.run_dir / "rollout.log")
         num_parameters = sum(shape.numel() for shape in model.checkpoint_shapes().values())
@@ -679,6 +745,8 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
             # 5 publish: copies the weights; writing, fetching and loading go on while the next step runs
             clock.begin("publish_copy")
             publisher.publish(step + 1, last=step + 1 == cfg.max_num_steps)
+            if rank == 0 and cfg.validates(step + 1):
+                hub.begin_validation(step + 1)
 
             # 6 log and checkpoint
             if rank == 0:
@@ -692,20 +760,26 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
                     **publisher.stats, **hub.take_timing(), "hub": hub.status(),
                 }  # fmt: skip
                 log_step(record, cfg.run_dir)
+                report.log_samples(groups, step, codec.decode, cfg.run_dir)
                 rewards.append(record["train/reward"])
+                scores |= report.log_validations(hub, codec.decode, cfg.run_dir)
             every = cfg.checkpoint_every_steps
-            if every and ((step + 1) % every == 0 or step + 1 == cfg.max_num_steps):
-                saver.save(step + 1, model, optimizer, about(cfg, hub, rewards) if rank == 0 else None)
-                rewards = []
+            if every and ((step + 1) % every == 0 or cfg.validates(step + 1) or step + 1 == cfg.max_num_steps):
+                if rank == 0 and not validating:  # without validation: the mean reward since the one before
+                    scores[step + 1], rewards = sum(rewards) / len(rewards), []
+                saver.save(step + 1, model, optimizer, about(cfg, hub, scores) if rank == 0 else None)
         if word.startswith("SIGTERM"):
             saver.deadline_s = 20.0  # torchrun, whose signal it may be since another rank has died, kills after 30
         if word != "train" and saver.newest_step != step:  # asked to stop before this step: all before it is whole
-            saver.save(step, model, optimizer, about(cfg, hub, rewards) if rank == 0 else None)
+            saver.save(step, model, optimizer, about(cfg, hub, scores) if rank == 0 else None)
         saver.wait()
         publisher.close()
         if word == "train" and publisher.error:
             word = str(publisher.error)
         if rank == 0:
+            if word == "train":
+                wait_for_validation(hub, cfg, rollout)
+            scores |= report.log_validations(hub, codec.decode, cfg.run_dir)
             if word != "train":
                 say(f"stopped at step {step}, its state is in {saver.root}: {word}")
         if not word.startswith(("train", "SIGTERM")):
@@ -717,7 +791,7 @@ def train(cfg: Config, checkpoint: Path, prompts: task.Prompts | None, codec: ta
         if hub is not None:
             hub.close(patience_s=0.0 if cfg.local_rollout else 5.0)
     if rank == 0 and word == "train":
-        sum_up(cfg.run_dir)
+        sum_up(cfg.run_dir, scores)
     torch.distributed.destroy_process_group()
 
 
@@ -734,12 +808,13 @@ def main() -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local_ranks)))
         examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
+        held_out = load_held_out(cfg, examples) if rank == 0 else None
         checkpoint = resolve_model(cfg, rank)
         if rank == 0 or cfg.model:  # the tiny one is rank 0's until the ranks have met
             model_cfg, world_size = ModelConfig.from_dir(checkpoint), int(os.environ.get("WORLD_SIZE", 1))
             dry_run.check_layout(model_cfg, world_size, cfg.tp, cfg.ep)
             dry_run.check_memory(model_cfg, cfg, world_size)
-        prompts, codec = load_prompts(cfg, checkpoint, examples) if rank == 0 else (None, None)
+        data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
         checkpoints = checkpoints_to_try(cfg) if rank == 0 else []
     except (ValueError, CheckpointError) as e:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each node: it may be about this one's disk
@@ -750,7 +825,7 @@ def main() -> None:
         print(cfg.text)
         for warning in cfg.warnings():
             say(f"warning: {warning}")
-    train(cfg, checkpoint, prompts, codec, checkpoints)
+    train(cfg, checkpoint, data, checkpoints)
 
 
 if __name__ == "__main__":

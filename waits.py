@@ -20,6 +20,7 @@ WAITS = {  # name: who waits, for whom, and what happens when the deadline passe
     "rollout end": ("trainer rank 0", "its rollout process to end", "it is killed"),
     "publish": ("a trainer rank", "its publisher to be done with a version", "the run stops with its state saved"),
     "version": ("trainer rank 0's publisher", "every rank's share", "the run stops with its state saved"),
+    "validation": ("trainer rank 0", "answers to the last validation", "the run ends without its score"),
     "checkpoint": ("trainer rank 0", "every rank's part of a checkpoint", "the run stops; the one before it is whole"),
     "lease": ("hub", "a node's answer to a prompt", "the prompt is handed out again"),
     "node": ("hub", "a sign of life from a node", "its prompts are handed out again"),

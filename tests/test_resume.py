@@ -78,7 +78,7 @@ def same(a, b):
 def plain_loop(tiny_checkpoint, tmp_path, steps):
     """Generate, score, train, one after the other in one process: no hub, no node, no buffer. Returns the tensors."""
     cfg = dataclasses.replace(Config(), model=str(tiny_checkpoint), max_num_steps=steps, **SMALL)
-    prompts, codec = load_prompts(cfg, tiny_checkpoint, load_examples(cfg))
+    prompts, codec, _ = load_prompts(cfg, tiny_checkpoint, load_examples(cfg))
     model = build_model(cfg, ModelConfig.from_dir(tiny_checkpoint), Mesh(), tiny_checkpoint)
     optimizer = ShardedAdamW(
         model, cfg.max_grad_norm, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps,
@@ -246,10 +246,11 @@ def saved(tmp_path):
     """Checkpoints of steps 2, 4, 6, 8 of a small model, two kept; the best reward was at step 4."""
     parallel.join_ranks(60)
     model, optimizer = small()
-    saver = checkpoint.Checkpointer(tmp_path, 0, 1, keep=2)
+    saver, scores = checkpoint.Checkpointer(tmp_path, 0, 1, keep=2), {}
     for step in (2, 4, 6, 8):
         one_update(model, optimizer)
-        saver.save(step, model, optimizer, {"ledger": {}, "reward": 0.9 if step == 4 else 0.5})
+        scores[step] = 0.9 if step == 4 else 0.5
+        saver.save(step, model, optimizer, {"ledger": {}, "scores": scores, "unscored": []})
     saver.wait()
     yield tmp_path, model, optimizer
     torch.distributed.destroy_process_group()

@@ -68,8 +68,8 @@ def hub(tmp_path, tiny_checkpoint):
     for version in range(3):
         tensors = [(name, t + version) for name, t in model.hf_tensors()]
         write_version(weights_dir, version, tensors, tiny_checkpoint)
-    run = {"num_generations": SAMPLES, "max_new_tokens": 8, "sampling": {"max_tokens": 8}, "max_model_len": 64,
-           "reward": "exact", "reward_digest": ""}  # fmt: skip
+    run = {"num_generations": SAMPLES, "max_new_tokens": 8, "sampling": {"n": SAMPLES, "max_tokens": 8},
+           "max_model_len": 64, "reward": "exact", "reward_digest": ""}  # fmt: skip
     prompts = [{"prompt": "abcde>", "answer": "edcba"}] * 10
     hub = Hub(Ledger(1, 1, 4, 60.0), prompts, Codec(tiny_checkpoint).encode, weights_dir, 32, "t", run)
     hub.start("127.0.0.1", 0)

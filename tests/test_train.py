@@ -19,6 +19,7 @@ from batch import pack_batch, unpack_batch
 from ledger import Group
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
+from task import Codec
 from train_cispo import Config, learning_rate, load_examples, load_prompts, main, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
@@ -329,7 +330,10 @@ class Standby:
 
     url, stats, error = "nowhere", {}, None
     publish = close = lambda *args, **kwargs: None
-    take_timing = status = ledger_state = lambda self: {}
+    take_timing = ledger_state = lambda self: {}
+    take_validations = lambda self: []
+    begin_validation = lambda self, version: None
+    status = lambda self: {"validation": {"rounds": []}}
 
 
 @pytest.mark.parametrize("flags", [
@@ -358,11 +362,11 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     for name, stand_in in {
         "start_hub": lambda *args: Standby(), "Publisher": lambda *args, **kwargs: Standby(),
         "wait_for_batch": lambda *args: (groups, "train"),
-        "sum_up": lambda run_dir: None,
+        "sum_up": lambda run_dir, scores: None,
         "micro_batch_logprobs": counted, "train_update": updated,
     }.items():  # fmt: skip
         monkeypatch.setattr(train_cispo, name, stand_in)
-    train_cispo.train(cfg, tiny_checkpoint, prompts=None, codec=None)  # they are for the hub
+    train_cispo.train(cfg, tiny_checkpoint, (None, Codec(tiny_checkpoint), []))
     records = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3 and all(math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in records)
     assert [r["train/tokens_age_0"] > 0 for r in records] == [True, False, False]

@@ -1,0 +1,134 @@
+"""Validation: prompts that are never trained on, answered by the rollout nodes beside the training prompts.
+
+A round begins under a version of the weights and hands out every held-out prompt once, to nodes that hold this version
+or a newer one; how far the versions of its tokens reach is in its record. It has books of its own, so the ledger's
+account, each prompt trained once, does not know of it. While both have prompts the hub grants them in turn, and all
+of them from the one that still has some: training never waits for more than its own half of vLLM.
+
+What has no reward in the end (a sample whose reward function failed, a prompt that no node could answer) scores 0 and
+is counted: a score never flatters.
+"""
+
+import json
+import time
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ledger import NOT_SAMPLED, Books, Group, Lease
+
+
+@dataclass
+class Round:
+    version: int  # that it began under
+    todo: list[int]  # prompts to be leased, lowest first
+    start: float
+    groups: dict[int, Group] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)  # prompts that no node could answer, and why
+    repeated: int = 0  # leases that ended without an answer
+    seconds: float = 0.0  # from its beginning to the last answer
+
+
+class Validation(Books):
+    """The rounds that are open, and who has which of their prompts."""
+
+    def __init__(self, examples=(), num_samples: int = 1, lease_timeout_s: float = 600.0, max_failures: int = 5):
+        super().__init__(lease_timeout_s)
+        self.examples, self.num_samples, self.max_failures = examples, num_samples, max_failures
+        self.rounds: dict[int, Round] = {}  # by version, oldest first
+        self.finished: list[Round] = []  # until the trainer takes them
+        self.failures: Counter[tuple[int, int]] = Counter()
+        self.leases_made = self.answered = 0
+
+    def begin(self, version: int) -> None:
+        self.rounds[version] = Round(version, list(range(len(self.examples))), time.monotonic())
+
+    def grant(self, node: str, node_version: int, now: float) -> Lease | None:
+        for found in self.rounds.values():
+            if found.todo and found.version <= node_version:
+                index, self.leases_made = found.todo.pop(0), self.leases_made + 1
+                name = f"v{found.version}-{index}-{self.leases_made}"
+                lease = Lease(name, index, node, node_version, now, now + self.lease_timeout_s, found.version)
+                self.leases[name] = lease
+                return lease
+        return None
+
+    def give_back(self, lease_id: str, count: str, failure: str = "") -> None:
+        """A lease that ends without an answer: its prompt is leased again, or fails for good."""
+        lease = self.leases.pop(lease_id)
+        found, key = self.rounds[lease.validates], (lease.validates, lease.ordinal)
+        self.counts[count] += 1
+        found.repeated += 1
+        self.failures[key] += bool(failure)
+        if self.failures[key] < self.max_failures:
+            insort(found.todo, lease.ordinal)
+            return
+        found.failed[lease.ordinal] = failure
+        self.news.append(f"validation of v{found.version}: prompt {lease.ordinal} failed {self.max_failures} times and "
+                         f"scores 0: {failure}")  # fmt: skip
+        self._settle(found)
+
+    def accept(self, lease_id: str, group: Group) -> None:
+        lease = self.leases.pop(lease_id)
+        found = self.rounds[lease.validates]
+        found.groups[lease.ordinal] = group
+        self.answered += 1
+        self._settle(found)
+
+    def _settle(self, found: Round) -> None:
+        if len(found.groups) + len(found.failed) == len(self.examples):
+            found.seconds = time.monotonic() - found.start
+            self.finished.append(self.rounds.pop(found.version))
+
+    def status(self) -> dict:
+        rounds = [{"version": r.version, "answered": len(r.groups), "of": len(self.examples)}
+                  for r in self.rounds.values()]  # fmt: skip
+        return {"rounds": rounds, "answered": self.answered, "counts": dict(self.counts)}
+
+
+# ---- scores --------------------------------------------------------------------------------------------------
+def score(done: Round, num_samples: int) -> dict:
+    """The record of a finished round. avg@k: mean reward of all k samples of every prompt; pass@k: share of prompts
+    with a reward above 0 among their k."""
+    prompts, groups = len(done.groups) + len(done.failed), list(done.groups.values())
+    rewards = torch.cat([g.rewards for g in groups]).double() if groups else torch.zeros(0)
+    lengths = torch.cat([g.lengths for g in groups]).double() if groups else torch.zeros(0)
+    versions = [int(v) for g in groups for v in (g.oldest_version, g.versions.max())] or [done.version]
+    passed = sum(bool((g.rewards > 0).any()) for g in groups)
+    return {
+        "version": done.version, "versions": [min(versions), max(versions)],
+        f"validation/avg@{num_samples}": rewards.sum().item() / (prompts * num_samples),
+        f"validation/pass@{num_samples}": passed / prompts,
+        "validation/prompts": prompts, "validation/prompts_failed": len(done.failed),
+        "validation/samples_dropped": prompts * num_samples - len(rewards),
+        "validation/leases_repeated": done.repeated,
+        "validation/mean_gen_tokens_per_sample": lengths.mean().item() if groups else None,
+        "validation/truncation_rate": sum(int(g.truncated.sum()) for g in groups) / max(1, len(rewards)),
+        "timing/validation/total_s": done.seconds,
+    }  # fmt: skip
+
+
+def samples(done: Round, examples, decode: Callable[[list[int]], str]) -> list[dict]:
+    """Every sample of a round, readable."""
+    found = []
+    for index, group in sorted(done.groups.items()):
+        spans = zip(group.token_ids.split(group.lengths.tolist()), group.versions.split(group.lengths.tolist()))
+        for (ids, versions), reward, cut in zip(spans, group.rewards.tolist(), group.truncated.tolist()):
+            found.append({
+                "prompt": decode(group.prompt_ids), "completion": decode(ids.tolist()), "reward": reward,
+                "answer": examples[index].get("answer"), "truncated": bool(cut),
+                "versions": [int(v) for v in versions[versions != NOT_SAMPLED].aminmax()],
+            })  # fmt: skip
+    return found
+
+
+def read_scores(run_dir: Path, num_samples: int) -> dict[int, float]:
+    """avg@k by version, of the rounds that are in the run's validation.jsonl."""
+    path = run_dir / "validation.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    name = f"validation/avg@{num_samples}"
+    return {r["version"]: r[name] for r in records if name in r}
