@@ -298,7 +298,8 @@ def save_damage_and_choose(root):
     model, optimizer = small(mesh=mesh)
     saver, said, chosen = checkpoint.Checkpointer(Path("c"), mesh.rank, 2, keep=9), [], []
     for step in (2, 4, 6, 8):
-        saver.save(step, model, optimizer, {"ledger": {}, "reward": 0.5} if mesh.rank == 0 else None)
+        run = {"ledger": {}, "scores": {step: 0.5}, "unscored": []}
+        saver.save(step, model, optimizer, run if mesh.rank == 0 else None)
     saver.wait()
     if mesh.rank == 1:
         damage(Path("c/step-000008/state-00001.safetensors"))
