@@ -58,9 +58,9 @@ class Books:
 
     def expire(self, now: float) -> None:
         for lease in [lease for lease in self.leases.values() if lease.deadline <= now]:
-            late = Wait("lease", self.lease_timeout_s, who=f"hub (prompt {lease.id.rpartition('-')[0]})", whom=lease.node,
-                        start=lease.granted).message()  # fmt: skip
-            self.news.append(late)
+            who = f"hub (prompt {lease.id.rpartition('-')[0]})"
+            late = Wait("lease", self.lease_timeout_s, whom=lease.node, who=who, start=lease.granted)
+            self.news.append(late.message())
             self.give_back(lease.id, "leases_expired", failure=f"no answer from {lease.node}")
 
 
