@@ -15,6 +15,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 import torch
+from published import publish, write_version
 from safetensors.torch import save
 
 import weights
@@ -103,13 +104,13 @@ def hub(tmp_path):
     """A hub with versions 0 and 1 on disk, 0 published; three held-out prompts, two samples each."""
     (tmp_path / "config.json").write_text("{}")
     for version in range(2):
-        weights.write_version(tmp_path / "weights", version, [("w", torch.ones(4))], static=tmp_path)
+        write_version(tmp_path / "weights", version, [("w", torch.ones(4))], static=tmp_path)
     run = {"num_generations": 4, "max_new_tokens": 8}
     held_out = [{"prompt": f"held out {i}"} for i in range(3)]
     hub = Hub(Ledger(2, 1, 10, 600.0), [{"prompt": "trained"}] * 100, lambda e: [2], tmp_path / "weights", 32, "t", run,
               Validation(held_out, num_samples=2))  # fmt: skip
     hub.start("127.0.0.1", 0)
-    hub.set_published(0)
+    publish(hub, 0)
     yield hub
     hub.close(patience_s=0.0)
 
@@ -129,7 +130,7 @@ def test_the_hub_hands_out_validation_and_training_in_turn_once_a_node_has_the_v
             await asyncio.to_thread(hub.begin_validation, 1)
             assert [x["validates"] for x in (await lease())["leases"]] == [None] * 4  # not under version 0
             await asyncio.to_thread(hub.next_batch, 1, 0.01)
-            await asyncio.to_thread(hub.set_published, 1)
+            await asyncio.to_thread(publish, hub, 1)
             await receipt(1)
             leases = (await lease())["leases"]  # admission: 2 more of training under version 1
             assert sorted(x["validates"] or 0 for x in leases) == [0, 0, 1, 1, 1]
