@@ -361,3 +361,26 @@ def test_a_checkpoint_of_another_sequence_of_prompts_is_refused(tmp_path, tiny_c
     command = [sys.executable, str(REPO / "train_cispo.py"), "--model", str(tiny_checkpoint), "--resume", "step-000003"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2 and "was made with seed = 7, this run has 0" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_saved(
+    tmp_path, tiny_checkpoint, fake_vllm_command
+):
+    """ENOSPC of a real file system, which a full version does not fit on; mended, the run goes on where it was."""
+    flags = ["--checkpoint-every-steps", "0", "--resume", "auto", "--full-version-every", "1"]
+    run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags)
+    directory = tmp_path / "runs/tiny/weights"
+    wait_for(tmp_path, run, lambda out: "step    2 " in out)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], check=True)
+    try:
+        finish(run, tmp_path, status=1)
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+    out = (tmp_path / "out").read_text()
+    (stop, why) = re.findall(r"stopped at step (\d+), its state is in runs/tiny/checkpoints: (.*)", out)[0]
+    assert re.match(r"publishing v\d+ to runs/tiny/weights failed: .*No space left on device", why)
+    finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags), tmp_path)
+    assert f"going on from runs/tiny/checkpoints/step-{int(stop):06d}" in (tmp_path / "out").read_text()
+    assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
+    assert same(final(tmp_path, 12), plain_loop(tiny_checkpoint, tmp_path / "plain", 12))

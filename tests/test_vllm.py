@@ -7,14 +7,25 @@ import asyncio
 import dataclasses
 import json
 import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from published import write_version
 
+import receive
+import weights
+from hub import Hub
+from ledger import Ledger
 from metrics import mismatch
 from model import ModelConfig, Qwen3MoE
 from rollout import RolloutConfig, damage, pack_group
+from weights import read_tensors
 from workers import VLLM
 
 RUN = {"dtype": "float32", "max_model_len": 512, "seed": 0}
@@ -154,3 +165,77 @@ def test_a_bad_directory_is_an_error_and_not_a_hang(loop, server, tiny_checkpoin
 
 def test_this_vllm_has_every_route_that_is_asked_of_it(loop, server):
     assert loop.run_until_complete(server.probe()).startswith("0.3")
+
+
+NODE = """
+import asyncio, json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from rollout import RolloutConfig
+from workers import VLLM
+
+async def main():
+    vllm = VLLM(RolloutConfig(hub=""), json.loads(sys.argv[2]), Path(sys.argv[3]))
+    await vllm.start(Path(sys.argv[4]))
+    sums = await vllm.checksums()
+    await vllm.post("/pause?mode=keep")
+    await vllm.post("/start_weight_update")
+    print("SUMS", json.dumps(sums), flush=True)
+    await asyncio.Event().wait()  # killed here, between pause and resume
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_60_updates_end_bit_for_bit_where_a_fresh_server_starts_which_dies_with_its_node(
+    loop, server, tiny_checkpoint, tmp_path
+):
+    """After each update the rollout host's files equal the trainer's tensors, digest by digest; at the end all runtime
+    tensors of vLLM equal those of a server that is started on that directory. That one is paused for an update when its
+    node is killed by -9, and may not stay behind."""
+    hub = Hub(Ledger(1, 1, 1, 60.0), [], None, tmp_path / "hub", 32, "t", {"num_generations": 2, "max_new_tokens": 8})
+    hub.start("127.0.0.1", 0)
+    model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
+    weights.load_hf(model, tiny_checkpoint)
+    rng, directory, timings = torch.Generator().manual_seed(0), None, []
+    publisher = weights.Publisher(model, torch.float32, hub.weights_dir, tiny_checkpoint, full_every=16, keep=2,
+                                  store=torch.distributed.HashStore(), deadline_s=60.0, hub=hub)  # fmt: skip
+    headers = {"Authorization": "Bearer t", "X-Run": hub.run["id"]}
+    for version in range(61):
+        publisher.publish(version)
+        trained = {name: weights.describe(t) for name, t in model.hf_tensors()}
+        with torch.no_grad():
+            for p in model.parameters():  # three per cent of the elements move
+                p.view(-1)[torch.randint(p.numel(), (1 + p.numel() // 33,), generator=rng)] *= 1.003
+        while hub.published < version:
+            assert publisher.error is None, publisher.error
+            time.sleep(0.01)  # polling a thread
+        have, manifest = directory, json.loads(hub.manifest)
+        work = receive.fetch(manifest, tmp_path / "node", have, hub.url, headers)
+        directory, timing = loop.run_until_complete(work)
+        assert {name: weights.describe(t) for name, t in read_tensors(directory)} == trained
+        timings.append(timing | loop.run_until_complete(server.load(directory, version)))
+        if have is not None:
+            shutil.rmtree(have)
+    publisher.close()
+    hub.close(patience_s=0.0)
+    middle = {name: sorted(t[name] for t in timings)[30] for name in timings[0]}
+    print("medians of 61 updates:", {name: round(value, 4) for name, value in middle.items()})
+    assert sum(t["fetch_bytes"] < 300_000 for t in timings) == 60  # of 2 MB: deltas, but for the first
+    assert middle["stopped_s"] <= 0.3
+    sums = loop.run_until_complete(server.checksums())
+
+    repo = str(Path(weights.__file__).parent)
+    command = [sys.executable, "-c", NODE, repo, json.dumps(RUN), str(tmp_path / "fresh.log"), str(directory)]
+    node = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in node.stdout if line.startswith("SUMS"))
+        assert json.loads(line.removeprefix("SUMS")) == sums
+        started = psutil.Process(node.pid).children(recursive=True)
+        assert any("api_server" in " ".join(p.cmdline()) for p in started)
+    finally:
+        node.kill()
+        node.wait()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive, [p.cmdline() for p in alive]

@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
 import torch
+from aiohttp import web
 from published import SHARD, manifest_of, publish, write_version
 from ranks import on_ranks
 from safetensors.torch import load_file
@@ -28,6 +30,7 @@ from hub import Hub
 from ledger import Ledger
 from model import ModelConfig, Qwen3MoE
 from receive import NoRoom, fetch, path_to
+from rollout import Node, RolloutConfig
 from weights import MANIFEST, Publisher, WeightsError, load_hf, read_tensors
 
 FULL, DELTA = f"{SHARD}.safetensors", f"{SHARD}.delta"
@@ -508,6 +511,112 @@ def test_replayed_and_foreign_manifests_are_refused(hub, tmp_path):
     ]:
         with pytest.raises(WeightsError, match=reason):
             check({**manifest, **change}, hub.run["id"], after)
+
+
+def test_a_refused_version_is_written_again_whole_and_taken(tmp_path, tiny_checkpoint, model):
+    """A delta that is damaged on the trainer's disk would keep every node from it until the next whole version."""
+    model = loaded(tiny_checkpoint)
+    hub = Hub(Ledger(1, 1, 1, 60.0), [], None, tmp_path / "hub", 32, "t", {"num_generations": 2, "max_new_tokens": 8})
+    hub.start("127.0.0.1", 0)
+    headers = {"Authorization": "Bearer t", "X-Run": hub.run["id"]}
+    p = publisher(model, hub.weights_dir, tiny_checkpoint, hub, full_every=100)
+
+    def newest(have=None):
+        return asyncio.run(fetch(json.loads(hub.manifest), tmp_path / "node", have, hub.url, headers))[0]
+
+    def until(condition):
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline and p.error is None
+            time.sleep(0.01)  # polling a thread
+
+    try:
+        p.publish(0)
+        until(lambda: hub.published == 0)
+        first = newest()
+        nudge(model, 1)
+        p.publish(1)
+        until(lambda: hub.published == 1)
+        damaged, before = hub.weights_dir / "v1" / DELTA, hub.manifest
+        damaged.write_bytes(flip(damaged.read_bytes()))
+        for have in (first, None):  # neither from what is here nor from the anchor
+            with pytest.raises(WeightsError, match=r"v1/.*digest differs"):
+                newest(have)
+        word = {"node": "n", "version": 0, "digest": "", "timing": {}, "refused": "v1 refused: damaged"}
+        assert asyncio.run(call(hub, "POST", "/receipts", json=word))[0] == 200
+        until(lambda: hub.manifest != before)
+        assert (
+            "n stays on v0: v1 refused: damaged" in hub.take_news() and hub.status()["counts"]["updates_refused"] == 1
+        )
+        assert same(newest(), dict(model.hf_tensors())) and same(hub.weights_dir / "v1", dict(model.hf_tensors()))
+        nudge(model, 2)
+        p.publish(2)  # and on it goes, from what was written again
+        until(lambda: hub.published == 2)
+        assert same(newest(tmp_path / "node/v1"), dict(model.hf_tensors()))
+    finally:
+        p.close()
+        hub.close(patience_s=0.0)
+
+
+async def call(hub, method, route, **kwargs):
+    async with aiohttp.ClientSession(hub.url, headers={"Authorization": "Bearer t"}) as session:
+        async with session.request(method, route, **kwargs) as response:
+            return response.status, await response.read(), response.headers
+
+
+def test_a_manifest_with_one_bit_flipped_or_replayed_is_not_taken(hub, tmp_path, tiny_checkpoint):
+    """On its way from hub to node: what arrives damaged is asked for again; an old answer is refused and reported."""
+    publish(hub, 0)
+    old = asyncio.run(call(hub, "GET", "/weights/latest"))
+    publish(hub, 1)
+    answers = []  # what stands between hub and node sends in the real answer's place, in turn
+
+    async def run():
+        async def forward(request):
+            async with aiohttp.ClientSession(hub.url) as session:
+                wanted = {k: v for k, v in request.headers.items() if k in ("Authorization", "X-Run", "Range")}
+                async with session.request(request.method, request.path_qs, headers=wanted,
+                                           data=await request.read()) as response:  # fmt: skip
+                    body, kept = await response.read(), {"X-Blake3": response.headers.get("X-Blake3", "")}
+            if "latest" in request.path and answers:
+                if (what := answers.pop(0)) == "flip":
+                    body = flip(body, len(body) // 2)
+                elif what == "replay":
+                    body, kept = old[1], {"X-Blake3": old[2]["X-Blake3"]}
+            return web.Response(body=body, status=response.status, headers={k: v for k, v in kept.items() if v})
+
+        app = web.Application(client_max_size=1 << 24)
+        app.router.add_route("*", "/{path:.*}", forward)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with aiohttp.ClientSession(url, headers={"Authorization": "Bearer t", "X-Run": hub.run["id"]}) as session:
+            node = Node(RolloutConfig(url, dir=str(tmp_path / "node")), session)
+            node.run, loads = hub.run, []
+
+            async def update(manifest, digest, checkpoint, timing, start):
+                loads.append((manifest["version"], same(checkpoint, hub.versions[manifest["version"]])))
+                node.version, node.checkpoint = manifest["version"], checkpoint
+
+            node.update, node.cfg.hub = update, url
+            task = asyncio.create_task(node.follow_weights())
+            for version, faults in ((1, ["flip", "flip"]), (2, ["replay", "flip"]), (3, ["replay"])):
+                answers.extend(faults)
+                await asyncio.to_thread(publish, hub, version)
+                async with asyncio.timeout(40):
+                    while node.version < version:
+                        assert not task.done(), task.exception()
+                        await asyncio.sleep(0.02)  # a short poll of the node's own state
+            task.cancel()
+        await runner.cleanup()
+        return loads
+
+    publish(hub, 1)
+    loads = asyncio.run(run())
+    assert loads == [(1, True), (2, True), (3, True)] and not answers
+    assert hub.status()["counts"]["updates_refused"] >= 1
+    assert any("manifest of v0, which is not newer than v" in line for line in hub.take_news())
 
 
 def test_a_directory_that_is_too_small_is_said_before_a_byte_is_fetched_or_when_it_fills(hub, tmp_path, monkeypatch):
