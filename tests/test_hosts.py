@@ -76,6 +76,27 @@ def test_what_cannot_work_is_one_line_before_anything_starts(env, args, why):
     assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_a_trainer_node_that_fails_ends_all_and_other_files_on_a_node_are_warned_of(tmp_path):
+    """On a stand-in for ssh, whose nodes do nothing until their stdin ends, but for h1, which fails."""
+    copy_program(tmp_path / "launcher")
+    (tmp_path / "ssh").write_text("""#!/bin/bash
+read -r line
+case "$1 $line" in h2\\ cd*) echo 1 2; exit ;; *\\ cd*) eval "$line"; exit ;; esac
+[ "$1" != h1 ] || exit 3
+cat >/dev/null
+echo "$1 is let go"
+""")
+    (tmp_path / "ssh").chmod(0o755)
+    env = {**os.environ, "NODES": "h0 h1 h2", "SSH": str(tmp_path / "ssh")}
+    command = ["bash", str(tmp_path / "launcher/launch.sh"), "--preset", "tiny"]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 3 and "trainer node h1 has ended with status 3" in done.stdout
+    assert "[h0] h0 is let go" in done.stdout and "[h2] h2 is let go" in done.stdout
+    assert done.stdout.count("warning") == 1 and "warning: h2 has another version of these files" in done.stdout
+    (log,) = (tmp_path / "launcher").glob("runs/logs/*/h0.log")
+    assert log.read_text().endswith("h0 is let go\n")
+
+
 # ---- disks of their own ------------------------------------------------------------------------------------------
 def _share(directory, name, handed_out):
     os.chdir(Path(directory) / f"disk{os.environ['RANK']}")
