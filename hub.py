@@ -7,7 +7,8 @@
     GET  /weights/latest   ?after=N&node=NAME: the manifest of a version newer than N; waits for one
     GET  /weights/N/FILE   a file of version N, of this node's disk; the manifest names who has the others
     POST /receipts         {"node", "version", "digest", "timing"}: a node says which weights it now samples from, and
-                           with "checksum" what vLLM has made of them, or with "refused" why it takes no newer ones
+                           with "checksum" what vLLM has made of them, or with "refused" why it takes no newer ones,
+                           and with "mine" that the node itself or its link is why
     GET  /status, /run     the ledger and counters; what a rollout node must know of the run
 
 Every request carries `Authorization: Bearer TOKEN`, and a node's `X-Run: ID` too: the id is made at each start of the
@@ -480,7 +481,7 @@ class Hub:
         body = await self._json(request, node=str, version=int, digest=str, timing=dict)
         if isinstance(why := body.get("refused"), str):
             self.fetching.pop(body["node"], None)
-            self.refused = self.published
+            self.refused = self.refused if body.get("mine") else self.published
             self.ledger.counts["updates_refused"] += 1
             self.ledger.news.append(f"{body['node'][:200]} stays on v{body['version']}: {why[:500]}")
             return web.json_response({"newest": self.published})

@@ -47,7 +47,7 @@ PATIENCE_S = 120.0  # a trainer node may send nothing for so long
 
 
 class NoRoom(WeightsError):
-    """The node's directory is too small for the weights."""
+    """The node's directory is too small for the weights, or cannot be written: nothing that the trainer could mend."""
 
 
 # ---- what to pull ----------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def write(fd: int, data, at: int) -> None:
             count = os.pwrite(fd, data, at)
             data, at = data[count:], at + count
     except OSError as e:  # of this machine, and not of the link: no retry
-        raise WeightsError(f"cannot write weights: {e}") from None
+        raise NoRoom(f"cannot write weights: {e}") from None
 
 
 # ---- one update ------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def receive(manifest: dict, root: Path, have: Path | None, source: Source) -> tu
         shutil.rmtree(final, ignore_errors=True)
         tmp.rename(final)
     except OSError as e:
-        raise WeightsError(f"cannot write weights to {root}: {e}") from e
+        raise NoRoom(f"cannot write weights to {root}: {e}") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return final, {"fetch_s": fetched - start, "patch_s": patched - fetched, "verify_s": time.perf_counter() - patched,

@@ -229,16 +229,17 @@ class Node:
             except (weights.WeightsError, WaitOver) as e:
                 if self.version < 0 and isinstance(e, receive.NoRoom):
                     raise RuntimeError(str(e)) from None  # it will not get better
-                await self.refuse(manifest, f"v{manifest.get('version')} refused: {e}")
+                await self.refuse(f"v{manifest.get('version')} refused: {e}", isinstance(e, receive.NoRoom | WaitOver))
                 refused += 1
                 await asyncio.sleep(backoff_s(refused))
                 continue
             refused = 0
             await self.update(manifest, weights.digest(body), checkpoint, timing, start)
 
-    async def refuse(self, manifest: dict, why: str) -> None:
+    async def refuse(self, why: str, mine: bool) -> None:
+        """mine: the files may be whole; it is this node or its link that cannot take them."""
         log(f"weights {why}; still on v{self.version}")
-        word = {"node": self.name, "version": self.version, "digest": "", "timing": {}, "refused": why}
+        word = {"node": self.name, "version": self.version, "digest": "", "timing": {}, "refused": why, "mine": mine}
         await self.ask("POST", "/receipts", json=word)
 
     async def update(self, manifest: dict, digest: str, checkpoint: Path, timing: dict, start: float) -> None:
@@ -487,6 +488,8 @@ def own_directory(cfg: RolloutConfig) -> Path:
     while True:
         try:
             fcntl.flock(own_directory.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in root.glob("v*/"):  # weights of a node that was killed: they would fill the disk, unproven
+                shutil.rmtree(left)
             return root
         except OSError:
             if time.monotonic() > deadline:

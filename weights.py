@@ -365,7 +365,8 @@ class Publisher:
         for _ in range(2):
             flat = torch.empty(sum(shape.numel() for _, shape in shapes), dtype=self.dtype)
             if self.model.mesh.device.type == "cuda" and flat.numel():
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
+                if (error := int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 1))) != 0:
+                    raise WeightsError(f"{flat.nbytes / 2**30:.1f} GiB of host memory cannot be pinned: CUDA {error}")
             parts = flat.split([shape.numel() for _, shape in shapes])
             self._views.append({name: part.view(shape) for (name, shape), part in zip(shapes, parts)})
 

@@ -283,6 +283,7 @@ def test_a_node_killed_between_pause_and_resume_leaves_no_process_and_loses_no_p
             before = len(hub.ledger.buffer)
             wait(lambda: len(hub.ledger.buffer) > before + 2)
             assert hub.ledger.buffer[-1].oldest_version == 1
+            assert [p.name for p in (tmp_path / "node").glob("v*/")] == ["v1"]  # what the first one left is gone
         finally:
             node.send_signal(signal.SIGTERM)
             node.wait(30)

@@ -172,6 +172,48 @@ def test_a_waiting_lease_is_granted_when_a_receipt_admits_it(hub):
     assert len(asyncio.run(scenario())["leases"]) == 2
 
 
+# ---- weights -------------------------------------------------------------------------------------------------
+def receipt(hub, node, version=0, **more):
+    body = {"node": node, "version": version, "digest": digest(hub.manifest), "timing": {}, **more}
+    assert call(hub, "POST", "/receipts", json=body)[0] == 200
+
+
+def test_the_log_says_when_a_version_has_landed_everywhere_and_status_who_lags(hub):
+    receipt(hub, "m")
+    hub.take_news()
+    write_version(hub.weights_dir, 1, [("w", torch.ones(4))], static=hub.weights_dir / "v0")
+    publish(hub, 1)
+    receipt(hub, "n", 1)
+    assert hub.take_news() == [] and {n: s["behind"] for n, s in hub.status()["nodes"].items()} == {"n": 0, "m": 1}
+    receipt(hub, "m", 1)
+    assert hub.take_news() == ["v1 landed on 2/2 engines, digest ok"]
+
+
+def test_nodes_whose_vllm_made_different_things_of_one_version_are_named(hub):
+    receipt(hub, "n", checksum="a" * 64)
+    receipt(hub, "m", checksum="a" * 64)
+    assert not hub.status()["counts"].get("checksums_differ")
+    receipt(hub, "x", checksum="b" * 64)
+    (news,) = [line for line in hub.take_news() if "not the same" in line]
+    assert news == f"v0 is not the same in vLLM on x as on n: checksums {'b' * 16} and {'a' * 16}"
+    assert hub.status()["counts"]["checksums_differ"] == 1
+
+
+def test_what_a_node_fetches_is_known_from_its_question_to_its_receipt_or_its_end(hub):
+    assert hub.oldest_in_use() == float("inf")
+    assert call(hub, "GET", "/weights/latest?after=-1&node=n")[0] == 200
+    assert hub.oldest_in_use() == 0
+    receipt(hub, "n")
+    assert hub.oldest_in_use() == float("inf")
+    for version in (1, 2):
+        write_version(hub.weights_dir, version, [("w", torch.ones(4))], static=hub.weights_dir / "v0")
+    publish(hub, 2)
+    assert call(hub, "GET", "/weights/latest?after=0&node=n")[0] == 200
+    assert hub.oldest_in_use() == 1  # the deltas after what it has; or the newest whole one, 2
+    hub.node_timeout_s = 0.0
+    assert hub.oldest_in_use() == float("inf")  # it is gone
+
+
 # ---- ledger --------------------------------------------------------------------------------------------------
 def made_group(ordinal, version, rewards=(1.0, 0.0)):
     t = group_tensors(versions=torch.full((5,), version, dtype=torch.int32), rewards=torch.tensor(rewards))
