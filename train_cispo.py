@@ -345,7 +345,10 @@ PRESET_NOTES = {
 NIGHTLY = Config(
     preset="qwen3-30b-a3b", name="qwen3-30b-a3b", model="Qwen/Qwen3-30B-A3B", seed=42, max_num_steps=10,
     # Its prompt file in other words; one user's message through the chat template, which lets Qwen3 think.
-    data="nvidia/OpenMathInstruct-2", data_split="train_1M", prompt_column="problem", answer_column="expected_answer",
+    data="nvidia/OpenMathInstruct-2", prompt_column="problem", answer_column="expected_answer",
+    # train_1M less 5 %, of which 128 validate at the start, every 10 steps and at the end, one sample each, not greedy
+    data_split="train_1M[5%:]", val_data="nvidia/OpenMathInstruct-2", val_data_split="train_1M[:128]",
+    val_every_steps=10, val_samples=1, val_temperature=1.0,
     prompt_template=MATH_PROMPT, reward="math",  # hf_math_verify
     num_prompts_per_step=32, num_generations_per_prompt=16, train_global_batch_size=32,  # 512 samples, 16 updates
     # Prompt and answer share 4096 tokens: a sample may have what its prompt leaves.
@@ -372,7 +375,8 @@ PRESETS = {
     # update, four updates a batch. 15 GiB for the trainer by --dry-run; vLLM takes 0.4 of its GPU, shared or not.
     "qwen3-0.6b": dataclasses.replace(
         NIGHTLY, preset="qwen3-0.6b", name="qwen3-0.6b", model="Qwen/Qwen3-0.6B", max_num_steps=200, lr=1e-6,
-        train_global_batch_size=128, max_input_seq_length=1024, max_new_tokens=3072, ep=1, dry_run_ranks=1,
+        val_every_steps=20, train_global_batch_size=128, max_input_seq_length=1024,
+        max_new_tokens=3072, ep=1, dry_run_ranks=1,
         max_tokens_per_micro_batch=8192, gpu_memory_gib=23.0, hub_port=0, local_rollout=True,
         rollout_args="--vllm-args '--gpu-memory-utilization 0.4'",
     ),
@@ -381,7 +385,7 @@ PRESETS = {
     # dropped, prompts solved to 0.9 not sampled again, fp32 logits on both sides, thinking ended by force. Ours: one
     # update a batch, the split of the 16k tokens, model, layout and learning rate, which are the preset's above.
     "scalerl": dataclasses.replace(
-        NIGHTLY, preset="scalerl", name="scalerl", max_num_steps=400, num_prompts_per_step=48,
+        NIGHTLY, preset="scalerl", name="scalerl", max_num_steps=400, val_every_steps=20, num_prompts_per_step=48,
         train_global_batch_size=768, max_trajectory_age_steps=8, ratio_anchor="sampler",
         use_importance_sampling_correction=False, ratio_clip_max=4.0, prompt_level_loss=True,
         use_leave_one_out_baseline=False, advantage_std="batch", drop_zero_variance=True, no_resampling_pass_rate=0.9,
