@@ -10,6 +10,7 @@
                            with "checksum" what vLLM has made of them, or with "refused" why it takes no newer ones,
                            and with "mine" that the node itself or its link is why
     GET  /status, /run     the ledger and counters; what a rollout node must know of the run
+    GET  /metrics          the first and the last step's metrics, as Prometheus reads them
 
 Every request carries `Authorization: Bearer TOKEN`, and a node's `X-Run: ID` too: the id is made at each start of the
 trainer, so that nothing sampled for a run before a restart gets into the one after it (412). `Hub` runs in a
@@ -34,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from ledger import NOT_SAMPLED, Books, Group, Lease, Ledger
+from report import prometheus_text
 from validation import Round, Validation
 from waits import Wait, WaitOver
 from weights import digest, served_file
@@ -142,6 +144,7 @@ class Hub:
         self.trouble = ""  # why no batch should be waited for any more
         self.nodes: dict[str, dict] = {}  # last receipt and time of last contact of each node
         self.beats: dict[str, asyncio.Transport] = {}  # the connection of each node's last beat
+        self.record: dict = {}  # of the last step; the trainer puts a new one in its place
         self.over, self.told = False, set()  # the run has ended; nodes that know
         self.reloads: list[dict] = []  # seconds per part of the reloads since the trainer last looked
         self.gen_s: list[float] = []  # and the seconds that each group took in vLLM
@@ -225,6 +228,7 @@ class Hub:
             web.post("/return", self._return), web.post("/beat", self._beat),
             web.get("/weights/latest", self._latest), web.get("/weights/{version:\\d{1,9}}/{name}", self._file),
             web.get("/status", self._get_status), web.get("/run", self._get_run),
+            web.get("/metrics", self._get_metrics),
         ])  # fmt: skip
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
@@ -529,6 +533,10 @@ class Hub:
 
     async def _get_status(self, request: web.Request) -> web.Response:
         return web.json_response(await self._status())
+
+    async def _get_metrics(self, request: web.Request) -> web.Response:
+        text = prometheus_text(await self._status(), self.record)
+        return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _get_run(self, request: web.Request) -> web.Response:
         return web.json_response(self.run)

@@ -4,8 +4,10 @@ Metrics stay tensors on the device until a step is over; names ending in _min or
 micro-batches and ranks, all others by sum. Their meaning and healthy ranges are in the README.
 """
 
+import importlib.util
 import itertools
 import json
+import re
 import sys
 import threading
 import time
@@ -140,14 +142,19 @@ def log_samples(groups: list[Group], step: int, decode: Callable[[list[int]], st
                 f.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
-def log_validations(hub, decode: Callable[[list[int]], str], run_dir: Path) -> dict[int, float]:
+def log_validations(hub, decode: Callable[[list[int]], str], run_dir: Path, trackers) -> dict[int, float]:
     """The scores of the validations that were finished since the last call."""
-    return {done.version: log_validation(done, hub.validation, decode, run_dir) for done in hub.take_validations()}
+    scores = {}
+    for done in hub.take_validations():
+        record = log_validation(done, hub.validation, decode, run_dir)
+        trackers.log(record, "version")
+        scores[done.version] = record[f"validation/avg@{hub.validation.num_samples}"]
+    return scores
 
 
-def log_validation(done: Round, validation: Validation, decode: Callable[[list[int]], str], run_dir: Path) -> float:
+def log_validation(done: Round, validation: Validation, decode: Callable[[list[int]], str], run_dir: Path) -> dict:
     """A finished round: its samples to validation/vN.jsonl, its record to validation.jsonl and a line to the console.
-    Returns avg@k."""
+    Returns the record."""
     path = run_dir / "validation" / f"v{done.version}.jsonl"
     path.parent.mkdir(exist_ok=True)
     lines = [json.dumps(s, ensure_ascii=False) for s in samples(done, validation.examples, decode)]
@@ -162,7 +169,89 @@ def log_validation(done: Round, validation: Validation, decode: Callable[[list[i
         f"validation of v{done.version}: avg@{k} {r(f'avg@{k}'):.3f}, pass@{k} {r(f'pass@{k}'):.3f} on "
         f"{r('prompts')} prompts, tokens of v{first}..v{last}, {done.seconds:.1f} s{''.join(f', {w}' for w in wrong)}"
     )
-    return r(f"avg@{k}")
+    return record
+
+
+# ---- elsewhere -------------------------------------------------------------------------------------------------
+def numbers(record: dict) -> dict[str, float]:
+    """The metrics of a record that are one number."""
+    return {name: x for name, x in record.items() if "/" in name and isinstance(x, int | float)}
+
+
+class Trackers:
+    """Weights & Biases (--wandb-project) and TensorBoard (--tensorboard), where they are asked for."""
+
+    def __init__(self, cfg):
+        self.board = self.wandb = None
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(cfg.run_dir / "tensorboard"))
+        if cfg.wandb_project:
+            import wandb
+
+            self.wandb = wandb.init(project=cfg.wandb_project, group=cfg.name, dir=cfg.run_dir,
+                                    config=json.loads(cfg.text))  # fmt: skip
+            for names, axis in [("train/*", "step"), ("timing/*", "step"), ("weights/*", "step"),
+                                ("validation/*", "version")]:  # fmt: skip
+                self.wandb.define_metric(names, step_metric=axis)
+
+    @staticmethod
+    def check(cfg) -> None:
+        """Raises: ValueError when a package is missing."""
+        for wanted, flag, package in [(cfg.tensorboard, "--tensorboard", "tensorboard"),
+                                      (cfg.wandb_project, "--wandb-project", "wandb")]:  # fmt: skip
+            if wanted and importlib.util.find_spec(package) is None:
+                raise ValueError(f"{flag}: the package {package} is not installed; pip install '.[track]'")
+
+    def log(self, record: dict, axis: str) -> None:
+        """axis: the field that the values are drawn over, step or version."""
+        if self.board is not None:
+            for name, value in numbers(record).items():
+                self.board.add_scalar(name, value, record[axis])
+        if self.wandb is not None:
+            self.wandb.log({axis: record[axis], **numbers(record)})
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def prometheus_text(status: dict, record: dict) -> str:
+    """The hub's status and the last step's record in Prometheus' text format, version 0.0.4."""
+    escape = lambda text: str(text).replace("\\", "\\\\").replace("\n", "\\n")
+    lines: list[str] = []
+
+    def metric(name: str, what: str, values, label: str = "", kind: str = "gauge") -> None:
+        lines.extend([f"# HELP cispo_{name} {escape(what)}", f"# TYPE cispo_{name} {kind}"])
+        for value_of, value in values.items():
+            quoted = escape(value_of).replace('"', '\\"')
+            lines.append(f"cispo_{name}" + (f'{{{label}="{quoted}"}}' if label else "") + f" {float(value)}")
+
+    states = ("handed_out", "taken", "buffered", "leased", "returned", "set_aside", "skipped")
+    metric("version", "Steps that the trainer has finished.", {"": status["version"]})
+    metric("published_version", "Newest version of the weights.", {"": status["published"]})
+    metric("prompts", "Prompts of the ledger by state; handed_out is the sum of the others.",
+           {s: status[s] for s in states}, "state")  # fmt: skip
+    metric("events_total", "What did not go straight through.", status["counts"], "event", "counter")
+    rounds = status["validation"]["rounds"]
+    metric("validation_open_prompts", "Held-out prompts that are not answered yet.",
+           {"": sum(r["of"] - r["answered"] for r in rounds)})  # fmt: skip
+    nodes = {name: {**seen, **seen.get("vllm", {})} for name, seen in status["nodes"].items()}
+    for name, what in [
+        ("version", "version of its weights"), ("behind", "versions that it is behind"),
+        ("last_seen_s", "seconds since its last request"), ("running", "samples in vLLM"),
+        ("waiting", "samples queued in vLLM"), ("kv", "share of vLLM's KV cache in use"),
+        ("limit", "prompts that it takes at once"), ("tokens_per_s", "tokens generated a second"),
+        ("idle", "share of the time in which vLLM had nothing to do"),
+    ]:  # fmt: skip
+        metric(f"node_{name}", f"Of a rollout node: {what}.", {n: x[name] for n, x in nodes.items() if name in x},
+               "node")  # fmt: skip
+    for name, value in numbers(record).items():
+        metric(re.sub(r"\W", "_", name), f"{name} of the last step, as in metrics.jsonl.", {"": value})
+    return "\n".join(lines) + "\n"
 
 
 def sum_up(run_dir: Path, scores: dict[int, float]) -> None:

@@ -68,6 +68,8 @@ class Config:
     name: str = "tiny"  # results go to runs/NAME
     seed: int = 0  # of the prompts' order, the warm start and vLLM's sampling
     max_num_steps: int = 160  # rollout batches to train on
+    wandb_project: str = ""  # metrics go to this project of Weights & Biases, too
+    tensorboard: bool = False  # and to runs/NAME/tensorboard
     # model and task
     model: str = ""  # Qwen3 or Qwen3-MoE checkpoint: a directory or a hub id; "" makes a tiny one for --task
     task: Literal["reverse", "add"] = "reverse"  # built-in task, unless --data is given
@@ -409,6 +411,7 @@ def parse_config(argv: list[str]) -> Config:
         close = difflib.get_close_matches(unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1)
         raise ValueError(f"unknown flag {unknown[0]!r}" + (f", did you mean {close[0]}?" if close else ""))
     cfg.validate()
+    report.Trackers.check(cfg)
     load_reward(cfg.reward)
     task.split_template(task.text_of(cfg.prompt_template))
     if Path(cfg.model).is_dir() and cfg.model:
@@ -687,7 +690,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
     if rank == 0:
         hub = start_hub(cfg, checkpoint, data, model_cfg.vocab_size, mesh.device)
         _, codec, _ = data
-        validating = cfg.validates(0)
+        trackers, validating = report.Trackers(cfg), cfg.validates(0)
         scores = read_scores(cfg.run_dir, cfg.val_samples) if validating else {}
         if resume:
             hub.ledger.restore(saved["ledger"])  # before there are weights to lease a prompt for
@@ -764,9 +767,11 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
                     **publisher.stats, **hub.take_timing(), "hub": hub.status(),
                 }  # fmt: skip
                 log_step(record, cfg.run_dir)
+                hub.record = record
+                trackers.log(record, "step")
                 report.log_samples(groups, step, codec.decode, cfg.run_dir)
                 rewards.append(record["train/reward"])
-                scores |= report.log_validations(hub, codec.decode, cfg.run_dir)
+                scores |= report.log_validations(hub, codec.decode, cfg.run_dir, trackers)
             every = cfg.checkpoint_every_steps
             if every and ((step + 1) % every == 0 or cfg.validates(step + 1) or step + 1 == cfg.max_num_steps):
                 if rank == 0 and not validating:  # without validation: the mean reward since the one before
@@ -783,7 +788,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
         if rank == 0:
             if word == "train":
                 wait_for_validation(hub, cfg, rollout)
-            scores |= report.log_validations(hub, codec.decode, cfg.run_dir)
+            scores |= report.log_validations(hub, codec.decode, cfg.run_dir, trackers)
             if word != "train":
                 say(f"stopped at step {step}, its state is in {saver.root}: {word}")
         if not word.startswith(("train", "SIGTERM")):
@@ -793,6 +798,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
         if rollout is not None:
             rollout.stop()
         if hub is not None:
+            trackers.close()
             hub.close(patience_s=0.0 if cfg.local_rollout else 5.0)
     if rank == 0 and word == "train":
         sum_up(cfg.run_dir, scores)

@@ -1,0 +1,164 @@
+"""What a run shows of itself: Prometheus, TensorBoard, W&B, the screen; and the bottleneck named right in real runs."""
+
+import asyncio
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import report
+import watch
+from report import Trackers, prometheus_text
+from train_cispo import Config, parse_config
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def test_prometheus_reads_every_value_that_is_shown_names_with_quotes_too():
+    status = {
+        "version": 7, "published": 6, "handed_out": 9, "taken": 4, "buffered": 3, "leased": 2, "returned": 0,
+        "set_aside": 0, "skipped": 0, "counts": {"leases_expired": 2}, "validation": {"rounds": [{"version": 5, "of": 9,
+        "answered": 4}]},
+        "nodes": {'a"b\\c\nd': {"version": 6, "last_seen_s": 0.5, "vllm": {"kv": 0.25}}, "n": {"version": 5}},
+    }  # fmt: skip
+    record = {"step": 6, "train/reward": 0.75, "train/grad_norms": [1.0], "train/gen_kl_error": math.nan, "hub": {}}
+    text = prometheus_text(status, record)
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    value = lambda name, **labels: {tuple(s.labels.items()): s.value for s in families[name].samples}[
+        tuple(labels.items())
+    ]
+    assert value("cispo_version") == 7 and value("cispo_prompts", state="taken") == 4
+    assert families["cispo_events"].type == "counter" and value("cispo_events", event="leases_expired") == 2
+    assert value("cispo_node_version", node='a"b\\c\nd') == 6 and value("cispo_node_kv", node='a"b\\c\nd') == 0.25
+    assert value("cispo_validation_open_prompts") == 5 and value("cispo_train_reward") == 0.75
+    assert math.isnan(value("cispo_train_gen_kl_error")) and "cispo_train_grad_norms" not in families
+    assert all(f.documentation and f.type in ("gauge", "counter") for f in families.values())
+
+
+def test_tensorboard_gets_steps_and_validations(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    trackers = Trackers(Config(tensorboard=True))
+    trackers.log({"step": 5, "train/reward": 0.5, "ordinals": [1]}, "step")
+    trackers.log({"version": 4, "validation/avg@4": 0.25}, "version")
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / "runs/tiny/tensorboard"))
+    events.Reload()
+    read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert read == {"train/reward": [(5, 0.5)], "validation/avg@4": [(4, 0.25)]}
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    for flags, why in [(["--tensorboard"], "--tensorboard: the package tensorboard is not installed"),
+                       (["--wandb-project", "p"], "--wandb-project: the package wandb is not installed")]:  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(why + "; pip install '.[track]'")):
+            parse_config(flags)
+
+
+def screen(run_dir: Path) -> str:
+    done = subprocess.run([sys.executable, str(REPO / "watch.py"), str(run_dir), "--once"], capture_output=True,
+                          text=True, check=True, cwd=run_dir.parent.parent)  # fmt: skip
+    return re.sub(r"\x1b\[\d*m", "", done.stdout)
+
+
+def test_a_directory_that_is_no_run_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, str(REPO / "watch.py"), str(tmp_path)], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "has no config.json" in done.stderr
+    (tmp_path / "config.json").write_text("{}")
+    assert "no step yet; no word from a rollout node" in screen(tmp_path)
+
+
+# ---- three runs, each held back by another part ------------------------------------------------------------------
+async def throttle(listen: int, connect: int, bytes_per_s: float):
+    """A link from port `listen` to port `connect` of this machine that is so slow towards the caller."""
+
+    async def pump(reader, writer, rate):
+        try:
+            while data := await reader.read(16384):
+                writer.write(data)
+                await writer.drain()
+                if rate:
+                    await asyncio.sleep(len(data) / rate)  # the slowness itself
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    async def link(reader, writer):
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", connect)
+        await asyncio.gather(pump(reader, up_writer, 0), pump(up_reader, writer, bytes_per_s))
+
+    async with await asyncio.start_server(link, "127.0.0.1", listen) as server:
+        await server.serve_forever()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+STAGED = [
+    # each engine step of the stand-in for vLLM takes 0.2 s longer; 9 or so make a sample
+    ("generation", {"kind": "slow", "s": 0.2}, [], None, "Generation is the bottleneck"),
+    # an update for every 4 of 64 samples, each in a forward of its own
+    ("trainer", None, ["--train-global-batch-size", "4", "--max-tokens-per-micro-batch", "64"], None,
+     "The trainer is the bottleneck"),
+    # 2 MB a version through 0.7 MB/s
+    ("weights", None, [], 0.7e6, "The way of the weights is the bottleneck"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "fault", "flags", "bytes_per_s", "says"), STAGED, ids=[case[0] for case in STAGED])
+def test_the_bottleneck_is_named_right_in_a_run_that_it_holds_back(
+    kind, fault, flags, bytes_per_s, says, tmp_path, tiny_checkpoint, fake_vllm_command
+):
+    hub_port, link_port = free_ports(2)
+    train = [
+        sys.executable, str(REPO / "train_cispo.py"), "--model", str(tiny_checkpoint), "--max-num-steps", "10",
+        "--num-prompts-per-step", "8", "--num-generations-per-prompt", "8", "--train-global-batch-size", "32",
+        "--cpu-threads", "1", "--no-compile", "--val-every-steps", "0", "--no-local-rollout", "--hub-port",
+        str(hub_port), *flags,
+    ]  # fmt: skip
+    port = hub_port if bytes_per_s is None else link_port
+    node = [sys.executable, str(REPO / "rollout.py"), f"http://127.0.0.1:{port}", "--beat-s", "0.5",
+            "--vllm-command", fake_vllm_command]  # fmt: skip
+    env = {**os.environ, "CISPO_TOKEN": "t", **({"FAKE_VLLM_FAULT": json.dumps(fault)} if fault else {})}
+    started = []
+    if bytes_per_s is not None:
+        code = f"import asyncio, test_watch; asyncio.run(test_watch.throttle({link_port}, {hub_port}, {bytes_per_s}))"
+        path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
+        started.append(subprocess.Popen([sys.executable, "-c", code], env={**env, "PYTHONPATH": path}))
+    try:
+        for name, command in (("node", node), ("out", train)):
+            with open(tmp_path / name, "w") as out:
+                started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out))
+        assert started[-1].wait(200) == 0, (tmp_path / "out").read_text()[-3000:]
+    finally:
+        for process in started:
+            process.send_signal(signal.SIGTERM)
+        for process in started:
+            process.wait(30)
+    run = tmp_path / "runs/tiny"
+    found, sentence = watch.bottleneck(watch.read_metrics(run), json.loads((run / "config.json").read_text()))
+    shown = screen(run)
+    print(shown)
+    assert found == kind and says in sentence and "--" in sentence, sentence
+    assert says in shown and "80 prompts handed out = 80 taken" in shown
+    assert all(word in shown for word in ("LEARNING", "TRAINER", "ROLLOUTS", "BROADCAST", "KV cache", "tokens/s"))
