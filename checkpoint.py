@@ -20,6 +20,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +31,22 @@ from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load, save
 
+from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, all_reduce, broadcast_bytes
 from waits import Wait, await_keys
-from weights import checkpoint_files, digest, fsync, write_safetensors
+from weights import (
+    WeightsError,
+    check,
+    checkpoint_files,
+    describe,
+    digest,
+    fsync,
+    layer_order,
+    model_card,
+    write_safetensors,
+    write_share,
+    write_static,
+)
 
 MANIFEST = "checkpoint.json"
 
@@ -364,3 +378,42 @@ class Checkpointer:
 def best_step(scores: dict, among) -> int | None:
     """The step with the best score, the latest of equals."""
     return max((step for step in among if str(step) in scores), key=lambda s: (scores[str(s)], s), default=None)
+
+
+# ---- export ----------------------------------------------------------------------------------------------------
+def export(path: Path, out: Path, base: Path | None = None) -> None:
+    """Write a checkpoint as a Hugging Face directory, in the dtype that the run publishes in. base: where config and
+    tokenizer are; by default the run's whole versions. Raises: CheckpointError, ValueError."""
+    run_dir, manifest = path.parent.parent, verify(path, 0, 1)
+    bases = [base] if base else sorted(run_dir.glob("weights/v*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    base = next((p for p in bases if (p / "config.json").exists()), None)
+    if base is None:
+        raise ValueError(f"no config.json in {run_dir / 'weights'}/v*: name the directory of the model it started from")
+    if out.exists():
+        raise ValueError(f"{out} exists")
+    with torch.device("meta"):
+        shapes = Qwen3MoE(ModelConfig.from_dir(base)).checkpoint_shapes()
+    pieces, dtype = Pieces(path, shapes), json.loads((base / "config.json").read_text()).get("dtype", "bfloat16")
+    groups, size = [[]], 0
+    for name in sorted(shapes, key=layer_order):  # one file for each 4 GB
+        size += shapes[name].numel() * getattr(torch, dtype).itemsize
+        if size > 4e9 and groups[-1]:
+            groups, size = [*groups, []], 0
+        groups[-1].append(name)
+    parts = []
+    for i, names in enumerate(groups):
+        tensors = {name: pieces.whole("weight", name).to(getattr(torch, dtype)) for name in names}
+        shard = f"model-{i + 1:05d}-of-{len(groups):05d}"
+        write_share(out, shard, tensors, None, {"version": str(manifest["step"])})
+        parts.append({"name": shard, "tensors": {name: describe(t) for name, t in tensors.items()}})
+    write_static(out, base, parts, model_card(run_dir, manifest["step"]))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (4, 5) or sys.argv[1] != "export":
+        sys.exit("usage: python checkpoint.py export runs/NAME/checkpoints/step-N DIR [BASE_MODEL_DIR]")
+    try:
+        export(*map(Path, sys.argv[2:]))
+        print(check(Path(sys.argv[3])))
+    except (CheckpointError, WeightsError, ValueError) as e:
+        sys.exit(f"checkpoint.py: error: {e}")

@@ -29,6 +29,7 @@ import re
 import shutil
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -39,7 +40,7 @@ import torch
 import torch.distributed as dist
 from aiohttp import web
 from blake3 import blake3
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import delta
 from waits import Wait, WaitOver, await_keys
@@ -226,10 +227,10 @@ def write_share(directory: Path, shard: str, tensors: dict[str, torch.Tensor], c
             "blake3": hasher.hexdigest() if hasher else ""}  # fmt: skip
 
 
-def write_static(directory: Path, source: Path, shards: list[dict]) -> dict:
+def write_static(directory: Path, source: Path, shards: list[dict], card: str = "") -> dict:
     """Make a directory of whole shares a checkpoint that others can open: index, config, tokenizer. Returns their
-    entries in the manifest; the index is not among them, since a receiver makes its own."""
-    files = {}
+    entries in the manifest; the index is not among them, since a receiver makes its own. card: its README.md."""
+    texts: dict[str, str] = {}
     for name in STATIC_FILES:
         if (source / name).exists():
             text = (source / name).read_text()
@@ -239,10 +240,33 @@ def write_static(directory: Path, source: Path, shards: list[dict]) -> dict:
                 dtype = next(iter(shards[0]["tensors"].values()))["dtype"]
                 config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
                 text = json.dumps(config, indent=1)
-            write_text(directory / name, text)
-            files[name] = {"bytes": len(text.encode()), "blake3": digest(text.encode())}
+            texts[name] = text
+    texts["README.md"] = card
+    if "generation_config.json" not in texts:
+        eos = json.loads(texts["config.json"]).get("eos_token_id")
+        texts["generation_config.json"] = json.dumps({"eos_token_id": eos, "do_sample": True}, indent=1)
+    for name, text in texts.items():
+        write_text(directory / name, text)
     write_index(directory, shards)
-    return files
+    kept = {name: text.encode() for name, text in texts.items() if name in STATIC_FILES}  # nobody needs to fetch a card
+    return {name: {"bytes": len(text), "blake3": digest(text)} for name, text in kept.items()}
+
+
+def model_card(run_dir: Path, step: int) -> str:
+    """README.md of a checkpoint that a run made: what it comes from, how well it did, and all flags."""
+    lines = lambda name: (run_dir / name).read_text().split("\n")[:-1] if (run_dir / name).exists() else []
+    config = json.loads((run_dir / "config.json").read_text()) if (run_dir / "config.json").exists() else {}
+    base = config.get("model") or f"a tiny Qwen3-MoE, warm-started on {config.get('task')!r}"
+    rewards = [r["train/reward"] for r in map(json.loads, lines("metrics.jsonl")) if step - 10 <= r["step"] < step]
+    said = [f"Mean reward of the {len(rewards)} steps before it: {sum(rewards) / len(rewards):.4f}."] if rewards else []
+    for record in map(json.loads, lines("validation.jsonl")):
+        if record["version"] == step:
+            said += [f"{name}: {record[name]:.4f}." for name in record if "@" in name]
+    front = f"---\nbase_model: {config['model']}\n---\n" if config.get("model") else ""
+    return (
+        f"{front}# {run_dir.name}, step {step}\n\nMade from {base} by train_cispo.py: {step} steps of reinforcement "
+        f"learning. {' '.join(said)}\n\nThe run's flags:\n\n```json\n{json.dumps(config, indent=1)}\n```\n"
+    )
 
 
 def write_index(directory: Path, shards: list[dict]) -> None:
@@ -464,7 +488,8 @@ class Publisher:
         self.shards = [{"name": part["name"], "tensors": part["tensors"]} for part in parts]
         self._add(parts)
         if all(file["kind"] == "full" for part in parts for file in part["files"][-1:]):
-            self.whole = {"version": version, "files": write_static(self.root / f"v{version}", self.static, parts)}
+            self.whole = {"version": version, "files": write_static(
+                self.root / f"v{version}", self.static, parts, model_card(self.root.parent, version))}  # fmt: skip
         self.stats = {
             "weights/changed": total("changed") / total("elements"), "weights/delta_bytes": total("delta_bytes"),
             "weights/full_bytes": total("full_bytes"),
@@ -529,3 +554,55 @@ class Publisher:
                 directory = self.root / f"v{self.version}"
                 self.whole = {"version": self.version, "files": write_static(directory, self.static, self.shards)}
             self._write_manifest(self.version, oldest=0)
+
+
+# ---- check -----------------------------------------------------------------------------------------------------
+def check(path: Path) -> str:
+    """Prove that a directory is a whole Hugging Face checkpoint of a model that can be trained here: every tensor of
+    the shape that config.json asks for and finite, a tokenizer, and where there is a manifest, what it says. Returns a
+    line about it. Raises: WeightsError naming what is wrong."""
+    from model import ModelConfig, Qwen3MoE
+
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            raise WeightsError(
+                f"{path} has no {name}; a version without it is a delta, the whole ones open by themselves"
+            )
+    with torch.device("meta"):
+        left = Qwen3MoE(ModelConfig.from_dir(path)).checkpoint_shapes()
+    manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).exists() else {}
+    described = {name: d for shard in manifest.get("shards", ()) for name, d in shard["tensors"].items()}
+    for name, want in manifest.get("static", {}).get("files", {}).items():
+        if not (path / name).exists() or digest((path / name).read_bytes()) != want["blake3"]:
+            raise WeightsError(f"{path / name}: missing, or its digest differs from the manifest")
+    if missing := [file for file in checkpoint_files(path) if not file.exists()]:
+        raise WeightsError(f"{missing[0]}: no such file")
+    dtypes, elements, count = set(), 0, len(left)
+    try:
+        for name, tensor in read_tensors(path):
+            if (want := left.pop(name, None)) != tensor.shape:
+                raise WeightsError(
+                    f"{path}: {name} is {tuple(tensor.shape)}, config.json makes it {want and tuple(want)}"
+                )
+            if described and describe(tensor) != described.get(name):
+                raise WeightsError(f"{path}: tensor {name} differs from the manifest")
+            if not tensor.isfinite().all():
+                raise WeightsError(f"{path}: {name} is not finite throughout")
+            dtypes, elements = dtypes | {str(tensor.dtype).removeprefix("torch.")}, elements + tensor.numel()
+    except SafetensorError as e:
+        raise WeightsError(f"{path}: not a safetensors file: {e}") from None
+    if left:
+        raise WeightsError(f"{path}: {len(left)} tensors are missing, {next(iter(left))} among them")
+    said = (
+        f"as the manifest of v{manifest['version']} says" if manifest else "without a manifest to compare digests with"
+    )
+    return f"{path}: whole, {count} tensors, {elements:,} parameters in {', '.join(sorted(dtypes))}, {said}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "check":
+        sys.exit("usage: python weights.py check DIR")
+    try:
+        print(check(Path(sys.argv[2])))
+    except (WeightsError, ValueError) as e:
+        sys.exit(f"weights.py: error: {e}")

@@ -1,6 +1,7 @@
 """waits.py: each named wait is made to fire, and what it says is read."""
 
 import asyncio
+import json
 import re
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from ledger import Ledger
 from model import ModelConfig, Qwen3MoE
 from parallel import ShardedAdamW
 from rollout import RolloutConfig, ask
-from train_cispo import Config, wait_for_batch
+from train_cispo import Config, wait_for_batch, wait_for_validation
 from waits import WAITS, Wait, WaitOver, agree
 from weights import digest
 from workers import VLLM, LocalRollout, RewardWorkers
@@ -75,6 +76,16 @@ def test_batch(hub, process_group):
     assert '"leased": 0' in word and '"nodes": {}' in word  # what is known of the other side
 
 
+def test_validation(hub, capsys):
+    """Nobody answers the last one: the run ends without its score, and says so."""
+    hub.validation.examples = [{}]
+    hub.begin_validation(3)
+    wait_for_validation(hub, Config(val_timeout_s=0.2), None)
+    said = capsys.readouterr().out
+    assert says(said, "validation", "trainer rank 0", "answers to the last validation"), said
+    assert '"version": 3' in said and '"of": 1' in said
+
+
 def test_turn(process_group):
     with pytest.raises(WaitOver) as e:
         agree(3, None, rank=1, deadline_s=0.1, stop=lambda: "")
@@ -127,7 +138,7 @@ def test_lease():
 
 def test_node(hub):
     join(hub)
-    assert len(eval(post(hub, "/lease", node="n", max=2))["leases"]) == 2
+    assert len(json.loads(post(hub, "/lease", node="n", max=2))["leases"]) == 2
     hub.node_timeout_s = 0.1
     deadline = time.monotonic() + 20
     news = []
