@@ -1,4 +1,5 @@
-"""Our numbers beside those of others: `python bench.py loss [--json]`, `... model`, `... weights` (bench_weights.py).
+"""Our numbers beside those of others: `python bench.py loss [--json]`, `... model`, `... weights` (bench_weights.py),
+`... rl` (bench_rl.py).
 
 `loss`: forward and backward of vocabulary projection and CISPO loss, the largest part of a step outside the model.
 `model`: forward and backward of the whole model, token ids to final hidden states, and of one MoE block, against
@@ -7,7 +8,7 @@ transformers with the same weights, and against the block with one batched GEMM 
 One process per contender, on the same inputs; each first proves that it computes the same outputs and gradients, then
 they take turns, so that a noisy machine is noisy for all. Times are medians of --runs; CPU time, of all threads, hardly
 depends on the load with --threads 1. Memory is the peak of another run above the inputs and weights, which has to hold
-the gradients. Liger and cut-cross-entropy are installed at their released version into .venv-bench, which is made here
+the gradients. The peers are installed at their released version into .venv-bench, which is made here
 when it is missing and sees this environment's torch.
 
 Bounded: memory for logits does not grow with N. Those of the others that give a token's log-prob have to make the
@@ -28,13 +29,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import bench_rl
 import bench_weights
 import loss
 from model import ModelConfig, MoE, Qwen3MoE
 from parallel import Mesh
 
 REPO = Path(__file__).resolve().parent
-PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"]
+PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "accelerate==1.15.0"]
 CLIP = 6.0  # weights in [0, 6], the seed's default; Liger has no lower bound, and a ratio is never below 0
 SEQ = 32  # Liger takes one advantage per sequence, so everybody gets that
 
@@ -304,7 +306,7 @@ def peer_python() -> str:
     """The interpreter of the bench-only environment: the peers, and through a .pth file everything installed here."""
     env = REPO / ".venv-bench"
     python = env / "bin" / "python"
-    if not (env / "ready").exists():
+    if not (env / "ready").exists() or (env / "ready").read_text() != str(PEERS):
         print(f"installing {', '.join(PEERS)} into {env}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", env], check=True)
         paths = [sysconfig.get_path("purelib", vars={"base": p, "platbase": p}) for p in (env, sys.prefix)]
@@ -312,7 +314,7 @@ def peer_python() -> str:
         has_triton = subprocess.run([python, "-c", "import triton"], capture_output=True, check=False).returncode == 0
         packages = PEERS + ([] if has_triton else ["triton==3.6.0"])  # which the peers import on a CPU, too
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *packages], check=True)
-        (env / "ready").touch()
+        (env / "ready").write_text(str(PEERS))
     return str(python)
 
 
@@ -374,9 +376,10 @@ def show(result, what, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*SUITES, "weights"], help="model: the whole model, then moe")
+    parser.add_argument("what", choices=[*SUITES, "weights", "rl"], help="model: the whole model, then moe")
     sizes = (("V", 151936), ("D", 1024), ("N", 512), ("chunk", 256), ("T", 2048), ("runs", 3), ("threads", 2),
              ("steps", 20))  # fmt: skip
+    parser.add_argument("--size", choices=list(bench_rl.SIZES), default="tiny", help="of rl")
     for flag, default in sizes:
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -390,6 +393,9 @@ def main():
     args = parser.parse_args()
     if args.contender:
         contender(args)
+        return
+    if args.what == "rl":
+        bench_rl.main(args, peer_python)
         return
     if args.what == "weights":
         bench_weights.main(args)
