@@ -142,7 +142,8 @@ class Run:
         assert hub["taken"] == trained.total(), (hub, trained.total())
         lost = [o for o in range(max(trained) + 1) if o not in trained]
         out = (self.root / "out").read_text()
-        clock = [60 * (60 * int(h) + int(m)) + int(s) for h, m, s in re.findall(r"\[(\d+):(\d+):(\d+)\] step ", out)]
+        stamps = re.findall(r"\[(\d+):(\d+):(\d+)\] step +\d+  reward", out)
+        clock = [60 * (60 * int(h) + int(m)) + int(s) for h, m, s in stamps]
         return {
             "lost": len(lost) - hub["set_aside"], "set_aside": hub["set_aside"],
             "twice": sum(n > 1 for n in trained.values()),
