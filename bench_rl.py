@@ -25,7 +25,7 @@ import torch
 import task
 from model import ModelConfig, Qwen3MoE
 from train_cispo import Config
-from weights import write_version
+from weights import write_safetensors
 
 REPO = Path(__file__).resolve().parent
 UPDATES, GENERATIONS, CLIP_HIGH = 4, 16, 5.0  # TRL's epsilon_high is the bound itself, ours an offset from 1
@@ -57,11 +57,11 @@ def prepare(size: str, root: Path) -> Path:
         intermediate_size=512, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256, norm_topk_prob=True,
         rope_theta=1e4, max_position_embeddings=512,
     )  # fmt: skip
-    (scratch / "config.json").write_text(json.dumps(cfg.to_hf(vocab[task.EOS])))
+    (scratch / "config.json").write_text(json.dumps({**cfg.to_hf(vocab[task.EOS]), "dtype": "float32"}))
     model = Qwen3MoE(cfg)
     model.init_weights(torch.Generator().manual_seed(0))
-    write_version(scratch, 0, list(model.hf_tensors()), static=scratch).rename(checkpoint)
-    return checkpoint
+    write_safetensors(scratch / "model.safetensors", list(model.hf_tensors()))
+    return scratch.rename(checkpoint)
 
 
 # ---- the runs: each writes a record a step ---------------------------------------------------------------------------
