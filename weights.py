@@ -353,7 +353,7 @@ class Publisher:
         run = json.loads(self.store.get("run"))
         self.run = run["id"]
         self.server = None
-        if first_here and self.rank != 0 and self.node != "0":
+        if first_here and self.rank != 0:
             self.server = FileServer(root, run["token"], own_address(), port)
             self.store.set(f"url/{self.node}", self.server.url)
         # A neighbour's directory must have been cleared before this rank writes to it.
@@ -469,10 +469,10 @@ class Publisher:
         elif self.server is not None and self.store.check(["oldest"]):
             self._prune(int(self.store.get("oldest")))  # on this node's disk; rank 0 does it on its own
 
-    def _parts(self, what: str) -> list[dict]:
+    def _parts(self, what: str, deadline_s: float) -> list[dict]:
         """Rank 0: every rank's word on a version. Raises: WeightsError with the rank whose thread has failed."""
         keys = [f"{what}/{rank}" for rank in range(self.world_size)]
-        await_keys(self.store, keys, Wait("version", self.deadline_s, who="trainer rank 0's publisher"))
+        await_keys(self.store, keys, Wait("version", deadline_s, who="trainer rank 0's publisher"))
         parts = [json.loads(self.store.get(key)) for key in keys]
         for key in keys:
             self.store.delete_key(key)
@@ -483,7 +483,7 @@ class Publisher:
 
     def _commit(self, version: int, start: float) -> None:
         """Rank 0: once all shares are on disk, the manifest, and with it the version."""
-        parts = self._parts(str(version))
+        parts = self._parts(str(version), self.deadline_s)
         total = lambda key: sum(part[key] for part in parts)
         self.shards = [{"name": part["name"], "tensors": part["tensors"]} for part in parts]
         self._add(parts)
@@ -548,7 +548,10 @@ class Publisher:
         part = {"node": self.node, "name": self.shard, "files": [file], "tensors": bool(self.tensors)}
         self.store.set(f"repair {self.repairs}/{self.rank}", json.dumps(part))
         if self.rank == 0:
-            parts = self._parts(f"repair {self.repairs}")
+            try:
+                parts = self._parts(f"repair {self.repairs}", min(60.0, self.deadline_s))
+            except WaitOver:  # at the end of a run the other ranks may have closed theirs; nothing is lost by it
+                return
             self._add(parts)
             if all(part["files"][0]["version"] == self.version for part in parts):  # else a rank is one ahead
                 directory = self.root / f"v{self.version}"
