@@ -5,7 +5,7 @@ rank's share) the cheapest way by bytes is taken: the chain of deltas from the s
 and the chain from there. A directory has its name only when every tensor's digest is right; whatever is found wrong
 refuses the update, and the old directory was not touched.
 
-All of it runs in threads at the lowest priority, so that vLLM keeps generating; sockets, files, hashes and codecs leave
+All of it runs in threads at a low priority, so that vLLM keeps generating; sockets, files, hashes and codecs leave
 Python's lock alone.
 """
 
@@ -147,7 +147,9 @@ def receive(manifest: dict, root: Path, have: Path | None, source: Source) -> tu
 
     Raises: WeightsError when what arrived is not what the manifest says; WaitOver for the network.
     """
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux of this thread, and those it starts
+    # Of this thread, on Linux, and those it starts: a tenth of a core where all are busy, for lower than that a small
+    # machine would never be done.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
     version, start = manifest["version"], time.perf_counter()
     final, tmp = root / f"v{version}", root / f"v{version}.tmp"
     old = json.loads((have / MANIFEST).read_text()) if have else {"run": "", "shards": [], "static": {"files": {}}}
