@@ -242,8 +242,9 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
         groups = lambda record: max((node.get("groups", 0) for name, node in record["hub"]["nodes"].items()
                                      if name.startswith("host3:")), default=0)  # fmt: skip
         launcher.wait_for(r"\[host0\] .* step   15 ", 150)
+        slow = json.dumps({"kind": "slow", "s": 0.3})  # so that it holds prompts when it is killed
         environment = {**os.environ, "CISPO_TOKEN": token, "MASTER_ADDR": "host0", "HOME": "/mnt/home",
-                       "ROLLOUT_ARGS": f"--vllm-command '{fake_vllm_command}'"}  # fmt: skip
+                       "FAKE_VLLM_FAULT": slow, "ROLLOUT_ARGS": f"--vllm-command '{fake_vllm_command}'"}  # fmt: skip
         with open(tmp_path / "joiner", "w") as out:
             joiner = subprocess.Popen([*hosts[3].enter, "bash", "/mnt/cispo/launch.sh", "rollout"], stdout=out,
                                       stderr=out, env=environment)  # fmt: skip
@@ -256,7 +257,7 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
         joiner.wait(10)
         killed_at = len(records())
 
-        assert launcher.process.wait(200) == 0, launcher.text()
+        assert launcher.process.wait(400) == 0, launcher.text()
         assert "stopped: RunOver" in launcher.text()  # the node was told of the end
         assert "rollout node host2 has ended with status 0" in launcher.text()
         assert left_over(hosts) == []
