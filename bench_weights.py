@@ -1,4 +1,4 @@
-"""`python bench.py weights`: what a new version costs: bytes of the delta, encoding, applying, writing.
+"""`python bench.py weights`: what a new version costs, in bytes and seconds; `--landed`: by part, until vLLM has it.
 
 The state dict is one layer of Qwen3-30B-A3B at full width with a 48th of its embedding and head: 1.27 GB in bf16, in
 the whole model's proportions. fp32 master weights start on the bf16 grid (normal, std 0.02; norms at 1) and take
