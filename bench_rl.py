@@ -24,6 +24,7 @@ import torch
 
 import task
 from model import ModelConfig, Qwen3MoE
+from rewards import load_reward
 from train_cispo import Config
 from weights import write_safetensors
 
@@ -89,7 +90,7 @@ def train_with_trl(size: str, root: Path, checkpoint: Path, out: Path) -> None:
 
     prompts, new_tokens, lr, steps, *_ = SIZES[size]
     torch.set_num_threads(os.cpu_count())
-    reward = task.load_reward("" if size == "tiny" else f"{root / 'reward.py'}:score")
+    reward = load_reward("exact" if size == "tiny" else f"{root / 'reward.py'}:score")
     now = {"start": time.perf_counter(), "generate": 0.0, "rewards": []}
 
     def score(prompts, completions, answer, **rest):
@@ -130,7 +131,7 @@ def train_with_trl(size: str, root: Path, checkpoint: Path, out: Path) -> None:
     )  # fmt: skip
     Timed(
         model, reward_funcs=score, args=config, processing_class=AutoTokenizer.from_pretrained(checkpoint),
-        train_dataset=Dataset.from_list(task.read_examples(str(root / "data.jsonl"))), callbacks=[Record()],
+        train_dataset=Dataset.from_json(str(root / "data.jsonl")), callbacks=[Record()],
     ).train()  # fmt: skip
 
 
