@@ -22,6 +22,7 @@ from checkpoint import best_step
 from ledger import NOT_SAMPLED, Group
 from metrics import ratio_quantile
 from validation import Round, Validation, samples, score
+from weights import checkpoint_files
 
 
 # ---- console -------------------------------------------------------------------------------------------------
@@ -263,5 +264,8 @@ def sum_up(run_dir: Path, scores: dict[int, float]) -> None:
     steps = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-??????")]
     if (best := best_step({str(v): s for v, s in scores.items()}, steps)) is not None:
         say(f"best checkpoint: {run_dir / 'checkpoints' / f'step-{best:06d}'} (score {scores[best]:.3f})")
-    say(f"weights: {run_dir / 'weights' / f'v{len(records)}'} (opens in transformers and vLLM as it is)")
+    last = run_dir / "weights" / f"v{len(records)}"
+    whole = all(file.exists() for file in checkpoint_files(last))  # not where nodes share no disk
+    what = "opens in transformers and vLLM as it is" if whole else "a share: the other trainer nodes have the rest"
+    say(f"weights: {last} ({what})")
     say(f"curves: {watch.plot(run_dir)}")

@@ -260,6 +260,7 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
         assert launcher.process.wait(400) == 0, launcher.text()
         assert "stopped: RunOver" in launcher.text()  # the node was told of the end
         assert "rollout node host2 has ended with status 0" in launcher.text()
+        assert "weights/v110 (a share: the other trainer nodes have the rest)" in launcher.text()
         assert left_over(hosts) == []
         done = records()
         longest = max(r["timing/train/exposed_generation"] for r in done[killed_at:])
