@@ -151,11 +151,11 @@ def frame(run_dir: Path, width: int = 100) -> str:
     vllm = [node["vllm"] for node in nodes if "vllm" in node]
     largest = lambda name: max((v.get(name, 0) for v in vllm), default=0)
     right = [
-        f"waits for prompts {show(idle, '6.0%')}   {bar(idle or 0)}",
-        f"in flight, queued  {hub['in_flight']:.0f} samples, {hub['waiting']:.0f}",
-        f"KV cache          {largest('kv'):6.0%}",
-        f"a group in vLLM   {t('rollout/generate_group_s'):7.2f} s",
-        f"stopped to load   {t('rollout/stopped_s'):7.2f} s an update",
+        f"{'waits for prompts':17} {show(idle, '.0%'):>7}   {bar(idle or 0)}",
+        f"{'samples in flight':17} {hub['in_flight']:7.0f}   and {hub['waiting']:.0f} queued",
+        f"{'KV cache':17} {largest('kv'):7.0%}",
+        f"{'a group in vLLM':17} {t('rollout/generate_group_s'):7.2f} s",
+        f"{'stopped to load':17} {t('rollout/stopped_s'):7.2f} s an update",
     ]
     tokens_per_s = config["num_prompts_per_step"] * config["num_generations_per_prompt"] / step_s
     tokens_per_s *= train("mean_gen_tokens_per_sample")
