@@ -43,8 +43,9 @@ def bottleneck(records: list[dict], config: dict) -> tuple[str, str]:
     step_s, wait_s = get("timing/train/total_step_time"), get("timing/train/exposed_generation")
     idle = mean([{"idle": r["hub"].get("idle")} for r in records], "idle") or 0.0
     parts = {
-        "writing": (get("timing/train/publish_write"), "--publish-dtype bfloat16 or a faster disk under runs/"),
+        "writing": (get("timing/train/publish_total"), "--publish-dtype bfloat16 or a faster disk under runs/"),
         "fetching": (get("timing/rollout/fetch_s"), "--publish-dtype bfloat16 or a faster link to the rollout nodes"),
+        "patching": (get("timing/rollout/patch_s") + get("timing/rollout/verify_s"), "rollout.py's --dir in RAM"),
         "loading": (get("timing/rollout/load_s"), "rollout.py's --dir in RAM"),
     }
     part = max(parts, key=lambda name: parts[name][0])
@@ -166,8 +167,9 @@ def frame(run_dir: Path, width: int = 100) -> str:
     lines += [
         "",
         f"{BOLD}BROADCAST{OFF}  v{hub['published']} is on {landed} of {len(nodes)} nodes: "
-        f"copy {t('train/publish_copy'):.2f}, write {t('train/publish_write'):.2f}, "
-        f"fetch {t('rollout/fetch_s'):.2f}, load {t('rollout/load_s'):.2f} s",
+        f"copy {t('train/publish_copy'):.2f}, encode {t('train/publish_encode'):.2f}, "
+        f"write {t('train/publish_write'):.2f}, fetch {t('rollout/fetch_s'):.2f}, "
+        f"patch {t('rollout/patch_s'):.2f}, load {t('rollout/load_s'):.2f} s",
         f"{BOLD}LEDGER{OFF}     {hub['handed_out']:,} prompts handed out = {hub['taken']:,} taken + {hub['buffered']} "
         f"buffered + {hub['leased']} leased + {hub['returned']} returned + {hub['set_aside']} set aside"
         + (f" + {hub['skipped']} skipped" if hub.get("skipped") else ""),
