@@ -26,6 +26,7 @@ import secrets
 import struct
 import threading
 import time
+from collections import Counter
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 
@@ -43,7 +44,8 @@ from weights import digest, served_file
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
 MAX_NODES = 4096  # that are remembered at once
 FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type")  # samples without a reward, by kind
-VITALS = ("running", "waiting", "kv", "limit", "preemptions", "idle", "tokens_per_s")
+LOAD = ("over_s", "idle_s", "made")  # of a beat: seconds since the one before, those in which vLLM was idle, tokens
+VITALS = ("running", "waiting", "kv", "limit", "preemptions", *LOAD)
 TIMING_PARTS = ("fetch_s", "patch_s", "verify_s", "pause_s", "load_s", "stopped_s", "total_s", "fetch_bytes")
 FETCH_LIMIT_S = 1800.0  # how long files may be kept for a node that fetches them
 
@@ -147,6 +149,7 @@ class Hub:
         self.record: dict = {}  # of the last step; the trainer puts a new one in its place
         self.over, self.told = False, set()  # the run has ended; nodes that know
         self.reloads: list[dict] = []  # seconds per part of the reloads since the trainer last looked
+        self.load: Counter[str] = Counter()  # node seconds, those in which vLLM was idle, and tokens made
         self.gen_s: list[float] = []  # and the seconds that each group took in vLLM
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hub", daemon=True)
@@ -321,8 +324,14 @@ class Hub:
     async def _take_timing(self) -> dict[str, float]:
         rows, self.reloads, gen_s, self.gen_s = self.reloads, [], self.gen_s, []
         timing = {part: [row[part] for row in rows if part in row] for part in TIMING_PARTS}
+        load, self.load = self.load, Counter()
         timing["generate_group_s"] = [s for s in gen_s if math.isfinite(s)]
-        return {f"timing/rollout/{name}": sum(s) / len(s) for name, s in timing.items() if s}
+        return {
+            **{f"timing/rollout/{name}": sum(s) / len(s) for name, s in timing.items() if s},
+            "rollout/node_s": load["over_s"],
+            "rollout/idle_s": load["idle_s"],
+            "rollout/tokens": load["made"],
+        }
 
     async def _release(self, node: str) -> None:
         for books in self.books:
@@ -357,8 +366,6 @@ class Hub:
             "returned": len(ledger.returned), "set_aside": len(ledger.set_aside), "skipped": ledger.num_skipped,
             "counts": dict(ledger.counts), "validation": self.validation.status(),
             "in_flight": sum(v.get("running", 0) for v in vllm), "waiting": sum(v.get("waiting", 0) for v in vllm),
-            "tokens_per_s": sum(v.get("tokens_per_s", 0) for v in vllm),
-            "idle": sum(v.get("idle", 0) for v in vllm) / len(vllm) if vllm else None,
             "nodes": {n: {**seen, "behind": self.published - seen["version"],
                           "last_seen_s": now - seen["last_seen_s"]} for n, seen in self.nodes.items()},
         }  # fmt: skip
@@ -452,7 +459,8 @@ class Hub:
             raise Refused(422, f"node {node[:50]!r} has not sent a receipt of its weights yet")
         if request.transport is not None:
             self.beats[node] = request.transport
-        self.nodes[node]["vllm"] = _numbers(body["vllm"], VITALS)
+        vllm = self.nodes[node]["vllm"] = _numbers(body["vllm"], VITALS)
+        self.load.update({name: vllm.get(name, 0.0) for name in LOAD})
         for kind, count in _numbers(body.get("failed_rewards", {}), FAILED_REWARDS).items():
             self.ledger.counts[f"reward_{kind}"] += count
         mine = {lease.id: (books, lease) for books in self.books for lease in books.held_by(node)}

@@ -245,8 +245,9 @@ def prometheus_text(status: dict, record: dict) -> str:
         ("version", "version of its weights"), ("behind", "versions that it is behind"),
         ("last_seen_s", "seconds since its last request"), ("running", "samples in vLLM"),
         ("waiting", "samples queued in vLLM"), ("kv", "share of vLLM's KV cache in use"),
-        ("limit", "prompts that it takes at once"), ("tokens_per_s", "tokens generated a second"),
-        ("idle", "share of the time in which vLLM had nothing to do"),
+        ("limit", "prompts that it takes at once"),
+        ("made", "tokens made between its last two beats"), ("over_s", "seconds between them"),
+        ("idle_s", "of which vLLM had nothing to do"),
     ]:  # fmt: skip
         metric(f"node_{name}", f"Of a rollout node: {what}.", {n: x[name] for n, x in nodes.items() if name in x},
                "node")  # fmt: skip

@@ -342,7 +342,7 @@ class Node:
             self.in_flight(0)
             now, made = time.monotonic(), self.vitals.get("tokens", 0.0)
             passed = max(1e-3, now - last)
-            load = {"idle": (self.idle_s - last_idle_s) / passed, "tokens_per_s": max(0.0, made - tokens) / passed}
+            load = {"over_s": passed, "idle_s": self.idle_s - last_idle_s, "made": max(0.0, made - tokens)}
             last, last_idle_s, tokens = now, self.idle_s, made
             vllm = {
                 **{n: self.vitals.get(n, 0) for n in ("running", "waiting", "kv", "preemptions")},

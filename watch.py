@@ -9,6 +9,7 @@ The first line under the title says what holds the run back, and which flag woul
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import textwrap
@@ -36,12 +37,20 @@ def mean(records: list[dict], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def load(records: list[dict]) -> tuple[float, float]:
+    """Of the rollout nodes over the last steps: share of the time in which vLLM had nothing to do, and tokens a second
+    of a node. From sums, since a node's beats and the trainer's steps do not keep time with each other."""
+    total = lambda name: sum(r.get(f"rollout/{name}", 0.0) for r in records[1:][-WINDOW:] or records)
+    node_s = total("node_s") or math.inf
+    return total("idle_s") / node_s, total("tokens") / node_s
+
+
 def bottleneck(records: list[dict], config: dict) -> tuple[str, str]:
     """What holds the run back ("generation", "trainer", "weights" or "lockstep"), and a sentence that says so with the
     flag that would help. Who never waits is the bottleneck; where both wait, it is what lies between them."""
     get = lambda name: mean(records, name) or 0.0
     step_s, wait_s = get("timing/train/total_step_time"), get("timing/train/exposed_generation")
-    idle = mean([{"idle": r["hub"].get("idle")} for r in records], "idle") or 0.0
+    idle = load(records)[0]
     parts = {
         "writing": (get("timing/train/publish_total"), "--publish-dtype bfloat16 or a faster disk under runs/"),
         "fetching": (get("timing/rollout/fetch_s"), "--publish-dtype bfloat16 or a faster link to the rollout nodes"),
@@ -148,11 +157,11 @@ def frame(run_dir: Path, width: int = 100) -> str:
     busy = {"waits for a batch": "exposed_generation", "prev log-probs": "policy_and_reference_logprobs",
             "updates": "policy_training", "packing": "data_processing", "copying weights": "publish_copy"}  # fmt: skip
     left = [f"{n:17} {t(f'train/{p}'):7.2f} s {bar(t(f'train/{p}') / step_s)}" for n, p in busy.items()]
-    idle, nodes = hub.get("idle"), hub["nodes"].values()
+    (idle, node_tokens_per_s), nodes = load(records), hub["nodes"].values()
     vllm = [node["vllm"] for node in nodes if "vllm" in node]
     largest = lambda name: max((v.get(name, 0) for v in vllm), default=0)
     right = [
-        f"{'waits for prompts':17} {show(idle, '.0%'):>7}   {bar(idle or 0)}",
+        f"{'waits for prompts':17} {idle:7.0%}   {bar(idle)}",
         f"{'samples in flight':17} {hub['in_flight']:7.0f}   and {hub['waiting']:.0f} queued",
         f"{'KV cache':17} {largest('kv'):7.0%}",
         f"{'a group in vLLM':17} {t('rollout/generate_group_s'):7.2f} s",
@@ -161,7 +170,7 @@ def frame(run_dir: Path, width: int = 100) -> str:
     tokens_per_s = config["num_prompts_per_step"] * config["num_generations_per_prompt"] / step_s
     tokens_per_s *= train("mean_gen_tokens_per_sample")
     lines += ["", f"{BOLD}{'TRAINER':14}{OFF}{f'{tokens_per_s:,.0f} tokens/s':<34}{BOLD}ROLLOUTS{OFF}      "
-              f"{hub.get('tokens_per_s', 0):,.0f} tokens/s on {len(nodes)} node{'s' * (len(nodes) != 1)}"]  # fmt: skip
+              f"{node_tokens_per_s * len(nodes):,.0f} tokens/s on {len(nodes)} node{'s' * (len(nodes) != 1)}"]  # fmt: skip
     lines += [f"  {a:46}{b}" for a, b in zip(left, right)]
     landed = sum(node["version"] == hub["published"] for node in nodes)
     lines += [

@@ -114,8 +114,8 @@ def free_ports(count: int) -> list[int]:
 
 
 STAGED = [
-    # each engine step of the stand-in for vLLM takes 0.2 s longer; 9 or so make a sample
-    ("generation", {"kind": "slow", "s": 0.2}, [], None, "Generation is the bottleneck"),
+    # each engine step of the stand-in for vLLM takes 0.6 s longer; 8 make a sample
+    ("generation", {"kind": "slow", "s": 0.6}, [], None, "Generation is the bottleneck"),
     # an update for every 4 of 64 samples, each in a forward of its own
     ("trainer", None, ["--train-global-batch-size", "4", "--max-tokens-per-micro-batch", "64"], None,
      "The trainer is the bottleneck"),
