@@ -169,8 +169,8 @@ def frame(run_dir: Path, width: int = 100) -> str:
     ]
     tokens_per_s = config["num_prompts_per_step"] * config["num_generations_per_prompt"] / step_s
     tokens_per_s *= train("mean_gen_tokens_per_sample")
-    lines += ["", f"{BOLD}{'TRAINER':14}{OFF}{f'{tokens_per_s:,.0f} tokens/s':<34}{BOLD}ROLLOUTS{OFF}      "
-              f"{node_tokens_per_s * len(nodes):,.0f} tokens/s on {len(nodes)} node{'s' * (len(nodes) != 1)}"]  # fmt: skip
+    made = f"{node_tokens_per_s * len(nodes):,.0f} tokens/s on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+    lines += ["", f"{BOLD}{'TRAINER':14}{OFF}{f'{tokens_per_s:,.0f} tokens/s':<34}{BOLD}ROLLOUTS{OFF}      {made}"]
     lines += [f"  {a:46}{b}" for a, b in zip(left, right)]
     landed = sum(node["version"] == hub["published"] for node in nodes)
     lines += [
