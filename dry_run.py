@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import loss
+import task
 from model import ModelConfig
 
 GIB, OVERHEAD_GIB = 2**30, 4.0  # CUDA context, NCCL buffers, fragmentation: experience, not arithmetic
@@ -35,6 +36,13 @@ KNOWN_MODELS = {
         head_dim=128, intermediate_size=3072, rope_theta=1e6, max_position_embeddings=40960, tie_word_embeddings=True,
     ),
 }  # fmt: skip
+
+
+def known_config(cfg) -> ModelConfig | None:
+    """What can be said of --model before anything is downloaded or made; None for a hub id that is not known here."""
+    if not cfg.model:
+        return task.tiny_config(cfg.task)
+    return ModelConfig.from_dir(cfg.model) if Path(cfg.model).is_dir() else KNOWN_MODELS.get(cfg.model)
 
 
 def check_layout(m: ModelConfig, world: int, tp: int, ep: int) -> None:
@@ -203,11 +211,16 @@ def check_memory(m: ModelConfig, cfg, world: int) -> None:
                          f" (in {parts}). What fits: {'; or '.join(what_would_fit(m, cfg, world)[:4])}")  # fmt: skip
 
 
+def check(m: ModelConfig, cfg, world: int) -> None:
+    """Raises: ValueError for a layout that is impossible, or does not fit."""
+    check_layout(m, world, cfg.tp, cfg.ep)
+    check_memory(m, cfg, world)
+
+
 def print_report(cfg, world: int) -> None:
     """Raises: ValueError for an impossible layout, and for one that does not fit, with what would."""
-    if cfg.model not in KNOWN_MODELS and not (cfg.model and Path(cfg.model).is_dir()):
+    if (m := known_config(cfg)) is None:
         raise ValueError(f"--dry-run: --model {cfg.model!r} is neither a directory nor {', '.join(KNOWN_MODELS)}")
-    m = KNOWN_MODELS.get(cfg.model) or ModelConfig.from_dir(cfg.model)
     check_layout(m, world, cfg.tp, cfg.ep)
     cfg.validate()
     print(cfg.text + "\n")

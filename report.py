@@ -45,6 +45,11 @@ def last_line(path: Path) -> str:
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------
+DOING = {"exposed_generation": "waiting for rollouts", "data_processing": "packing the batch",
+         "policy_and_reference_logprobs": "log-probs of the batch", "policy_training": "updates",
+         "publish_copy": "copying the weights to publish"}  # a part of the step, as the console says it  # fmt: skip
+
+
 class Clock:
     """Seconds of each part of a step, on the host's clock. `begin` a part; it ends where the next begins."""
 
@@ -57,8 +62,10 @@ class Clock:
         self.parts[self.doing] = now - self.last
         self.doing, self.last = part, now
 
-    def since(self) -> float:
-        return time.perf_counter() - self.last
+    def says(self, compiles: bool) -> str:
+        """What goes on and for how long. compiles: in this step the computing parts call torch.compile."""
+        compiling = ", compiled first" if compiles and self.doing.startswith("policy") else ""
+        return f"{DOING.get(self.doing, self.doing)}{compiling}, for {time.perf_counter() - self.last:.0f} s"
 
     def seconds(self) -> dict[str, float]:
         self.begin("log")

@@ -258,6 +258,8 @@ def _add(rng: random.Random) -> dict:
     return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
 
 
+# FORK HERE: an entry is a function that makes an example, and all characters of its prompts and answers; --task takes
+# its name. An answer and its end must fit --max-new-tokens.
 TASKS = {"reverse": (_reverse, "abcdefghijklmnopqrstuvwxyz>"), "add": (_add, "0123456789+=")}
 PAD, EOS = "<pad>", "<eos>"
 
@@ -293,6 +295,18 @@ def write_char_tokenizer(path: Path, alphabet: str) -> dict[str, int]:
     return vocab
 
 
+def tiny_config(task: str):
+    """The ModelConfig of the model that `warm_start` makes for a built-in task."""
+    from model import ModelConfig
+
+    return ModelConfig(
+        vocab_size=math.ceil((2 + len(TASKS[task][1])) / 8) * 8, hidden_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=256, num_experts=8,
+        num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True, rope_theta=1e4,
+        max_position_embeddings=512,
+    )  # fmt: skip
+
+
 def warm_start(path: Path, task: str, seed: int, until: float, progress: Callable[[str], None]) -> None:
     """Write a tiny Qwen3-MoE (0.5 M parameters) that has half learned the task.
 
@@ -302,17 +316,12 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
     import torch  # takes seconds, and the reward workers import this file too
     import torch.nn.functional as F
 
-    from model import ModelConfig, Qwen3MoE
+    from model import Qwen3MoE
     from weights import write_safetensors
 
     make, alphabet = TASKS[task]
     scratch = path.parent / f"{path.name}.tmp"  # renamed as a whole: an interrupted warm start leaves no checkpoint
-    vocab = write_char_tokenizer(scratch, alphabet)
-    cfg = ModelConfig(
-        vocab_size=math.ceil(len(vocab) / 8) * 8, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, intermediate_size=256, num_experts=8, num_experts_per_tok=2,
-        moe_intermediate_size=64, norm_topk_prob=True, rope_theta=1e4, max_position_embeddings=512,
-    )  # fmt: skip
+    vocab, cfg = write_char_tokenizer(scratch, alphabet), tiny_config(task)
     (scratch / "config.json").write_text(json.dumps({**cfg.to_hf(vocab[EOS]), "dtype": "float32"}, indent=1))
     model, rng = Qwen3MoE(cfg), random.Random(f"warm start/{seed}")
     model.init_weights(torch.Generator().manual_seed(seed))

@@ -72,7 +72,7 @@ class Config:
     tensorboard: bool = False  # and to runs/NAME/tensorboard
     # model and task
     model: str = ""  # Qwen3 or Qwen3-MoE checkpoint: a directory or a hub id; "" makes a tiny one for --task
-    task: Literal["reverse", "add"] = "reverse"  # built-in task, unless --data is given
+    task: str = "reverse"  # built-in task, a name in TASKS of task.py, unless --data is given
     warm_start_accuracy: float = 0.36  # of the tiny model: supervised until a sample is right this often
     # data
     data: str = ""  # JSONL or Parquet file, saved data set, or NAME or NAME:CONFIG on the Hugging Face Hub; "": --task
@@ -324,6 +324,8 @@ class Config:
              "less one"),
             (self.no_resampling_pass_rate is not None and self.no_resampling_pass_rate <= 0,
              f"--no-resampling-pass-rate {self.no_resampling_pass_rate}: must be above 0, or no prompt comes back"),
+            (not self.model and self.task not in task.TASKS,
+             f"--task {self.task!r}: expected {' or '.join(task.TASKS)}"),
             (bool(self.data) and not self.model, "--data needs --model: the tiny model knows only its own task"),
             (bool(self.model) and not Path(self.model).is_dir() and self.model.startswith((".", "/", "~")),
              f"--model {self.model!r}: no such directory"),
@@ -399,7 +401,8 @@ PRESETS = {
 
 def parse_config(argv: list[str]) -> Config:
     """Flags to a valid Config. Raises: ValueError with one line that says what is wrong."""
-    chosen = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
+    flags = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--preset=") else [flag])]
+    chosen = [value for flag, value in itertools.pairwise(flags) if flag == "--preset"]
     defaults = PRESETS.get(chosen[-1] if chosen else "tiny", PRESETS["tiny"])  # tyro refuses an unknown one
     if {"-h", "--help"} & set(argv):
         resolved = {**dataclasses.asdict(defaults.algorithm), "max_input_seq_length": defaults.max_prompt_tokens}
@@ -409,7 +412,10 @@ def parse_config(argv: list[str]) -> Config:
     if unknown:
         names = [f.name.replace("_", "-") for f in dataclasses.fields(Config)]
         close = difflib.get_close_matches(unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1)
-        raise ValueError(f"unknown flag {unknown[0]!r}" + (f", did you mean {close[0]}?" if close else ""))
+        hint = f"did you mean {close[0]}?" if close else "--help lists all"
+        if not unknown[0].startswith("-"):
+            hint = "a value stands behind its flag, and a switch takes none: --NAME or --no-NAME"
+        raise ValueError(f"unknown flag {unknown[0]!r}, {hint}")
     cfg.validate()
     report.Trackers.check(cfg)
     load_reward(cfg.reward)
@@ -716,7 +722,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
     Signals.in_loop = True  # from here on SIGTERM is a word, not an exception
     if rank == 0:
         word_of_nodes = lambda: last_line(rollout.log_path) if rollout else f"{len(hub.nodes)} rollout node(s) so far"
-        now = lambda: f"step {step}, {clock.doing} for {clock.since():.0f} s; {word_of_nodes()}"
+        now = lambda: f"step {step}, {clock.says(compiles=cfg.compile and step == start)}; {word_of_nodes()}"
         threading.Thread(target=say_something, args=(now, done), daemon=True).start()
     try:
         hide_bar = True if rank != 0 else None  # None: tqdm shows a bar on a terminal only; the lines come anyway
@@ -790,7 +796,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
                 wait_for_validation(hub, cfg, rollout)
             scores |= report.log_validations(hub, codec.decode, cfg.run_dir, trackers)
             if word != "train":
-                say(f"stopped at step {step}, its state is in {saver.root}: {word}")
+                say(f"stopped at step {step}: {word}; its state is in {saver.root}, go on with --resume auto")
         if not word.startswith(("train", "SIGTERM")):
             raise SystemExit(f"train_cispo.py: rank {rank}: stopped at step {step}: {word}")
     finally:
@@ -807,27 +813,30 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
 
 def main() -> None:
     Signals.install()
-    rank, local_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    of_torchrun = lambda name, default: int(os.environ.get(name, default))
+    rank, world_size = of_torchrun("RANK", 0), of_torchrun("WORLD_SIZE", 1)
     try:
         cfg = parse_config(sys.argv[1:])
         if cfg.dry_run:
-            if rank == 0:
-                world_size = int(os.environ.get("WORLD_SIZE", 1))  # one process plans for others
+            if rank == 0:  # one process plans for others
                 dry_run.print_report(cfg, world_size if world_size > 1 else cfg.dry_run_ranks)
             return
         if not torch.cuda.is_available():
-            torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * local_ranks)))
+            if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():  # a directory may hold a small one
+                raise ValueError(f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
+                                 "--dry-run prints the plan")  # fmt: skip
+            torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * of_torchrun("LOCAL_WORLD_SIZE", 1))))
+        if model_cfg := dry_run.known_config(cfg):  # all that can be refused is, before anything takes time
+            dry_run.check(model_cfg, cfg, world_size)
         examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
         held_out = load_held_out(cfg, examples) if rank == 0 else None
         checkpoint = resolve_model(cfg, rank)
-        if rank == 0 or cfg.model:  # the tiny one is rank 0's until the ranks have met
-            model_cfg, world_size = ModelConfig.from_dir(checkpoint), int(os.environ.get("WORLD_SIZE", 1))
-            dry_run.check_layout(model_cfg, world_size, cfg.tp, cfg.ep)
-            dry_run.check_memory(model_cfg, cfg, world_size)
+        if model_cfg is None:
+            dry_run.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
         data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
         checkpoints = checkpoints_to_try(cfg) if rank == 0 else []
     except (ValueError, CheckpointError) as e:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each node: it may be about this one's disk
+        if of_torchrun("LOCAL_RANK", 0) == 0:  # once on each node: it may be about this one's disk
             where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
             print(f"train_cispo.py: error: {where}{e}", file=sys.stderr)
         sys.exit(2)

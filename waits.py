@@ -5,6 +5,7 @@
 known of the other side.
 """
 
+import os
 import signal
 import sys
 import time
@@ -120,5 +121,7 @@ class Signals:
     @classmethod
     def _handle(cls, number, frame) -> None:
         if number != signal.SIGTERM or cls.stop or not cls.in_loop:
+            if number == signal.SIGINT:  # written past Python's buffers, whose lock may be held by what it interrupts
+                os.write(2, b"\ninterrupted: ending what was started (SIGTERM would save the state first)\n")
             sys.exit(128 + number)
         cls.stop = "SIGTERM"

@@ -331,6 +331,7 @@ class LocalRollout:
     def _start(self) -> None:
         self.starts += 1
         with open(self.log_path, "a") as out:
+            print(f"[{time.strftime('%H:%M:%S')}] a rollout node is started", file=out, flush=True)
             self.process = subprocess.Popen(
                 with_parent(self.command), env={**self.env, "CISPO_TOKEN": self.hub.token}, stdout=out, stderr=out,
                 stdin=subprocess.DEVNULL,

@@ -209,7 +209,7 @@ def test_any_checkpoint_directory_can_be_planned_for(monkeypatch, capsys, tiny_c
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
-    ([], "--model '' is neither a directory nor Qwen/Qwen3-30B-A3B"),
+    (["--model", "nobody/x"], "--model 'nobody/x' is neither a directory nor Qwen/Qwen3-30B-A3B"),
     (["--preset", "qwen3-30b-a3b", "--ep", "6"], "--ep 6 does not divide num_experts=128"),
     (["--preset", "qwen3-30b-a3b", "--tp", "3"], "--max-tokens-per-micro-batch 16384 is no multiple of --tp 3"),
 ])  # fmt: skip

@@ -107,7 +107,7 @@ def test_the_scalerl_preset_has_all_of_scalerl_that_is_a_flag():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid_named_and_fits(name, capsys):
     cfg = parse_config(["--preset", name])
-    assert cfg == PRESETS[name] and cfg.preset == cfg.name == name in PRESET_NOTES
+    assert cfg == PRESETS[name] == parse_config([f"--preset={name}"]) and cfg.preset == cfg.name == name in PRESET_NOTES
     assert not cfg.warnings()
     if cfg.model:
         train_cispo.dry_run.print_report(cfg, cfg.dry_run_ranks)  # raises where it does not fit
