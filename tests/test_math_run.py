@@ -1,16 +1,24 @@
-"""The whole of it on math: a BPE tokenizer with a chat template, JSONL data, math-verify rewards, a real vLLM."""
+"""The whole of it on math: a BPE tokenizer with a chat template, JSONL data, math-verify rewards, validation, the best
+checkpoint exported, a real vLLM throughout."""
 
+import asyncio
 import json
 import random
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_run import TRAIN, Run
+from test_run import REPO, TRAIN, Run
+from test_vllm import GREEDY, RUN, reference
 
 import task
 from model import ModelConfig, Qwen3MoE
+from rollout import RolloutConfig
 from weights import write_safetensors
+from workers import VLLM
 
 pytestmark = pytest.mark.slow
 
@@ -99,11 +107,27 @@ def half_taught(path, until, seed=0):
     scratch.rename(path)
 
 
+def served(checkpoint, prompt, log):
+    """vLLM's greedy tokens and their log-probs, from a server started on this directory."""
+
+    async def ask():
+        vllm = VLLM(RolloutConfig(hub=""), {**RUN, "max_model_len": 96}, log)
+        await vllm.start(checkpoint)
+        try:
+            (choice,) = await vllm.generate(prompt, GREEDY, 0)
+        finally:
+            await vllm.stop()
+        return choice["token_ids"], torch.tensor([x["logprob"] for x in choice["logprobs"]["content"]])
+
+    return asyncio.run(ask())
+
+
 def test_a_model_learns_math_from_a_file_through_its_chat_template(tmp_path):
     half_taught(tmp_path / "start", until=0.35)
     too_long = {"problem": "What is 1 + 1? " * 50, "expected_answer": "2", "level": 0}
-    rows = [*problems(), too_long]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = random.Random(0).sample(problems(), 100)
+    for name, part in (("train", [*rows[20:], too_long]), ("held_out", rows[:20])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (tmp_path / "template.txt").write_text(TEMPLATE)
     flags = [
         "--model", "start", "--data", "train.jsonl", "--reward", "math", "--system-prompt", SYSTEM,
@@ -111,13 +135,31 @@ def test_a_model_learns_math_from_a_file_through_its_chat_template(tmp_path):
         "--interrupt-at-tokens", str(INTERRUPT_AT), "--interrupt-text", INTERRUPT_TEXT, "--fp32-lm-head",
         "--overlong-filter", "--overlong-buffer-tokens", "4", "--overlong-penalty", "0.1",
         "--num-prompts-per-step", "16", "--num-generations-per-prompt", "8", "--train-global-batch-size", "32",
-        "--max-num-steps", "50",
+        "--max-num-steps", "50", "--val-data", "held_out.jsonl", "--val-every-steps", "25",
     ]  # fmt: skip
     with Run(tmp_path, [*TRAIN, *flags]) as run:
         records = run.finish()
-    assert "1 of 101 prompts are left out: they have more than 72 tokens" in run.out
+    assert "1 of 81 prompts are left out: they have more than 72 tokens" in run.out
     assert records[-1]["hub"]["skipped"] >= 1  # every epoch has it once
     assert not [count for count in records[-1]["hub"]["counts"] if count.startswith("reward_")]
     assert all(r["train/interrupted_rate"] > 0.1 for r in records[:5])
     first, last = (sum(r["train/reward"] for r in part) / 5 for part in (records[:5], records[-5:]))
     assert first <= 0.5 and last >= first + 0.2, (first, last)  # 0.40 and 0.74 when it was written
+
+    # before, half-way and after: 20 prompts x 4 samples; the best of them is the checkpoint that is kept
+    lines = (tmp_path / "runs/tiny/validation.jsonl").read_text().splitlines()
+    scores = {r["version"]: r["validation/avg@4"] for r in map(json.loads, lines)}
+    assert list(scores) == [0, 25, 50] and scores[50] > scores[0], scores
+    best = max((25, 50), key=lambda version: (scores[version], version))
+    found = re.search(r"best checkpoint: (\S+step-0*(\d+))", run.out)
+    assert int(found[2]) == best and (tmp_path / found[1]).is_dir(), found[0]
+
+    # exported: transformers opens it, a vLLM started on it says the same
+    command = [sys.executable, str(REPO / "checkpoint.py"), "export", found[1], "exported"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    checkpoint = tmp_path / "exported"
+    prompt = task.Codec(checkpoint, SYSTEM, TEMPLATE).encode({"prompt": rows[0]["problem"]})
+    tokens, logprobs = served(checkpoint, prompt, tmp_path / "vllm.log")
+    expected, greedy = reference(checkpoint, prompt + tokens, len(prompt))
+    assert tokens == greedy
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-4)
