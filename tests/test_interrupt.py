@@ -95,10 +95,10 @@ def test_the_hub_takes_no_more_than_the_run_puts_in(versions, may_have, refused)
     group = {"lengths": ints(2, 2), "token_ids": ints(1, 2, 3, 4), "logprobs": torch.zeros(4),
              "versions": ints(*versions), "rewards": torch.zeros(2), "truncated": torch.zeros(2).byte()}  # fmt: skip
     if not refused:
-        check_group(group, 2, 8, 32, (0, 0), may_have)
+        check_group(group, (2, 2), 8, 32, (0, 0), may_have)
         return
     with pytest.raises(Refused, match=refused):
-        check_group(group, 2, 8, 32, (0, 0), may_have)
+        check_group(group, (2, 2), 8, 32, (0, 0), may_have)
 
 
 def test_an_interruption_that_leaves_no_room_to_answer_is_refused(tiny_checkpoint):
