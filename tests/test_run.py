@@ -77,12 +77,6 @@ def test_the_first_command_of_the_readme_learns():
     assert ok, rewards
 
 
-def test_torchrun_with_two_ranks_learns(tmp_path):
-    with Run(tmp_path, [*TORCHRUN, "--nproc-per-node", "2", TRAIN[1], "--use-cispo"]) as run:
-        ok, rewards = learned(run.finish())
-    assert ok, rewards
-
-
 def test_without_use_cispo_the_ppo_clip_learns(tmp_path):
     with Run(tmp_path, [*TORCHRUN, "--nproc-per-node", "1", TRAIN[1], "--no-use-cispo"]) as run:
         records = run.finish()
@@ -117,26 +111,6 @@ def test_a_vllm_killed_in_mid_run_comes_back_on_the_current_weights(tmp_path):
     assert log.count("vLLM is up") == 2 and ("vLLM ended with status" in log or "vLLM is started again" in log)
     # the version it came back on is a late one, and it stayed current to the end
     assert records[-1]["hub"]["nodes"].popitem()[1]["version"] >= 38
-
-
-def test_own_data_reward_and_model(tmp_path):
-    """--data, --reward and --model together; the reward function sees the whole line."""
-    with Run(tmp_path, [*TRAIN, "--max-num-steps", "1"]) as run:
-        run.finish()
-    (tmp_path / "data.jsonl").write_text("".join(
-        json.dumps({"prompt": f"{word}>", "answer": word[::-1], "letter": word[0]}) + "\n"
-        for word in ("apple", "melon", "grape", "lemon", "peach", "mango", "olive", "berry")
-    ))  # fmt: skip
-    (tmp_path / "my.py").write_text(
-        "def last_letter(completion, example):\n    return 0.5 if completion.endswith(example['letter']) else 0.0\n"
-    )
-    flags = ["--model", "runs/tiny/weights/v1", "--data", "data.jsonl", "--reward", "my.py:last_letter"]
-    flags += ["--max-num-steps", "3", "--num-prompts-per-step", "4", "--train-global-batch-size", "32"]
-    (tmp_path / "runs/tiny/weights/v1").rename(tmp_path / "start")  # a run clears its own directory
-    flags[1] = "start"
-    with Run(tmp_path, [*TRAIN, *flags]) as run:
-        records = run.finish()
-    assert len(records) == 3 and all(0 < r["train/reward"] <= 0.5 for r in records)
 
 
 def test_interrupting_the_launcher_ends_every_process_it_started(tmp_path):
