@@ -47,7 +47,8 @@ def last_line(path: Path) -> str:
 # ---- metrics -------------------------------------------------------------------------------------------------
 DOING = {"exposed_generation": "waiting for rollouts", "data_processing": "packing the batch",
          "policy_and_reference_logprobs": "log-probs of the batch", "policy_training": "updates",
-         "publish_copy": "copying the weights to publish"}  # a part of the step, as the console says it  # fmt: skip
+         "publish_copy": "copying the weights to publish", "log": "log and checkpoint",
+         "validation": "waiting for the last validation"}  # a part of the step, as the console says it  # fmt: skip
 
 
 class Clock:

@@ -789,14 +789,18 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
             saver.save(step, model, optimizer, about(cfg, hub, scores) if rank == 0 else None)
         saver.wait()
         publisher.close()
-        if word == "train" and publisher.error:
+        finished = word == "train"
+        if finished and publisher.error:
             word = str(publisher.error)
         if rank == 0:
             if word == "train":
+                clock.begin("validation")
                 wait_for_validation(hub, cfg, rollout)
             scores |= report.log_validations(hub, codec.decode, cfg.run_dir, trackers)
             if word != "train":
                 say(f"stopped at step {step}: {word}; its state is in {saver.root}, go on with --resume auto")
+        if finished:  # every node's files are served until rank 0 needs no more answers from the rollout nodes
+            agree(cfg.max_num_steps, "over", rank, cfg.val_timeout_s + 60, stop=lambda: Signals.stop)
         if not word.startswith(("train", "SIGTERM")):
             raise SystemExit(f"train_cispo.py: rank {rank}: stopped at step {step}: {word}")
     finally:
