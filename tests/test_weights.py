@@ -254,18 +254,20 @@ for whole_files in map(int, sys.argv[5:]):
 
 def test_half_written_weights_are_never_a_version_and_the_next_start_removes_them(tmp_path, tiny_checkpoint, model):
     """kill -9 of the trainer between write and rename, of some of the files that two versions consist of."""
-    # v0: share, config, tokenizer, its config, index, manifest; v1: delta, share, the same
-    kills, here = (0, 3, 5, 6, 7, 9, 12), Path(__file__).parent
+    # v0: share, config, tokenizer, its config, generation config, model card, index, manifest; v1: a delta, then the same
+    files = 8
+    kills, here = (0, 3, files - 1, files, files + 1, files + 4, 2 * files), Path(__file__).parent
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(tiny_checkpoint), str(here.parent), str(here)]
     done = subprocess.run([*command, *map(str, kills)], capture_output=True, text=True, check=False, timeout=100)
     assert done.stdout.split() == ["-9"] * len(kills), (done.stdout, done.stderr[-2000:])
     for kill in kills:
         root = tmp_path / str(kill)
-        assert (root / "v0" / MANIFEST).exists() == (kill >= 6) and not (root / "v1" / MANIFEST).exists()
+        assert (root / "v0" / MANIFEST).exists() == (kill >= files) and not (root / "v1" / MANIFEST).exists()
         assert len(list(root.glob("v*/*.tmp"))) == 1
         publisher(model, root, tiny_checkpoint).close()  # the next start
-        assert [path.name for path in root.iterdir()] == (["v0"] if kill >= 6 else [])
-        if kill >= 6:
+        assert [path.name for path in root.iterdir()] == (["v0"] if kill >= files else [])
+        if kill >= files:
+            assert len(list((root / "v0").iterdir())) == files
             assert same(root / "v0", dict(model.hf_tensors()))
 
 
