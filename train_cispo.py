@@ -798,7 +798,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
                 wait_for_validation(hub, cfg, rollout)
             scores |= report.log_validations(hub, codec.decode, cfg.run_dir, trackers)
             if word != "train":
-                say(f"stopped at step {step}: {word}; its state is in {saver.root}, go on with --resume auto")
+                say(f"stopped at step {step}, its state is in {saver.root} (go on with --resume auto): {word}")
         if finished:  # every node's files are served until rank 0 needs no more answers from the rollout nodes
             agree(cfg.max_num_steps, "over", rank, cfg.val_timeout_s + 60, stop=lambda: Signals.stop)
         if not word.startswith(("train", "SIGTERM")):

@@ -518,12 +518,15 @@ class Publisher:
         self.hub.set_published(text.encode())
 
     def _oldest(self, version: int) -> int:
-        """The oldest version to keep: what leads from the newest whole one here, at least `keep`, and what a node is
-        still fetching, as long as all that is no more than four whole copies."""
+        """The oldest version to keep: what leads from a whole one to each of the last `keep`, whose manifest a node
+        may just have read; and what a node is still fetching, as long as that is no more than four whole copies."""
         sizes: dict[int, int] = {}
         for file in (file for files in self.files.values() for file in files):
             sizes[file["version"]] = sizes.get(file["version"], 0) + file["bytes"]
-        oldest, used = min(self.whole["version"], version - self.keep + 1), self.hub.oldest_in_use()
+        fulls = [{f["version"] for f in files if f["kind"] == "full"} for files in self.files.values()]
+        wholes = sorted(set.intersection(*fulls))
+        oldest = max((v for v in wholes if v <= version - self.keep + 1), default=wholes[0])
+        used = self.hub.oldest_in_use()
         for older in sorted((v for v in sizes if used <= v < oldest), reverse=True):
             if sum(size for v, size in sizes.items() if v >= older) <= 4 * self.stats["weights/full_bytes"]:
                 oldest = older

@@ -248,7 +248,7 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
         with open(tmp_path / "joiner", "w") as out:
             joiner = subprocess.Popen([*hosts[3].enter, "bash", "/mnt/cispo/launch.sh", "rollout"], stdout=out,
                                       stderr=out, env=environment)  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while groups(records()[-1]) < 32:
             assert time.monotonic() < deadline and joiner.poll() is None, (tmp_path / "joiner").read_text()[-3000:]
             time.sleep(0.2)  # polling what another program writes

@@ -153,7 +153,7 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on_where_it_was(tmp_path, ti
     finish(run, tmp_path)
     assert not psutil.wait_procs(children, timeout=20)[1]
     (stop,) = re.findall(
-        r"stopped at step (\d+), its state is in runs/tiny/checkpoints: SIGTERM", (tmp_path / "out").read_text()
+        r"stopped at step (\d+), its state is in runs/tiny/checkpoints .*: SIGTERM", (tmp_path / "out").read_text()
     )
     finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags), tmp_path)
     assert f"going on from runs/tiny/checkpoints/step-{int(stop):06d}: step {stop}, " in (tmp_path / "out").read_text()
@@ -378,7 +378,7 @@ def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_sav
     finally:
         subprocess.run(["umount", "-l", str(directory)], check=True)
     out = (tmp_path / "out").read_text()
-    (stop, why) = re.findall(r"stopped at step (\d+), its state is in runs/tiny/checkpoints: (.*)", out)[0]
+    (stop, why) = re.findall(r"stopped at step (\d+), its state is in runs/tiny/checkpoints .*?: (.*)", out)[0]
     assert re.match(r"publishing v\d+ to runs/tiny/weights failed: .*No space left on device", why)
     finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags), tmp_path)
     assert f"going on from runs/tiny/checkpoints/step-{int(stop):06d}" in (tmp_path / "out").read_text()

@@ -191,7 +191,7 @@ def test_versions_are_deltas_between_whole_ones_and_every_digest_is_of_the_full_
         0.01 < p.stats["weights/changed"] < 0.03 and p.stats["weights/delta_bytes"] * 5 < p.stats["weights/full_bytes"]
     )
     assert p.stats["weights/full_bytes"] == sum(t.nbytes for _, t in model.hf_tensors())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["v5", "v6"]  # two are kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v4", "v5", "v6"]  # two, and the whole one before v5
     assert json.loads((tmp_path / "v6/config.json").read_text())["dtype"] == "float32"
 
 
@@ -254,7 +254,7 @@ for whole_files in map(int, sys.argv[5:]):
 
 def test_half_written_weights_are_never_a_version_and_the_next_start_removes_them(tmp_path, tiny_checkpoint, model):
     """kill -9 of the trainer between write and rename, of some of the files that two versions consist of."""
-    # v0: share, config, tokenizer, its config, generation config, model card, index, manifest; v1: a delta, then the same
+    # v0: share, three configs, tokenizer, model card, index, manifest; v1: a delta, then the same
     files = 8
     kills, here = (0, 3, files - 1, files, files + 1, files + 4, 2 * files), Path(__file__).parent
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(tiny_checkpoint), str(here.parent), str(here)]
