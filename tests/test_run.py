@@ -43,7 +43,7 @@ class Run:
             assert time.monotonic() < deadline and self.process.poll() is None, f"no {text!r}:\n{self.out[-3000:]}"
             time.sleep(0.2)  # polling a file that another program writes
 
-    def finish(self, timeout_s=290):
+    def finish(self, timeout_s=420):
         """Wait for a good end, check every step, return the records."""
         status = self.process.wait(timeout_s)
         assert status == 0, self.out[-3000:]
@@ -70,7 +70,7 @@ def learned(records):
 
 def test_the_first_command_of_the_readme_learns():
     """bash launch.sh, but under another name, so that nobody's runs/tiny is overwritten."""
-    done = subprocess.run(["bash", "launch.sh", "--use-cispo", "--name", "test"], cwd=REPO, timeout=290, check=False)
+    done = subprocess.run(["bash", "launch.sh", "--use-cispo", "--name", "test"], cwd=REPO, timeout=420, check=False)
     assert done.returncode == 0
     lines = (REPO / "runs/test/metrics.jsonl").read_text().splitlines()
     ok, rewards = learned([json.loads(line) for line in lines])
@@ -78,7 +78,9 @@ def test_the_first_command_of_the_readme_learns():
 
 
 def test_without_use_cispo_the_ppo_clip_learns(tmp_path):
-    with Run(tmp_path, [*TORCHRUN, "--nproc-per-node", "1", TRAIN[1], "--no-use-cispo"]) as run:
+    with Run(
+        tmp_path, [*TORCHRUN, "--nproc-per-node", "1", TRAIN[1], "--no-use-cispo", "--max-num-steps", "120"]
+    ) as run:
         records = run.finish()
     ok, rewards = learned(records)
     assert ok, rewards
