@@ -372,7 +372,13 @@ def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_sav
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags)
     directory = tmp_path / "runs/tiny/weights"
     wait_for(tmp_path, run, lambda out: "step    2 " in out)
+    run.send_signal(signal.SIGSTOP)
+    while not all((version / "manifest.json").exists() for version in directory.glob("v*")):
+        run.send_signal(signal.SIGCONT)  # a version half written would lose its directory, and not its room
+        time.sleep(0.05)
+        run.send_signal(signal.SIGSTOP)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], check=True)
+    run.send_signal(signal.SIGCONT)
     try:
         finish(run, tmp_path, status=1)
     finally:
