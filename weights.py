@@ -488,8 +488,7 @@ class Publisher:
         self.shards = [{"name": part["name"], "tensors": part["tensors"]} for part in parts]
         self._add(parts)
         if all(file["kind"] == "full" for part in parts for file in part["files"][-1:]):
-            self.whole = {"version": version, "files": write_static(
-                self.root / f"v{version}", self.static, parts, model_card(self.root.parent, version))}  # fmt: skip
+            self._complete(version)
         self.stats = {
             "weights/changed": total("changed") / total("elements"), "weights/delta_bytes": total("delta_bytes"),
             "weights/full_bytes": total("full_bytes"),
@@ -501,6 +500,12 @@ class Publisher:
         self._write_manifest(version, oldest)
         self._prune(oldest)
         self.store.set("oldest", str(oldest))
+
+    def _complete(self, version: int) -> None:
+        """All shares of a version are whole: make its directory a checkpoint that others can open."""
+        card = model_card(self.root.parent, version)
+        self.whole = {"version": version,
+                      "files": write_static(self.root / f"v{version}", self.static, self.shards, card)}  # fmt: skip
 
     def _add(self, parts: list[dict]) -> None:
         for part in parts:
@@ -557,8 +562,7 @@ class Publisher:
                 return
             self._add(parts)
             if all(part["files"][0]["version"] == self.version for part in parts):  # else a rank is one ahead
-                directory = self.root / f"v{self.version}"
-                self.whole = {"version": self.version, "files": write_static(directory, self.static, self.shards)}
+                self._complete(self.version)
             self._write_manifest(self.version, oldest=0)
 
 

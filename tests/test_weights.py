@@ -547,6 +547,7 @@ def test_a_refused_version_is_written_again_whole_and_taken(tmp_path, tiny_check
         word = {"node": "n", "version": 0, "digest": "", "timing": {}, "refused": "v1 refused: damaged"}
         assert asyncio.run(call(hub, "POST", "/receipts", json=word))[0] == 200
         until(lambda: hub.manifest != before)
+        assert "step 1\n" in (hub.weights_dir / "v1/README.md").read_text()  # the model card, as of any whole version
         assert (
             "n stays on v0: v1 refused: damaged" in hub.take_news() and hub.status()["counts"]["updates_refused"] == 1
         )
