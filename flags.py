@@ -1,13 +1,51 @@
-"""`train_cispo.py --help`: every flag on one line, in its group, with the value that it has under the chosen preset.
+"""Flags: a dataclass is parsed by tyro, and what is wrong with the flags is one line.
 
+Also `train_cispo.py --help`: every flag on one line, in its group, with the value that it has under the chosen preset.
 The text is read from the source of the Config class: a comment that stands alone begins a group, and the one behind a
 field is that field's help. So whoever adds a field has documented it.
 """
 
+import contextlib
+import dataclasses
+import difflib
 import inspect
+import io
+import itertools
 import re
 import types
 import typing
+
+import tyro
+
+
+def parse(cls, argv: list[str], default=None):
+    """The dataclass as the flags have it. Raises: ValueError with one line that says what is wrong."""
+    # Flags that hold flags: tyro would take the value of `--vllm-args "--tensor-parallel-size 8"` for another flag.
+    joined, rest = [], iter(argv)
+    for flag in rest:
+        value = next(rest, None) if re.fullmatch(r"--[\w-]+[-_]args", flag) else None
+        joined.append(flag if value is None else f"{flag}={value}")
+    said, given = io.StringIO(), {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(said):
+            cfg, unknown = tyro.cli(cls, args=joined, return_unknown_args=True, **given)
+    except SystemExit as e:
+        if e.code == 0:
+            raise  # --help
+        plain = re.sub(r"\x1b\[[\d;]*m", "", said.getvalue())  # a box: title, text, and from a rule on more help
+        lines = [line.strip(" ╭╮╰╯│─-") for line in plain.strip().splitlines()]
+        words = " ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:]))
+        words = " ".join(words.split())
+        hint = "; one that begins with - is given as --FLAG=VALUE" if "Missing value" in words else ""
+        raise ValueError(f"{words.rstrip('.')}{hint}") from None
+    if unknown:
+        names = [f.name.replace("_", "-") for f in dataclasses.fields(cls)]
+        close = difflib.get_close_matches(unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists all"
+        if not unknown[0].startswith("-"):
+            hint = "a value stands behind its flag, and a switch takes none: --NAME or --no-NAME"
+        raise ValueError(f"unknown flag {unknown[0]!r}, {hint}")
+    return cfg
 
 
 def choices(kind) -> list[str]:

@@ -34,6 +34,7 @@ from safetensors.torch import save
 
 import receive
 import weights
+from flags import parse
 from ledger import NOT_SAMPLED
 from rewards import reward_digest
 from task import Codec
@@ -296,7 +297,7 @@ class Node:
     async def watch_vllm(self) -> None:
         """Once a second: is it alive, do tokens move, and how many prompts does it bear? A hang is a vLLM that says it
         is well while requests are in flight and no token moves; it is ended like a dead one and started again."""
-        stall, last = Wait("vllm progress", self.cfg.stall_timeout_s), None
+        stall, last, version = Wait("vllm progress", self.cfg.stall_timeout_s), None, self.version
         while True:
             await asyncio.sleep(1.0)  # polling another process
             if not self.ready.is_set():
@@ -314,9 +315,10 @@ class Node:
                 moved = (found["tokens"], found["prompt_tokens"])
                 if moved != last or not self.in_vllm:
                     stall = Wait("vllm progress", self.cfg.stall_timeout_s)
-                preempted = found["preemptions"] > self.vitals.get("preemptions", math.inf)
+                # A weight update preempts what is in flight, too, which says nothing of the cache.
+                preempted = version == self.version and found["preemptions"] > self.vitals.get("preemptions", math.inf)
                 self.limit = next_limit(self.limit, self.cfg.max_groups, len(self.held), found, preempted)
-                last, self.vitals = moved, found
+                last, version, self.vitals = moved, self.version, found
             if not why and not stall.over:
                 continue
             async with self.engine:
@@ -525,7 +527,12 @@ async def main(cfg: RolloutConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        asyncio.run(main(tyro.cli(RolloutConfig)))
+        config = parse(RolloutConfig, sys.argv[1:])
+    except ValueError as e:
+        log(f"error: {e}")
+        sys.exit(2)
+    try:
+        asyncio.run(main(config))
     except* (asyncio.CancelledError, RunOver) as why:
         log(f"stopped: {why.exceptions[0]!r}")
     except* (RuntimeError, VLLMUnfit) as failed:

@@ -18,11 +18,11 @@ CISPO: MiniMax-M1, arXiv:2506.13585. Flag and metric names are NeMo RL's where i
 """
 
 import dataclasses
-import difflib
 import itertools
 import json
 import os
 import secrets
+import shlex
 import socket
 import sys
 import threading
@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import dry_run
@@ -41,7 +40,7 @@ import report
 import task
 from batch import MicroBatch, left_out, pack_batch, unpack_batch
 from checkpoint import Checkpointer, CheckpointError, begin, checkpoints_to_try, load_state_tensors, share_model
-from flags import help_text
+from flags import help_text, parse
 from hub import Hub
 from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
@@ -49,6 +48,7 @@ from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks, make_mesh, reduce_metrics
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
 from rewards import load_reward, reward_digest
+from rollout import RolloutConfig
 from validation import Validation, read_scores
 from waits import Signals, Wait, agree, stop_word
 from weights import Publisher, load_hf
@@ -408,15 +408,12 @@ def parse_config(argv: list[str]) -> Config:
         resolved = {**dataclasses.asdict(defaults.algorithm), "max_input_seq_length": defaults.max_prompt_tokens}
         print(help_text(defaults, PRESET_NOTES, resolved))
         sys.exit(0)
-    cfg, unknown = tyro.cli(Config, args=argv, default=defaults, return_unknown_args=True)
-    if unknown:
-        names = [f.name.replace("_", "-") for f in dataclasses.fields(Config)]
-        close = difflib.get_close_matches(unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists all"
-        if not unknown[0].startswith("-"):
-            hint = "a value stands behind its flag, and a switch takes none: --NAME or --no-NAME"
-        raise ValueError(f"unknown flag {unknown[0]!r}, {hint}")
+    cfg = parse(Config, argv, defaults)
     cfg.validate()
+    try:
+        parse(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
+    except ValueError as e:
+        raise ValueError(f"--rollout-args {cfg.rollout_args!r}: {e}") from None
     report.Trackers.check(cfg)
     load_reward(cfg.reward)
     task.split_template(task.text_of(cfg.prompt_template))

@@ -99,6 +99,12 @@ class VLLM:
             env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                     "OMP_NUM_THREADS": str(threads)}  # fmt: skip
             command.append("--enforce-eager")
+            if not re.search("parallel|executor", self.cfg.vllm_args):
+                # One process for engine and worker. As two they wait for each other in busy loops, which on two cores
+                # take a third of the machine from the trainer. vLLM prefers two since it sets a worker's OpenMP
+                # environment itself; here that is set above, and the variable makes vLLM accept it.
+                env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+                command += ["--distributed-executor-backend", "uni"]
         with open(self.log_path, "a") as out:
             self.process = await asyncio.create_subprocess_exec(
                 *with_parent(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
