@@ -18,7 +18,6 @@ thread of rank 0; all state, ledger.py's too, is touched only by that thread's e
 """
 
 import asyncio
-import hmac
 import json
 import math
 import resource
@@ -39,7 +38,7 @@ from ledger import NOT_SAMPLED, Books, Group, Lease, Ledger
 from report import prometheus_text
 from validation import Round, Validation
 from waits import Wait, WaitOver
-from weights import digest, served_file
+from weights import digest, has_token, served_file
 
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
 MAX_NODES = 4096  # that are remembered at once
@@ -373,8 +372,7 @@ class Hub:
     # -- requests
     @web.middleware
     async def _authorize(self, request: web.Request, handler):
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(errors="surrogateescape"), self.token.encode()):
+        if not has_token(request, self.token):
             return web.json_response({"error": "missing or wrong bearer token"}, status=401)
         if request.headers.get("X-Run", self.run["id"]) != self.run["id"] and request.path != "/run":
             return web.json_response({"error": "this is another run: ask /run again"}, status=412)

@@ -346,16 +346,9 @@ class Node:
             passed = max(1e-3, now - last)
             load = {"over_s": passed, "idle_s": self.idle_s - last_idle_s, "made": max(0.0, made - tokens)}
             last, last_idle_s, tokens = now, self.idle_s, made
-            vllm = {
-                **{n: self.vitals.get(n, 0) for n in ("running", "waiting", "kv", "preemptions")},
-                "limit": self.limit,
-                **load,
-            }
-            body = {
-                "node": self.name,
-                "leases": [name for name, task in self.held.items() if not task.done()],
-                "vllm": vllm,
-            }
+            vitals = {n: self.vitals.get(n, 0) for n in ("running", "waiting", "kv", "preemptions")}
+            held = [name for name, task in self.held.items() if not task.done()]
+            body = {"node": self.name, "leases": held, "vllm": {**vitals, "limit": self.limit, **load}}
             body["failed_rewards"], self.workers.failed = dict(self.workers.failed), Counter()
             for lease in json.loads(await self.ask("POST", "/beat", json=body))["drop"]:
                 if (task := self.held.get(lease)) and not task.done():

@@ -25,6 +25,7 @@ import secrets
 import shlex
 import socket
 import sys
+import textwrap
 import threading
 import time
 from dataclasses import dataclass
@@ -842,7 +843,8 @@ def main() -> None:
             print(f"train_cispo.py: error: {where}{e}", file=sys.stderr)
         sys.exit(2)
     if rank == 0:
-        print(cfg.text)
+        values = "  ".join(f"{name}={value!r}" for name, value in json.loads(cfg.text).items())
+        print(textwrap.fill(values, 120, break_long_words=False, break_on_hyphens=False))
         for warning in cfg.warnings():
             say(f"warning: {warning}")
     train(cfg, checkpoint, data, checkpoints)

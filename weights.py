@@ -282,6 +282,12 @@ def served_file(root: Path, version: str, name: str) -> Path | None:
     return path if known and version.isdigit() and path.is_file() else None
 
 
+def has_token(request: web.Request, token: str) -> bool:
+    """Whether the request carries the run's bearer token; compared in a time that does not depend on it."""
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    return hmac.compare_digest(given.encode(errors="surrogateescape"), token.encode())
+
+
 class FileServer:
     """What a trainer node other than rank 0's serves, in a thread: the files of its ranks' shares."""
 
@@ -306,8 +312,7 @@ class FileServer:
         await asyncio.Event().wait()  # for as long as the process lives
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(errors="surrogateescape"), self.token.encode()):
+        if not has_token(request, self.token):
             return web.json_response({"error": "missing or wrong bearer token"}, status=401)
         path = served_file(self.root, **request.match_info)
         return web.FileResponse(path) if path else web.json_response({"error": "no such file"}, status=404)

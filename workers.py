@@ -67,6 +67,7 @@ class VLLM:
     def __init__(self, cfg, run: dict, log_path: Path):
         self.cfg, self.run, self.log_path = cfg, run, log_path
         self.process: asyncio.subprocess.Process | None = None
+        self.starting: asyncio.Task | None = None
 
     async def start(self, checkpoint: Path) -> None:
         """Start the server on a checkpoint directory and wait until it is healthy.
@@ -105,16 +106,17 @@ class VLLM:
                 # environment itself; here that is set above, and the variable makes vLLM accept it.
                 env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
                 command += ["--distributed-executor-backend", "uni"]
-        with open(self.log_path, "a") as out:
-            self.process = await asyncio.create_subprocess_exec(
-                *with_parent(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
-            )  # fmt: skip
         self.session = aiohttp.ClientSession(
             f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s),
             # vLLM closes connections that are idle for 5 s; a request may meet that, and POST is not repeated.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
         )  # fmt: skip
+        with open(self.log_path, "a") as out:
+            self.starting = asyncio.create_task(asyncio.create_subprocess_exec(
+                *with_parent(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,
+            ))  # fmt: skip
+            self.process = await asyncio.shield(self.starting)  # cancelled here, it would be a process nobody knows
         wait, said = Wait("vllm start", self.cfg.vllm_start_timeout_s), 0.0
         while not await self.healthy():
             if self.process.returncode is not None or wait.over:
@@ -175,8 +177,9 @@ class VLLM:
 
     async def stop(self, kill: bool = False) -> None:
         """End the process and all it started: politely first, or at once where it no longer listens."""
-        if self.process is None:
+        if self.starting is None:
             return
+        self.process = await self.starting
         await self.session.close()
         for sig in (signal.SIGKILL,) if kill else (signal.SIGTERM, signal.SIGKILL):
             try:
@@ -184,7 +187,7 @@ class VLLM:
                 await asyncio.wait_for(self.process.wait(), 10)
             except (ProcessLookupError, TimeoutError):
                 pass
-        self.process = None
+        self.process = self.starting = None
 
     async def post(self, route: str, body: dict | None = None) -> dict:
         """Raises: RuntimeError when vLLM answers with an error, aiohttp.ClientError when it does not answer."""

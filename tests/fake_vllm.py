@@ -148,7 +148,7 @@ class Server:
         self.policy, self.version, self.seed, self.max_num_seqs = Policy(model), "default", seed, max_num_seqs
         self.running: list[Request] = []
         self.waiting: list[Request] = []
-        self.paused, self.tokens, self.requests = False, 0, 0
+        self.paused, self.tokens, self.requests, self.preemptions = False, 0, 0, 0
         self.faults = {kind: 0 for kind in COUNTED}
         self.hang = self.crash_update = self.stall_update = False
         self.slow_s, self.poison, self.without = 0.0, None, []
@@ -228,6 +228,7 @@ class Server:
             self.order(body)
         elif name == "pause":
             self.paused = True
+            self.preemptions += sum(r.n for r in self.running)  # what is in flight is computed again, says vLLM's count
         elif name == "update_weights":
             if self.crash_update:
                 os._exit(1)
@@ -253,7 +254,7 @@ class Server:
         values = {
             "num_requests_running": sum(r.n for r in self.running), "generation_tokens_total": self.tokens,
             "num_requests_waiting": sum(r.n for r in self.waiting), "kv_cache_usage_perc": min(1.0, used / 65536),
-            "prompt_tokens_total": 0, "num_preemptions_total": 0, "request_success_total": self.requests,
+            "prompt_tokens_total": 0, "num_preemptions_total": self.preemptions, "request_success_total": self.requests,
         }  # fmt: skip
         return web.Response(text="".join(f"vllm:{n}{label} {float(v)}\n" for n, v in values.items()))
 

@@ -300,6 +300,26 @@ def test_the_limit_of_prompts_in_flight_follows_vllm():
     assert next_limit(1, 64, 1, full, True) == 1  # one prompt is always tried
 
 
+def test_a_weight_update_is_not_taken_for_a_full_cache(hub, tmp_path, fake_vllm_command):
+    """vLLM counts what a pause stops among its preemptions; a real one between two updates still lowers the limit."""
+
+    async def scenario(node):
+        await node.ready.wait()
+        limit, preemptions = node.limit, lambda: node.vitals.get("preemptions", 0)
+        await node.vllm.post("/fault", {"kind": "slow", "s": 0.2})  # so that there is something in flight to preempt
+        await until(lambda: node.in_vllm >= 4)
+        publish(hub, 1)
+        await until(lambda: node.version == 1 and preemptions() > 0)
+        assert node.limit >= limit
+        seen = preemptions()
+        for route in ("/pause", "/resume"):  # not an update: nobody loads anything
+            await node.vllm.post(route)
+        await until(lambda: preemptions() > seen)
+        assert node.limit < limit
+
+    run_node(hub, tmp_path, fake_vllm_command, scenario, max_groups=32)
+
+
 def test_a_lease_whose_answer_was_lost_and_one_that_is_void_are_settled_by_the_next_beat(hub):
     async def scenario():
         async with aiohttp.ClientSession(hub.url, headers={"Authorization": "Bearer t"}) as session:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import train_cispo
+from flags import parse
+from rollout import RolloutConfig
 from train_cispo import PRESET_NOTES, PRESETS, Config, learning_rate, parse_config
 from workers import rollout_gpus
 
@@ -139,3 +143,14 @@ def test_help_shows_every_flag_once_on_one_line_with_its_value(preset, capsys):
 )
 def test_the_local_vllm_has_the_gpus_that_no_rank_has(visible, ranks, left):
     assert rollout_gpus(visible, ranks) == left
+
+
+def test_flags_that_hold_flags_reach_vllm_as_they_are_written():
+    """tyro by itself takes the value of --vllm-args "--tensor-parallel-size 8" for a flag of its own."""
+    readme = (REPO / "README.md").read_text()
+    (example,) = re.findall(r'^ROLLOUT_ARGS="(.*?)" bash launch', readme, re.M)
+    given = {example: "--tensor-parallel-size 8", PRESETS["qwen3-0.6b"].rollout_args: "--gpu-memory-utilization 0.4",
+             "--vllm-args=--dtype=half": "--dtype=half", "--max-groups 3 --vllm_args ''": ""}  # fmt: skip
+    for text, reached in given.items():
+        assert parse(RolloutConfig, ["http://h:1", *shlex.split(text)]).vllm_args == reached
+    assert parse_config(["--rollout-args", "--vllm-args '--seed 1'"]).rollout_args == "--vllm-args '--seed 1'"

@@ -56,6 +56,8 @@ class Run:
             states = ("taken", "buffered", "leased", "returned", "set_aside", "skipped")
             assert hub["handed_out"] == sum(hub[state] for state in states)
             assert r["train/max_trajectory_age"] <= 1
+            for node in hub["nodes"].values():  # vLLM's cache is never full here, so nothing holds prompts back
+                assert node.get("vllm", {}).get("limit", 16) >= 16
             if r["train/tokens_same_version"]:  # two fp32 implementations of the same policy: rounding, no more
                 assert r["train/gen_kl_error_same_version"] <= 1e-5
                 assert r["train/token_mult_prob_error_same_version"] <= 1.002
