@@ -499,8 +499,8 @@ async def main(cfg: RolloutConfig) -> None:
         node = Node(cfg, hub)
         loop = asyncio.get_running_loop()
         me = asyncio.current_task()
-        for sig in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(sig, me.cancel)
+        for sig in (signal.SIGTERM, signal.SIGINT):  # once: the next, a launcher's say, must not break off the ending
+            loop.add_signal_handler(sig, lambda: me.cancelling() or me.cancel())
         try:
             while True:
                 await node.join()
@@ -511,8 +511,9 @@ async def main(cfg: RolloutConfig) -> None:
                 except* RunChanged:
                     log("the trainer was started again: what was in flight is dropped")
         finally:
-            with contextlib.suppress(RunOver, RunChanged, RuntimeError):
-                await node.leave()
+            with contextlib.suppress(RunOver, RunChanged, RuntimeError, TimeoutError):
+                async with asyncio.timeout(5.0):  # a hub that is gone does not answer for any of the leases
+                    await node.leave()
             await node.close()
             if not cfg.dir:
                 shutil.rmtree(node.root, ignore_errors=True)

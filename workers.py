@@ -42,6 +42,36 @@ def with_parent(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", ask, *command]
 
 
+# vLLM is several processes, and may hang while it ends: a process that nothing can hang stands between it and the node.
+GUARD = """
+import ctypes, os, signal, subprocess, sys
+def end(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit
+signal.signal(signal.SIGTERM, end)
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG: when the node is gone
+child = None
+try:
+    if os.getppid() == int(sys.argv[1]):
+        child = subprocess.Popen(sys.argv[3:])
+        sys.exit(child.wait())
+finally:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if child is None or child.poll() is None:
+        os.killpg(0, signal.SIGTERM)
+        try:
+            child and child.wait(float(sys.argv[2]))
+        finally:
+            os.killpg(0, signal.SIGKILL)  # all that it started; this process too
+"""
+
+
+def guarded(command: list[str], grace_s: float = 10.0) -> list[str]:
+    """The command under a guard. Start it in a session of its own: SIGTERM to the guard, or this process's death, ends
+    all of the session, politely first, after grace_s by SIGKILL."""
+    return [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), str(grace_s), *command]
+
+
 def backoff_s(attempt: int, most: float = 10.0) -> float:
     """Seconds before the next attempt: they double, and differ between those that failed at the same moment."""
     return min(most, 0.25 * 2**attempt) * random.uniform(0.5, 1.5)
@@ -113,7 +143,7 @@ class VLLM:
         )  # fmt: skip
         with open(self.log_path, "a") as out:
             self.starting = asyncio.create_task(asyncio.create_subprocess_exec(
-                *with_parent(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
+                *guarded(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,
             ))  # fmt: skip
             self.process = await asyncio.shield(self.starting)  # cancelled here, it would be a process nobody knows
@@ -181,12 +211,13 @@ class VLLM:
             return
         self.process = await self.starting
         await self.session.close()
-        for sig in (signal.SIGKILL,) if kill else (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, sig)  # its engine processes too: they share the session
-                await asyncio.wait_for(self.process.wait(), 10)
-            except (ProcessLookupError, TimeoutError):
-                pass
+        with contextlib.suppress(ProcessLookupError, TimeoutError):
+            if not kill:
+                self.process.terminate()  # its guard ends the rest
+                await asyncio.wait_for(self.process.wait(), 15)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await self.process.wait()
         self.process = self.starting = None
 
     async def post(self, route: str, body: dict | None = None) -> dict:

@@ -290,6 +290,56 @@ def test_a_node_killed_between_pause_and_resume_leaves_no_process_and_loses_no_p
     hub.ledger.check()
 
 
+DEAF = """
+import runpy, signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_vllm_deaf_to_sigterm_ends_with_a_node_that_was_killed(tmp_path):
+    """So do its children, one of which a signal to it would never have reached."""
+    (tmp_path / "deaf.py").write_text(DEAF)
+    (tmp_path / "vllm.py").write_text("import time; print('up', flush=True); time.sleep(600)")
+    node = f"""
+import subprocess, sys, time
+sys.path.insert(0, {str(REPO)!r})
+from workers import guarded
+command = guarded([sys.executable, {str(tmp_path / "deaf.py")!r}, {str(tmp_path / "vllm.py")!r}], 1.0)
+subprocess.Popen(command, start_new_session=True)
+time.sleep(600)
+"""
+    node = subprocess.Popen([sys.executable, "-c", node], stdout=subprocess.PIPE, text=True)
+    assert node.stdout.readline() == "up\n"
+    children = psutil.Process(node.pid).children(recursive=True)
+    assert len(children) == 3  # the guard, vLLM and what that started
+    node.kill()
+    node.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, [p.cmdline() for p in alive]
+
+
+def test_a_second_signal_does_not_break_off_the_ending_of_a_node(hub, tmp_path, fake_vllm_command):
+    """A launcher signals the whole group, and then the trainer its node once more."""
+    (tmp_path / "deaf.py").write_text(DEAF)
+    python, fake = fake_vllm_command.split()
+    command = [sys.executable, str(REPO / "rollout.py"), hub.url, "--dir", str(tmp_path / "node"),
+               "--vllm-command", f"{python} {tmp_path / 'deaf.py'} {fake}"]  # fmt: skip
+    node = subprocess.Popen(command, env={**os.environ, "CISPO_TOKEN": "t"}, stdout=subprocess.PIPE, text=True)
+    while "onto itself" not in (line := node.stdout.readline()):
+        assert line, "the node has ended"
+    children = psutil.Process(node.pid).children(recursive=True)
+    node.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        node.wait(1.0)  # it is ending, and waits for vLLM
+    node.send_signal(signal.SIGTERM)
+    assert node.wait(30) == 0
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive, [p.cmdline() for p in alive]
+
+
 def test_the_limit_of_prompts_in_flight_follows_vllm():
     calm, full, queued = ({"kv": kv, "waiting": w} for kv, w in ((0.3, 0), (0.95, 0), (0.3, 9)))
     assert next_limit(32, 64, 32, calm, False) == 40  # all used and room left: up
