@@ -99,6 +99,7 @@ class Config:
     max_total_sequence_length: int = 64  # prompt and sample; vLLM's --max-model-len
     temperature: float = 1.0  # of sampling; the trainer's log-probs are taken at it too
     max_trajectory_age_steps: int = 1  # no token trained is from weights older than this; 0 is synchronous
+    recompute_kv_cache_after_weight_updates: bool = True  # of requests in flight; off: sooner on, with the older one
     local_rollout: bool = True  # start rollout.py on this machine; off: wait for nodes that are started elsewhere
     rollout_args: str = ""  # further flags for the process started here, as in `python rollout.py --help`
     hub_host: str = "127.0.0.1"  # address that the rollout nodes reach; they are the only ones to call it
@@ -358,7 +359,7 @@ NIGHTLY = Config(
     num_prompts_per_step=32, num_generations_per_prompt=16, train_global_batch_size=32,  # 512 samples, 16 updates
     # Prompt and answer share 4096 tokens: a sample may have what its prompt leaves.
     max_total_sequence_length=4096, max_input_seq_length=4096, max_new_tokens=4096, temperature=1.0,
-    max_trajectory_age_steps=1,
+    max_trajectory_age_steps=1, recompute_kv_cache_after_weight_updates=False,
     ratio_clip_min=1.0, ratio_clip_max=5.0, use_importance_sampling_correction=True,  # and no truncation of it
     use_leave_one_out_baseline=True, normalize_rewards=True, reference_policy_kl_penalty=0.0, token_level_loss=True,
     # lr_warmup_iters 10 from lr_warmup_init 3e-8, then constant; once a rollout batch, not once an update
@@ -644,6 +645,7 @@ def start_hub(cfg: Config, checkpoint: Path, data, vocab_size: int, device) -> H
         "num_generations": cfg.num_generations_per_prompt, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed,
         "max_model_len": cfg.max_total_sequence_length, "dtype": dtype,
         "fp32_lm_head": cfg.fp32_lm_head, **interruption(cfg, codec),
+        "recompute_kv_cache": cfg.recompute_kv_cache_after_weight_updates,
         "reward": cfg.reward, "reward_digest": reward_digest(cfg.reward),
         "sampling": {
             "n": cfg.num_generations_per_prompt, "temperature": cfg.temperature, "top_p": 1.0, "top_k": 0,

@@ -232,13 +232,15 @@ class VLLM:
         """Put the weights of a verified directory into the running model. Returns the seconds of each part.
 
         Between pause and resume no engine step runs, so no token is sampled from half-loaded weights. Requests in
-        flight are kept; vLLM labels the tokens before and after.
+        flight are kept; vLLM labels the tokens before and after. What they have in the KV cache is computed again by
+        the new weights, unless the run says otherwise (vLLM counts that as preemptions).
         Raises: WaitOver when vLLM takes too long over it, RuntimeError and aiohttp.ClientError as `post`.
         """
         wait, start = Wait("weight update", self.cfg.load_timeout_s), time.perf_counter()
         try:
             async with asyncio.timeout(self.cfg.load_timeout_s):
-                await self.post("/pause?mode=keep")
+                recompute = str(self.run.get("recompute_kv_cache", True)).lower()
+                await self.post(f"/pause?mode=keep&clear_cache={recompute}")
                 paused = time.perf_counter()
                 await self.post("/start_weight_update")
                 await self.post("/update_weights", {"update_info": {"path": str(checkpoint)}})

@@ -228,7 +228,8 @@ class Server:
             self.order(body)
         elif name == "pause":
             self.paused = True
-            self.preemptions += sum(r.n for r in self.running)  # what is in flight is computed again, says vLLM's count
+            if http.query.get("clear_cache") != "false":
+                self.preemptions += sum(r.n for r in self.running)  # computed again, and counted as that
         elif name == "update_weights":
             if self.crash_update:
                 os._exit(1)

@@ -31,6 +31,7 @@ RECIPE = [
     ("policy.generation.max_new_tokens", 4096, "max_new_tokens"),
     ("grpo.max_num_steps", 10, "max_num_steps"),
     ("grpo.async_grpo.max_trajectory_age_steps", 1, "max_trajectory_age_steps"),
+    ("grpo.async_grpo.recompute_kv_cache_after_weight_updates", False, "recompute_kv_cache_after_weight_updates"),
     ("policy.generation.temperature", 1.0, "temperature"),
     ("optimizer.lr", 3e-7, "lr"),
     ("scheduler.lr_warmup_iters", 10, "lr_warmup_steps"),

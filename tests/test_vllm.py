@@ -132,6 +132,34 @@ def test_requests_in_flight_at_an_update_carry_both_versions(loop, server, tiny_
     assert (found[boundary:] - new[boundary:]).abs().max() < 1e-4 < (found[boundary:] - old[boundary:]).abs().mean()
 
 
+def test_requests_in_flight_can_keep_the_cache_that_older_weights_computed(
+    loop, server, tiny_checkpoint, other_checkpoint, monkeypatch
+):
+    """Then nothing is computed again, and what comes after the update is neither policy's own."""
+    prompt = PROMPTS[1]
+
+    async def update(recompute):
+        monkeypatch.setitem(server.run, "recompute_kv_cache", recompute)
+        await server.load(tiny_checkpoint, 5)
+        sampling = {**GREEDY, "n": 8, "temperature": 1.0, "max_tokens": 500}
+        request = asyncio.create_task(server.generate(prompt, sampling, 5))
+        while not await running_requests(server):
+            pass  # each turn is a request to the server's metrics
+        before = (await server.vitals())["preemptions"]
+        await server.load(other_checkpoint, 6)
+        assert not request.done()
+        choices = await request
+        return (await server.vitals())["preemptions"] - before, choices[0]
+
+    for recompute in (True, False):
+        preempted, choice = loop.run_until_complete(asyncio.wait_for(update(recompute), 120))
+        assert (preempted > 0) == recompute
+        _, after = choice["weight_versions"]
+        found = torch.tensor([x["logprob"] for x in choice["logprobs"]["content"]])[after["start"] :]
+        new, _ = reference(other_checkpoint, prompt + choice["token_ids"], len(prompt))
+        assert ((found - new[after["start"] :]).abs().max() < 1e-4) == recompute
+
+
 async def running_requests(server) -> bool:
     async with server.session.get("/metrics") as response:
         lines = (await response.text()).splitlines()
