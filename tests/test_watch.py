@@ -57,6 +57,23 @@ def test_tensorboard_gets_steps_and_validations(tmp_path, monkeypatch):
     assert read == {"train/reward": [(5, 0.5)], "validation/avg@4": [(4, 0.25)]}
 
 
+def test_wandb_gets_steps_and_validations(tmp_path, monkeypatch):
+    """Offline, which is the same but for the upload; its file holds the names as they are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    trackers = Trackers(Config(wandb_project="p"))
+    trackers.log({"step": 5, "train/reward": 0.53125, "ordinals": [1]}, "step")
+    trackers.log({"version": 4, "validation/avg@4": 0.28125}, "version")
+    trackers.close()
+    (file,) = (tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb")
+    held = file.read_bytes()
+    for written in (b"train/reward", b"0.53125", b"validation/avg@4", b"0.28125", b"ratio_clip_max"):
+        assert written in held
+    assert b"ordinals" not in held
+
+
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     for flags, why in [(["--tensorboard"], "--tensorboard: the package tensorboard is not installed"),
