@@ -99,7 +99,7 @@ class Config:
     max_total_sequence_length: int = 64  # prompt and sample; vLLM's --max-model-len
     temperature: float = 1.0  # of sampling; the trainer's log-probs are taken at it too
     max_trajectory_age_steps: int = 1  # no token trained is from weights older than this; 0 is synchronous
-    recompute_kv_cache_after_weight_updates: bool = True  # of requests in flight; off: sooner on, with the older one
+    recompute_kv_cache_after_weight_updates: bool = True  # of what is in flight; off: old keys and values stay
     local_rollout: bool = True  # start rollout.py on this machine; off: wait for nodes that are started elsewhere
     rollout_args: str = ""  # further flags for the process started here, as in `python rollout.py --help`
     hub_host: str = "127.0.0.1"  # address that the rollout nodes reach; they are the only ones to call it

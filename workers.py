@@ -54,7 +54,8 @@ child = None
 try:
     if os.getppid() == int(sys.argv[1]):
         child = subprocess.Popen(sys.argv[3:])
-        sys.exit(child.wait())
+        status = child.wait()
+        sys.exit(status if status >= 0 else 128 - status)
 finally:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if child is None or child.poll() is None:

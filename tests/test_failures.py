@@ -347,6 +347,7 @@ def test_the_limit_of_prompts_in_flight_follows_vllm():
     assert next_limit(32, 64, 10, calm, False) == 32  # not what holds it back
     assert next_limit(32, 64, 32, queued, False) == 32  # more would only stand in the queue
     assert next_limit(32, 64, 32, full, False) == 24 and next_limit(32, 64, 32, calm, True) == 24
+    assert next_limit(24, 64, 32, full, False) == 24  # what is in flight has yet to come down
     assert next_limit(1, 64, 1, full, True) == 1  # one prompt is always tried
 
 
