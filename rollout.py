@@ -129,8 +129,8 @@ def damage(choice: dict, max_new_tokens: int | None = None) -> str:
 
 def next_limit(limit: int, most: int, in_flight: int, vitals: dict, preempted: bool) -> int:
     """Prompts that may be in flight, by what vLLM says of itself: up by a quarter while there is room and all are
-    used; when its KV cache is full, down to three quarters of those in flight, and no lower until some have ended, since
-    an answer takes minutes and a look comes each second. A preempted request is computed again from its start, so a full
+    used; when its KV cache is full, down to three quarters of those in flight, and no lower until some have ended: an
+    answer takes minutes, and a look comes each second. A preempted request is computed again from its start, so a full
     cache costs more than an idle place; a queue that stands means that more prompts would only stand in it."""
     if preempted or vitals["kv"] > 0.9:
         return min(limit, max(1, in_flight * 3 // 4))
