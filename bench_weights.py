@@ -215,7 +215,7 @@ def landed(args) -> dict:
         )
         hub.start("127.0.0.1", 0)
         publisher = weights.Publisher(model, torch.bfloat16, hub.weights_dir, static, 100, 2, HashStore(), 600.0, hub)
-        node = LocalRollout(hub, Path(there), "--vllm-args='--dtype float32'", log)  # bf16 files; a CPU has no bf16
+        node = LocalRollout(hub, Path(there), "--vllm-args='--dtype float32'", log)  # few CPUs multiply in bf16
         try:
             for version in range(args.runs + 1):  # the first is whole, and vLLM starts on it
                 if version:

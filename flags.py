@@ -18,7 +18,7 @@ import typing
 import tyro
 
 
-def parse(cls, argv: list[str], default=None):
+def parse_flags(cls, argv: list[str], default=None):
     """The dataclass as the flags have it. Raises: ValueError with one line that says what is wrong."""
     # Flags that hold flags: tyro would take the value of `--vllm-args "--tensor-parallel-size 8"` for another flag.
     joined, rest = [], iter(argv)
@@ -32,10 +32,9 @@ def parse(cls, argv: list[str], default=None):
     except SystemExit as e:
         if e.code == 0:
             raise  # --help
-        plain = re.sub(r"\x1b\[[\d;]*m", "", said.getvalue())  # a box: title, text, and from a rule on more help
+        plain = re.sub(r"\x1b\[[\d;]*m", "", said.getvalue())  # a box: title, text, and what "helptext" begins
         lines = [line.strip(" ╭╮╰╯│─-") for line in plain.strip().splitlines()]
-        words = " ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:]))
-        words = " ".join(words.split())
+        words = " ".join(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:])).split())
         hint = "; one that begins with - is given as --FLAG=VALUE" if "Missing value" in words else ""
         raise ValueError(f"{words.rstrip('.')}{hint}") from None
     if unknown:

@@ -34,7 +34,7 @@ from safetensors.torch import save
 
 import receive
 import weights
-from flags import parse
+from flags import parse_flags
 from ledger import NOT_SAMPLED
 from rewards import reward_digest
 from task import Codec
@@ -522,7 +522,7 @@ async def main(cfg: RolloutConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        config = parse(RolloutConfig, sys.argv[1:])
+        config = parse_flags(RolloutConfig, sys.argv[1:])
     except ValueError as e:
         log(f"error: {e}")
         sys.exit(2)

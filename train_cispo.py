@@ -41,7 +41,7 @@ import report
 import task
 from batch import MicroBatch, left_out, pack_batch, unpack_batch
 from checkpoint import Checkpointer, CheckpointError, begin, checkpoints_to_try, load_state_tensors, share_model
-from flags import help_text, parse
+from flags import help_text, parse_flags
 from hub import Hub
 from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
@@ -410,10 +410,10 @@ def parse_config(argv: list[str]) -> Config:
         resolved = {**dataclasses.asdict(defaults.algorithm), "max_input_seq_length": defaults.max_prompt_tokens}
         print(help_text(defaults, PRESET_NOTES, resolved))
         sys.exit(0)
-    cfg = parse(Config, argv, defaults)
+    cfg = parse_flags(Config, argv, defaults)
     cfg.validate()
     try:
-        parse(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
+        parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
     except ValueError as e:
         raise ValueError(f"--rollout-args {cfg.rollout_args!r}: {e}") from None
     report.Trackers.check(cfg)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import train_cispo
-from flags import parse
+from flags import parse_flags
 from rollout import RolloutConfig
 from train_cispo import PRESET_NOTES, PRESETS, Config, learning_rate, parse_config
 from workers import rollout_gpus
@@ -153,5 +153,5 @@ def test_flags_that_hold_flags_reach_vllm_as_they_are_written():
     given = {example: "--tensor-parallel-size 8", PRESETS["qwen3-0.6b"].rollout_args: "--gpu-memory-utilization 0.4",
              "--vllm-args=--dtype=half": "--dtype=half", "--max-groups 3 --vllm_args ''": ""}  # fmt: skip
     for text, reached in given.items():
-        assert parse(RolloutConfig, ["http://h:1", *shlex.split(text)]).vllm_args == reached
+        assert parse_flags(RolloutConfig, ["http://h:1", *shlex.split(text)]).vllm_args == reached
     assert parse_config(["--rollout-args", "--vllm-args '--seed 1'"]).rollout_args == "--vllm-args '--seed 1'"
