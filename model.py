@@ -74,6 +74,10 @@ class ModelConfig:
         arch = (hf.get("architectures") or [hf.get("model_type")])[0]
         if arch not in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "qwen3", "qwen3_moe"):
             raise ValueError(f"architecture {arch!r} is not Qwen3ForCausalLM or Qwen3MoeForCausalLM")
+        if quantized := hf.get("quantization_config") or hf.get("compression_config"):
+            method = quantized.get("quant_method", "a") if isinstance(quantized, dict) else quantized
+            raise ValueError(f"config.json: quantization_config ({method}): quantized weights cannot be trained; "
+                             "name the checkpoint in bf16, fp16 or fp32")  # fmt: skip
         is_moe = arch in ("Qwen3MoeForCausalLM", "qwen3_moe")
         rope = hf.get("rope_parameters") or {}
         scaling = hf.get("rope_scaling") or rope

@@ -115,10 +115,80 @@ def layer_order(name: str) -> tuple:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory: those its index names, else model.safetensors."""
-    if (index := path / INDEX).exists():
+    """The safetensors files of a checkpoint directory: those its index names, else model.safetensors.
+    Raises: WeightsError for an index that cannot be read."""
+    if not (index := path / INDEX).exists():
+        return [path / "model.safetensors"]
+    try:
         return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return [path / "model.safetensors"]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise WeightsError(f"{index}: no index of safetensors files: {e!r}") from None
+
+
+class Expert:
+    """One expert's projection in a tensor that holds a layer's experts; to be read like a safetensors slice."""
+
+    def __init__(self, fused, expert: int, rows: slice):
+        self.fused, self.expert, self.rows, self.get_dtype = fused, expert, rows, fused.get_dtype
+
+    def get_shape(self) -> list[int]:
+        return [self.rows.stop - self.rows.start, *self.fused.get_shape()[2:]]
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return self.fused[self.expert, self.rows][index]
+
+
+def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
+    """What a checkpoint directory has for each tensor of a model (`checkpoint_shapes`), in layer order, as safetensors
+    slices: only headers have been read. It may hold what a model has no parameter for: rotary tables, and beside tied
+    embeddings the head, if it is the same, or the head alone. A layer's experts may lie in one tensor, as transformers
+    has them in memory: gate and up (E, 2F, D), down (E, D, F).
+
+    Raises: WeightsError when a tensor is missing, left over, quantized or of another shape; the message names it.
+    """
+    found, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
+    for file in checkpoint_files(path):
+        if not file.exists():
+            raise WeightsError(f"{file}: no such file; weights are read from it or from the files that {INDEX} names")
+        try:
+            f = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as e:
+            raise WeightsError(f"{file}: not a safetensors file: {e}") from None
+        for name in f.keys():
+            if name in found:
+                raise WeightsError(f"{path}: tensor {name} is in two files")
+            found[name] = f.get_slice(name)
+    for name in list(found):
+        if name.endswith((".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")):
+            del found[name]  # computed here, as everywhere
+        elif name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            fused, (prefix, projection) = found.pop(name), name.rsplit(".", 1)
+            experts, rows, _ = fused.get_shape()
+            parts = {"down_proj": slice(0, rows)}
+            if projection == "gate_up_proj":
+                parts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
+            for part, where in parts.items():
+                found |= {f"{prefix}.{e}.{part}.weight": Expert(fused, e, where) for e in range(experts)}
+    if head in found and head not in shapes:  # tied: the head is the embedding
+        stored = found.pop(head)
+        whole = found.setdefault(embedding, stored)
+        if stored.get_shape() != whole.get_shape() or any(
+            not torch.equal(stored[at : at + 4096].float(), whole[at : at + 4096].float())
+            for at in range(0, stored.get_shape()[0], 4096)
+        ):
+            raise WeightsError(f"{path}: {head} differs from {embedding}, and config.json says tie_word_embeddings: "
+                               "true; if the head is one of its own, it must say false")  # fmt: skip
+    for name, stored in found.items():
+        shape, wanted = tuple(stored.get_shape()), shapes.get(name)
+        if wanted is None:
+            raise WeightsError(f"{path}: tensor {name} has no place in this model")
+        if shape != tuple(wanted):
+            raise WeightsError(f"{path}: {name} is {shape}, config.json makes it {tuple(wanted)}")
+        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise WeightsError(f"{path}: {name} is {stored.get_dtype()}: quantized weights cannot be trained")
+    if missing := shapes.keys() - found.keys():
+        raise WeightsError(f"{path}: {len(missing)} tensors are missing, {min(missing, key=layer_order)} among them")
+    return {name: found[name] for name in sorted(found, key=layer_order)}
 
 
 def read_tensors(path: Path) -> Iterable[tuple[str, torch.Tensor]]:
@@ -135,27 +205,17 @@ def load_hf(model, path: str | Path) -> int:
     """Copy a Hugging Face checkpoint into the model: of each tensor, the bytes of this rank's slice and no others.
     Returns how many those were.
 
-    Raises: WeightsError when a tensor is missing, left over, or of another shape; the message names it.
+    Raises: WeightsError for what `stored_tensors` refuses, and for values that are not finite.
     """
-    path, missing, bytes_read = Path(path), model.checkpoint_shapes(), 0
+    path, bytes_read = Path(path), 0
+    stored = stored_tensors(path, model.checkpoint_shapes())
     mine = {hf: (view, split) for name, _ in model.named_parameters() for hf, view, split in model.hf_parts(name)}
-    for file in checkpoint_files(path):
-        if not file.exists():
-            raise WeightsError(f"{file}: no such file")
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():
-                stored = f.get_slice(name)
-                if name not in missing:
-                    raise WeightsError(f"{path}: tensor {name} has no place in this model")
-                if (shape := torch.Size(stored.get_shape())) != (wanted := missing.pop(name)):
-                    raise WeightsError(f"{path}: {name} is {tuple(shape)}, expected {tuple(wanted)}")
-                if name in mine:
-                    view, split = mine[name]
-                    part = stored[split.of(shape)]
-                    bytes_read += part.nbytes
-                    view.copy_(part)
-    if missing:
-        raise WeightsError(f"{path}: {len(missing)} tensors are missing, {next(iter(missing))} among them")
+    for name in (name for name in stored if name in mine):
+        view, split = mine[name]
+        part = stored[name][split.of(stored[name].get_shape())]
+        bytes_read += part.nbytes
+        if not view.copy_(part).isfinite().all():
+            raise WeightsError(f"{path}: {name} is not finite throughout")
     return bytes_read
 
 
@@ -584,34 +644,24 @@ def check(path: Path) -> str:
                 f"{path} has no {name}; a version without it is a delta, the whole ones open by themselves"
             )
     with torch.device("meta"):
-        left = Qwen3MoE(ModelConfig.from_dir(path)).checkpoint_shapes()
+        shapes = Qwen3MoE(ModelConfig.from_dir(path)).checkpoint_shapes()
     manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).exists() else {}
     described = {name: d for shard in manifest.get("shards", ()) for name, d in shard["tensors"].items()}
     for name, want in manifest.get("static", {}).get("files", {}).items():
         if not (path / name).exists() or digest((path / name).read_bytes()) != want["blake3"]:
             raise WeightsError(f"{path / name}: missing, or its digest differs from the manifest")
-    if missing := [file for file in checkpoint_files(path) if not file.exists()]:
-        raise WeightsError(f"{missing[0]}: no such file")
-    dtypes, elements, count = set(), 0, len(left)
-    try:
-        for name, tensor in read_tensors(path):
-            if (want := left.pop(name, None)) != tensor.shape:
-                raise WeightsError(
-                    f"{path}: {name} is {tuple(tensor.shape)}, config.json makes it {want and tuple(want)}"
-                )
-            if described and describe(tensor) != described.get(name):
-                raise WeightsError(f"{path}: tensor {name} differs from the manifest")
-            if not tensor.isfinite().all():
-                raise WeightsError(f"{path}: {name} is not finite throughout")
-            dtypes, elements = dtypes | {str(tensor.dtype).removeprefix("torch.")}, elements + tensor.numel()
-    except SafetensorError as e:
-        raise WeightsError(f"{path}: not a safetensors file: {e}") from None
-    if left:
-        raise WeightsError(f"{path}: {len(left)} tensors are missing, {next(iter(left))} among them")
+    dtypes, elements = set(), 0
+    for name, stored in stored_tensors(path, shapes).items():
+        tensor = stored[:]
+        if described and describe(tensor) != described.get(name):
+            raise WeightsError(f"{path}: tensor {name} differs from the manifest")
+        if not tensor.isfinite().all():
+            raise WeightsError(f"{path}: {name} is not finite throughout")
+        dtypes, elements = dtypes | {str(tensor.dtype).removeprefix("torch.")}, elements + tensor.numel()
     said = (
         f"as the manifest of v{manifest['version']} says" if manifest else "without a manifest to compare digests with"
     )
-    return f"{path}: whole, {count} tensors, {elements:,} parameters in {', '.join(sorted(dtypes))}, {said}"
+    return f"{path}: whole, {len(shapes)} tensors, {elements:,} parameters in {', '.join(sorted(dtypes))}, {said}"
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_check_names_what_is_wrong_with_a_directory(tmp_path, tiny_checkpoint):
             lambda path, t: (drop(path), t.update({norm: t[norm][:-1].clone()})),
             "config.json makes it (128,)",
         ),
-        (lambda path, t: t.update({"extra": t[norm].clone()}), "extra is (128,)"),
+        (lambda path, t: t.update({"extra": t[norm].clone()}), "extra has no place in this model"),
         (lambda path, t: (path / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda path, t: (path / "generation_config.json").unlink(), "generation_config.json: missing, or its digest"),
     ]:

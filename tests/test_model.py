@@ -6,14 +6,15 @@ scales and wrong head sizes behind a residual stream that is almost only the emb
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model import ModelConfig, MoE, Qwen3MoE, rope_tables
 from parallel import Mesh
-from weights import load_hf
+from weights import WeightsError, check, load_hf
 
 torch.set_num_threads(1)
 
@@ -242,3 +243,102 @@ def test_without_boundaries_the_packing_test_would_fail():
     right, wrong = model(tokens_T, cu_seqlens, 9)[0], model(tokens_T, cu_seqlens[[0, -1]], 14)[0]
     assert_same(wrong[:5], right[:5], "the first sequence has nothing before it")
     assert (wrong[5:] - right[5:]).abs().amax(-1).min() > 0.01 * right.abs().max()  # every token of the second moves
+
+
+# ---- the kinds of checkpoint that exist ----------------------------------------------------------------------
+def resaved(path, tensors, **config):
+    """The checkpoint in `path` with other tensors, in one file, and a changed config.json."""
+    for old in path.glob("*.safetensors*"):
+        old.unlink()
+    save_file(
+        {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
+        path / "model.safetensors",
+    )
+    changed = {**json.loads((path / "config.json").read_text()), **config}
+    (path / "config.json").write_text(json.dumps(changed))
+    return path
+
+
+def logits_of(path):
+    model = Qwen3MoE(ModelConfig.from_dir(path))
+    load_hf(model, path)
+    with torch.no_grad():
+        return model(torch.arange(12), torch.tensor([0, 12], dtype=torch.int32), 12)[0] @ model.head_weight.t()
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cfg", [config(tie_word_embeddings=True), moe_config(tie_word_embeddings=True), moe_config()],
+                         ids=["dense, tied", "moe, tied", "moe"])  # fmt: skip
+def test_every_form_in_which_transformers_and_trainers_write_a_model_gives_the_same_logits(
+    cfg, dtype, transformers, tmp_path
+):
+    """One file, many, experts fused as in memory; tied: with the head stored as well, or the head alone; and with the
+    rotary tables that older writers leave. To each, `weights.py check` says that it is whole."""
+    hf = randomize(reference(transformers, cfg, "eager")).to(dtype)
+    for name, how in {"one": {}, "many": {"max_shard_size": "20KB"}, "fused": {"save_original_format": False}}.items():
+        hf.save_pretrained(tmp_path / name, **how)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    plain = load_file(tmp_path / "one/model.safetensors")
+    assert not cfg.num_experts or not load_file(tmp_path / "fused/model.safetensors").keys() <= plain.keys()
+    others = {"rotary": {**plain, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}}
+    if cfg.tie_word_embeddings:
+        assert HEAD not in plain
+        others["head as well"] = {**plain, HEAD: plain[EMBEDDING].clone()}
+        others["head alone"] = {HEAD if name == EMBEDDING else name: t for name, t in plain.items()}
+    for name, tensors in others.items():
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        resaved(tmp_path / name, tensors)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused", dtype=torch.float32)
+    expected = theirs(torch.arange(12)[None]).logits[0].detach()
+    for path in sorted(tmp_path.iterdir()):
+        assert_same(logits_of(path), expected, path.name)
+        (path / "tokenizer.json").write_text("{}")
+        assert f"whole, {len(plain)} tensors" in check(path)
+
+
+def test_a_tied_head_that_is_another_than_the_embedding_is_refused_by_name(transformers, tmp_path):
+    reference(transformers, config(tie_word_embeddings=True), "eager").save_pretrained(tmp_path)
+    plain = load_file(tmp_path / "model.safetensors")
+    for head in (plain[EMBEDDING] * 1.001, plain[EMBEDDING][:-1], plain[EMBEDDING] * torch.nan):
+        resaved(tmp_path, {**plain, HEAD: head})
+        with pytest.raises(WeightsError, match=r"lm_head\.weight differs .* tie_word_embeddings") as e:
+            logits_of(tmp_path)
+        assert "\n" not in str(e.value)
+    resaved(tmp_path, {**plain, HEAD: plain[EMBEDDING] + 1}, tie_word_embeddings=False)  # then it is a head of its own
+    assert logits_of(tmp_path).isfinite().all()
+
+
+def test_weights_that_cannot_be_trained_are_refused_by_name(transformers, tmp_path):
+    """Quantized, not finite, of no safetensors file, fused the other way round: one line each that names the tensor."""
+    reference(transformers, moe_config(), "eager").save_pretrained(tmp_path, save_original_format=False)
+    plain, norm, fused = load_file(tmp_path / "model.safetensors"), "model.norm.weight", "model.layers.1.mlp.experts."
+    for changed, why in [
+        ({norm: plain[norm].to(torch.float8_e4m3fn)}, f"{norm} is F8_E4M3: quantized"),
+        ({norm: plain[norm] * torch.inf}, f"{norm} is not finite"),
+        ({fused + "up_gate": plain[fused + "gate_up_proj"].clone()}, fused + "up_gate has no place"),
+        ({fused + "down_proj": plain[fused + "down_proj"].transpose(1, 2)}, "makes it (32, 20)"),
+        ({fused + "gate_up_proj": plain[fused + "gate_up_proj"][:5]}, "5.gate_proj.weight among them"),
+    ]:
+        resaved(tmp_path, {**plain, **changed})
+        with pytest.raises(WeightsError) as e:
+            logits_of(tmp_path)
+        assert why in str(e.value) and "\n" not in str(e.value)
+    for text, why in [(b"<html>", "not a safetensors file"), (None, "no such file")]:
+        (tmp_path / "model.safetensors").unlink()
+        if text:
+            (tmp_path / "model.safetensors").write_bytes(text)
+        with pytest.raises(WeightsError, match=why):
+            logits_of(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"index\.json: no index"):
+        logits_of(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "compressed-tensors"])
+def test_a_quantized_checkpoint_is_refused_by_its_config(key, method):
+    with pytest.raises(ValueError, match=rf"{method}.*cannot be trained"):
+        ModelConfig.from_hf({**OLD_SPELLING, key: {"quant_method": method}})

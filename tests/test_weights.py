@@ -96,7 +96,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, model, tiny
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     for change, reason in [
         ({name: None}, f"{name} among them"),
-        ({name: torch.zeros(2, 2)}, rf"{name} is \(2, 2\), expected \(64, 128\)"),
+        ({name: torch.zeros(2, 2)}, rf"{name} is \(2, 2\), config.json makes it \(64, 128\)"),
         ({"extra.weight": torch.zeros(1)}, "extra.weight has no place"),
     ]:
         changed = [(n, t) for n, t in {**tensors, **change}.items() if t is not None]
