@@ -271,10 +271,12 @@ def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], Non
         say(f"{cfg.run_dir} exists: moved to {aside}")
         if found is not None and not found.exists():  # it was in there
             found = aside / found.relative_to(cfg.run_dir)
-    (cfg.run_dir / "code").mkdir(parents=True, exist_ok=True)
+    cfg.run_dir.mkdir(parents=True, exist_ok=True)
     (cfg.run_dir / "config.json").write_text(cfg.text)
-    for file in Path(__file__).parent.glob("*.py"):  # a forked loss is no flag: `diff -r` of two runs' code shows it
-        shutil.copy(file, cfg.run_dir / "code")
+    here, code = Path(__file__).parent, cfg.run_dir / "code"
+    for file in [*here.glob("*.py"), *here.glob("inside_vllm/*.py")]:  # a forked loss is no flag: `diff -r` shows it
+        (code / file.relative_to(here)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, code / file.relative_to(here))
     return found
 
 

@@ -154,7 +154,7 @@ part_of() {
 }
 
 over_ssh() {
-  local i host sum="cat ./*.py ./*.sh pyproject.toml | cksum" seen code status=0 training tries=0 logs pipes fd
+  local i host sum="cat ./*.py inside_vllm/*.py ./*.sh pyproject.toml | cksum" seen code status=0 training tries=0 logs pipes fd
   local -a ssh pids=() leashes=() ended=()
   read -r -a ssh <<<"${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
   for i in "${!nodes[@]}"; do say "${ssh[*]} ${nodes[i]} bash -s <<< \"$(part_of "$i" "$@")\""; done

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attend, copy_rows, grouped_mm
+from ops import attend, copy_rows, grouped_mm
 from parallel import Mesh, Split, all_gather, all_to_all, exchange_counts, reduce_scatter
 
 

@@ -111,7 +111,8 @@ class VLLM:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         command = [
-            *shlex.split(self.cfg.vllm_command or f"{sys.executable} -m vllm.entrypoints.openai.api_server"),
+            *(shlex.split(self.cfg.vllm_command)
+              or [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]),
             "--model", str(checkpoint), "--host", "127.0.0.1", "--port", str(port),
             "--dtype", self.run["dtype"], "--max-model-len", str(self.run["max_model_len"]),
             "--seed", str(self.run["seed"]),
@@ -124,7 +125,10 @@ class VLLM:
             *(["--hf-overrides", '{"head_dtype": "float32"}'] if self.run.get("fp32_lm_head") else []),
             *shlex.split(self.cfg.vllm_args),
         ]  # fmt: skip
-        env = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        # The engine's folder alone, and by -P above not the directory that this was started in: a module there would
+        # take the place of a package of its name that vLLM or transformers imports.
+        path = os.pathsep.join(filter(None, (str(REPO / "inside_vllm"), os.environ.get("PYTHONPATH"))))
+        env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
                "VLLM_SERVER_DEV_MODE": "1"}  # dev mode opens the weight update routes  # fmt: skip
         env.pop("CISPO_TOKEN", None)
         if not torch.cuda.is_available():

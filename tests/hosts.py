@@ -34,9 +34,9 @@ exec cat
 
 def copy_program(to: Path) -> None:
     """This directory without its environment, which is read-only and may be everybody's."""
-    to.mkdir()
-    for file in [*REPO.glob("*.py"), REPO / "launch.sh", REPO / "pyproject.toml"]:
-        shutil.copy(file, to)
+    (to / "inside_vllm").mkdir(parents=True)
+    for file in [*REPO.glob("*.py"), *REPO.glob("inside_vllm/*.py"), REPO / "launch.sh", REPO / "pyproject.toml"]:
+        shutil.copy(file, to / file.relative_to(REPO))
     (to / ".venv").mkdir()
     for entry in (REPO / ".venv").iterdir():
         if entry.name != "installed":

@@ -1,8 +1,9 @@
-"""The part of weights.py that runs inside vLLM's worker: how new weights get into a live model.
+"""The part that runs inside vLLM's worker: how new weights get into a live model.
 
 vLLM imports this module there (`--worker-extension-cls vllm_engine.WorkerExtension`), which registers the engine
 named in `--weight-transfer-config`. rollout.py then drives it through vLLM's routes: start_weight_update,
-update_weights {"path": directory}, finish_weight_update. It is a file of its own since only a worker may import vllm.
+update_weights {"path": directory}, finish_weight_update. Only a worker may import vllm; and this folder, which is on
+vLLM's path, holds nothing else: vLLM and what it loads must not find model.py or metrics.py here for modules of theirs.
 
 Two ways to corrupt a live model without any error, both of which happened to other trainers:
 1. `model.load_weights` alone writes checkpoint layout over kernel layout. Layer-wise reload restores the loading
@@ -12,10 +13,13 @@ Two ways to corrupt a live model without any error, both of which happened to ot
 rollout.py proves at start, and tests/test_vllm.py for good, that reloading the same weights changes no checksum.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -24,7 +28,14 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from weights import read_tensors
+
+def tensors_by_layer(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a verified directory, in the order of the numbers in the names: vLLM converts a layer when all
+    of it has come, and holds back what has come of the others."""
+    files = [safe_open(file, framework="pt") for file in path.glob("*.safetensors")]
+    where = {name: file for file in files for name in file.keys()}
+    for name in sorted(where, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]):
+        yield name, where[name].get_tensor(name)
 
 
 @dataclass
@@ -58,7 +69,7 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.model.load_weights(read_tensors(Path(update_info.path)))
+        self.model.load_weights(tensors_by_layer(Path(update_info.path)))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
