@@ -48,7 +48,7 @@ from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks, make_mesh, reduce_metrics
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
-from rewards import load_reward, reward_digest
+from rewards import check_answers, load_reward, reward_digest
 from rollout import RolloutConfig
 from validation import Validation, read_scores
 from waits import Signals, Wait, agree, stop_word
@@ -834,6 +834,9 @@ def main() -> None:
             dry_run.check(model_cfg, cfg, world_size)
         examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
         held_out = load_held_out(cfg, examples) if rank == 0 else None
+        for rows, name in ((examples, "--data"), (held_out, "--val-data")):
+            if rows and (warning := check_answers(cfg.reward, rows, name)):
+                say(f"warning: {warning}")
         checkpoint = resolve_model(cfg, rank)
         if model_cfg is None:
             dry_run.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
