@@ -21,7 +21,7 @@ import watch
 from checkpoint import best_step
 from ledger import NOT_SAMPLED, Group
 from metrics import ratio_quantile
-from validation import Round, Validation, samples, score
+from validation import Round, Validation, readable, samples, score
 from weights import checkpoint_files
 
 
@@ -137,17 +137,23 @@ def log_step(record: dict, run_dir: Path) -> None:
         f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})")  # fmt: skip
 
 
-def log_samples(groups: list[Group], step: int, decode: Callable[[list[int]], str], run_dir: Path) -> None:
+def count_without_signal(record: dict, before: int, reward: str, run_dir: Path) -> int:
+    """How many steps in a row had no group whose samples differ in reward. The third says so, and the 30th."""
+    steps = before + 1 if record["train/groups_without_signal"] == 1 else 0
+    if steps in (3, 30, 300):
+        why = f"all samples of a prompt have the same reward, {record['train/reward']:.3f} on the average"
+        say(f"warning: no signal for {steps} steps: {why}, nothing is learned. Does --reward {reward} read what is "
+            f"in {run_dir / 'samples.jsonl'}? Else the task is too hard or too easy for the model")  # fmt: skip
+    return steps
+
+
+def log_samples(groups: list[Group], step: int, prompts, decode: Callable[[list[int]], str], run_dir: Path) -> None:
     """Of the step's first two prompts the samples with the highest and the lowest reward, to samples.jsonl."""
     with open(run_dir / "samples.jsonl", "a") as f:
         for group in groups[:2]:
-            completions = group.token_ids.split(group.lengths.tolist())
-            for i in dict.fromkeys((int(group.rewards.argmax()), int(group.rewards.argmin()))):
-                sample = {
-                    "step": step, "ordinal": group.ordinal, "prompt": decode(group.prompt_ids),
-                    "completion": decode(completions[i].tolist()), "reward": group.rewards[i].item(),
-                    "truncated": bool(group.truncated[i]),
-                }  # fmt: skip
+            best_and_worst = dict.fromkeys((int(group.rewards.argmax()), int(group.rewards.argmin())))
+            for sample in readable(group, best_and_worst, prompts[group.ordinal].get("answer"), decode):
+                sample = {"step": step, "ordinal": group.ordinal, **sample}
                 f.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
@@ -168,14 +174,15 @@ def log_validation(done: Round, validation: Validation, decode: Callable[[list[i
     path.parent.mkdir(exist_ok=True)
     lines = [json.dumps(s, ensure_ascii=False) for s in samples(done, validation.examples, decode)]
     path.write_text("".join(f"{line}\n" for line in lines))
-    record, k = score(done, validation.num_samples), validation.num_samples
+    record, k = score(done, validation.num_samples, validation.pass_threshold), validation.num_samples
+    solved = "" if validation.pass_threshold == 1 else f" (reward {validation.pass_threshold:g} or more)"
     with open(run_dir / "validation.jsonl", "a") as f:
         f.write(json.dumps(record) + "\n")
     (first, last), r = record["versions"], lambda name: record[f"validation/{name}"]
     wrong = [f"{r(name)} {name.replace('_', ' ')}" for name in
              ("prompts_failed", "samples_dropped", "leases_repeated") if r(name)]  # fmt: skip
     say(
-        f"validation of v{done.version}: avg@{k} {r(f'avg@{k}'):.3f}, pass@{k} {r(f'pass@{k}'):.3f} on "
+        f"validation of v{done.version}: avg@{k} {r(f'avg@{k}'):.3f}, pass@{k} {r(f'pass@{k}'):.3f}{solved} on "
         f"{r('prompts')} prompts, tokens of v{first}..v{last}, {done.seconds:.1f} s{''.join(f', {w}' for w in wrong)}"
     )
     return record
@@ -264,17 +271,21 @@ def prometheus_text(status: dict, record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sum_up(run_dir: Path, scores: dict[int, float]) -> None:
-    """The picture and the last lines."""
+def sum_up(run_dir: Path, version: int, scores: dict[int, float]) -> None:
+    """The picture and the last lines. version: of the weights, which are the run's result."""
     records = watch.read_metrics(run_dir)
     first, last = ([r["train/reward"] for r in part] for part in (records[:5], records[-5:]))
-    say(f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
-        f"of the last {len(last)} {sum(last) / len(last):.3f}")  # fmt: skip
+    if records:
+        say(f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
+            f"of the last {len(last)} {sum(last) / len(last):.3f}")  # fmt: skip
+    else:
+        say(f"no step was left to train: --max-num-steps are done at step {version}")
     steps = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-??????")]
     if (best := best_step({str(v): s for v, s in scores.items()}, steps)) is not None:
         say(f"best checkpoint: {run_dir / 'checkpoints' / f'step-{best:06d}'} (score {scores[best]:.3f})")
-    last = run_dir / "weights" / f"v{len(records)}"
+    last = run_dir / "weights" / f"v{version}"
     whole = all(file.exists() for file in checkpoint_files(last))  # not where nodes share no disk
     what = "opens in transformers and vLLM as it is" if whole else "a share: the other trainer nodes have the rest"
     say(f"weights: {last} ({what})")
-    say(f"curves: {watch.plot(run_dir)}")
+    if records:
+        say(f"curves: {watch.plot(run_dir)}")

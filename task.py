@@ -233,8 +233,8 @@ class Codec:
         text = self._hf.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=not special)
 
 
 def eos_token_ids(checkpoint: str | Path) -> list[int]:

@@ -113,6 +113,7 @@ class Config:
     val_data: str = ""  # as --data; "": 64 examples of the built-in task that are not trained on
     val_data_split: str = "train"  # of it; test[:500] is one too
     val_samples: int = 4  # of each prompt: the k of avg@k and pass@k
+    val_pass_threshold: float = 1.0  # a sample with at least this reward solves its prompt: what pass@k counts
     val_temperature: float = 1.0  # of sampling; 0: greedy, with one sample
     val_timeout_s: float = 600.0  # longest wait for the last one at the end of the run
     # loss
@@ -657,7 +658,8 @@ def start_hub(cfg: Config, checkpoint: Path, data, vocab_size: int, device) -> H
     ledger = Ledger(cfg.num_prompts_per_step, cfg.max_trajectory_age_steps, cfg.max_num_steps, cfg.lease_timeout_s,
                     cfg.max_prompt_failures, prompts, cfg.no_resampling_pass_rate)  # fmt: skip
     token = os.environ.get("CISPO_TOKEN") or secrets.token_urlsafe(32)
-    validation = Validation(held_out, cfg.val_samples, cfg.lease_timeout_s, cfg.max_prompt_failures)
+    validation = Validation(held_out, cfg.val_samples, cfg.lease_timeout_s, cfg.max_prompt_failures,
+                            cfg.val_pass_threshold)  # fmt: skip
     hub = Hub(ledger, prompts, codec.encode, cfg.run_dir / "weights", vocab_size, token, run, validation)
     hub.start(cfg.hub_host, cfg.hub_port)
     return hub
@@ -695,7 +697,8 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
     hub = rollout = None
     if rank == 0:
         hub = start_hub(cfg, checkpoint, data, model_cfg.vocab_size, mesh.device)
-        _, codec, _ = data
+        prompts, codec, _ = data
+        show = lambda ids: codec.decode(ids, special=True)
         trackers, validating = report.Trackers(cfg), cfg.validates(0)
         scores = read_scores(cfg.run_dir, cfg.val_samples) if validating else {}
         if resume:
@@ -718,7 +721,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
     publisher.publish(start)
 
     # ---- loop
-    step, clock, done, word, rewards = start, Clock(), threading.Event(), "train", []
+    step, clock, done, word, rewards, silent = start, Clock(), threading.Event(), "train", [], 0
     Signals.in_loop = True  # from here on SIGTERM is a word, not an exception
     if rank == 0:
         word_of_nodes = lambda: last_line(rollout.log_path) if rollout else f"{len(hub.nodes)} rollout node(s) so far"
@@ -775,9 +778,10 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
                 log_step(record, cfg.run_dir)
                 hub.record = record
                 trackers.log(record, "step")
-                report.log_samples(groups, step, codec.decode, cfg.run_dir)
+                report.log_samples(groups, step, prompts, show, cfg.run_dir)
+                silent = report.count_without_signal(record, silent, cfg.reward, cfg.run_dir)
                 rewards.append(record["train/reward"])
-                scores |= report.log_validations(hub, codec.decode, cfg.run_dir, trackers)
+                scores |= report.log_validations(hub, show, cfg.run_dir, trackers)
             every = cfg.checkpoint_every_steps
             if every and ((step + 1) % every == 0 or cfg.validates(step + 1) or step + 1 == cfg.max_num_steps):
                 if rank == 0 and not validating:  # without validation: the mean reward since the one before
@@ -796,7 +800,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
             if word == "train":
                 clock.begin("validation")
                 wait_for_validation(hub, cfg, rollout)
-            scores |= report.log_validations(hub, codec.decode, cfg.run_dir, trackers)
+            scores |= report.log_validations(hub, show, cfg.run_dir, trackers)
             if word != "train":
                 say(f"stopped at step {step}, its state is in {saver.root} (go on with --resume auto): {word}")
         if finished:  # every node's files are served until rank 0 needs no more answers from the rollout nodes
@@ -811,7 +815,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
             trackers.close()
             hub.close(patience_s=0.0 if cfg.local_rollout else 5.0)
     if rank == 0 and word == "train":
-        sum_up(cfg.run_dir, scores)
+        sum_up(cfg.run_dir, max(start, cfg.max_num_steps), scores)
     torch.distributed.destroy_process_group()
 
 

@@ -36,8 +36,10 @@ class Round:
 class Validation(Books):
     """The rounds that are open, and who has which of their prompts."""
 
-    def __init__(self, examples=(), num_samples: int = 1, lease_timeout_s: float = 600.0, max_failures: int = 5):
+    def __init__(self, examples=(), num_samples: int = 1, lease_timeout_s: float = 600.0, max_failures: int = 5,
+                 pass_threshold: float = 1.0):  # fmt: skip
         super().__init__(lease_timeout_s)
+        self.pass_threshold = pass_threshold
         self.examples, self.num_samples, self.max_failures = examples, num_samples, max_failures
         self.rounds: dict[int, Round] = {}  # by version, oldest first
         self.finished: list[Round] = []  # until the trainer takes them
@@ -91,14 +93,14 @@ class Validation(Books):
 
 
 # ---- scores --------------------------------------------------------------------------------------------------
-def score(done: Round, num_samples: int) -> dict:
+def score(done: Round, num_samples: int, pass_threshold: float = 1.0) -> dict:
     """The record of a finished round. avg@k: mean reward of all k samples of every prompt; pass@k: share of prompts
-    with a reward above 0 among their k."""
+    that one of their k solves, with a reward of at least pass_threshold."""
     prompts, groups = len(done.groups) + len(done.failed), list(done.groups.values())
     rewards = torch.cat([g.rewards for g in groups]).double() if groups else torch.zeros(0)
     lengths = torch.cat([g.lengths for g in groups]).double() if groups else torch.zeros(0)
     versions = [int(v) for g in groups for v in (g.oldest_version, g.versions.max())] or [done.version]
-    passed = sum(bool((g.rewards > 0).any()) for g in groups)
+    passed = sum(bool((g.rewards >= pass_threshold).any()) for g in groups)
     return {
         "version": done.version, "versions": [min(versions), max(versions)],
         f"validation/avg@{num_samples}": rewards.sum().item() / (prompts * num_samples),
@@ -116,13 +118,24 @@ def samples(done: Round, examples, decode: Callable[[list[int]], str]) -> list[d
     """Every sample of a round, readable."""
     found = []
     for index, group in sorted(done.groups.items()):
-        spans = zip(group.token_ids.split(group.lengths.tolist()), group.versions.split(group.lengths.tolist()))
-        for (ids, versions), reward, cut in zip(spans, group.rewards.tolist(), group.truncated.tolist()):
-            found.append({
-                "prompt": decode(group.prompt_ids), "completion": decode(ids.tolist()), "reward": reward,
-                "answer": examples[index].get("answer"), "truncated": bool(cut),
-                "versions": [int(v) for v in versions[versions != NOT_SAMPLED].aminmax()],
-            })  # fmt: skip
+        found += readable(group, range(len(group.rewards)), examples[index].get("answer"), decode)
+    return found
+
+
+def readable(group: Group, which, answer, decode: Callable[[list[int]], str]) -> list[dict]:
+    """These samples of a group as text, with what was expected. `decode` keeps special tokens: from here one sees
+    whether the chat template is the right one. inserted: what --interrupt-at-tokens has put in."""
+    ids, versions = (t.split(group.lengths.tolist()) for t in (group.token_ids, group.versions))
+    found = []
+    for i in which:
+        sampled = versions[i] != NOT_SAMPLED
+        found.append({
+            "prompt": decode(group.prompt_ids), "completion": decode(ids[i].tolist()), "answer": answer,
+            "reward": group.rewards[i].item(), "truncated": bool(group.truncated[i]),
+            "prompt_tokens": len(group.prompt_ids), "tokens": len(ids[i]),
+            "versions": [int(v) for v in versions[i][sampled].aminmax()],
+            **({} if sampled.all() else {"inserted": decode(ids[i][~sampled].tolist())}),
+        })  # fmt: skip
     return found
 
 

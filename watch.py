@@ -118,8 +118,8 @@ def frame(run_dir: Path, width: int = 100) -> str:
     now, hub, train = records[-1], records[-1]["hub"], lambda name: mean(records, f"train/{name}")
     t = lambda name: mean(records, f"timing/{name}") or 0.0
     steps, step_s = config["max_num_steps"], t("train/total_step_time")
-    ago, left = time.time() - (run_dir / "metrics.jsonl").stat().st_mtime, (steps - len(records)) * step_s
-    state = f"{left / 60:.1f} min left, last step {ago:.0f} s ago" if len(records) < steps else "finished"
+    ago, left = time.time() - (run_dir / "metrics.jsonl").stat().st_mtime, steps - now["step"] - 1
+    state = f"{left * step_s / 60:.1f} min left, last step {ago:.0f} s ago" if left > 0 else "finished"
     loss = "CISPO" if config["use_cispo"] else "PPO clip"
     lines = [f"{BOLD}{run_dir}{OFF}  {loss}  step {now['step'] + 1} of {steps} {GREEN}{bar((now['step'] + 1) / steps)}"
              f"{OFF}  {step_s:.2f} s a step, {state}"]  # fmt: skip
@@ -233,7 +233,7 @@ def plot(run_dir: Path) -> Path:
         ax.legend()
     axes.flat[0].set_ylim(-0.02, 1.02)
     # The first step holds vLLM's start and the compilation; it must not flatten all others.
-    seconds = sorted(r["timing/train/total_step_time"] for r in records)
+    seconds = sorted(r["timing/train/total_step_time"] for r in records) or [1.0]
     axes.flat[5].set_ylim(0, 1.5 * seconds[int(0.95 * (len(seconds) - 1))])
     fig.suptitle(str(run_dir))
     path = run_dir / "curves.png"

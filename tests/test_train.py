@@ -369,11 +369,11 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     for name, stand_in in {
         "start_hub": lambda *args: Standby(), "Publisher": lambda *args, **kwargs: Standby(),
         "wait_for_batch": lambda *args: (groups, "train"),
-        "sum_up": lambda run_dir, scores: None,
+        "sum_up": lambda run_dir, version, scores: None,
         "micro_batch_logprobs": counted, "train_update": updated,
     }.items():  # fmt: skip
         monkeypatch.setattr(train_cispo, name, stand_in)
-    train_cispo.train(cfg, tiny_checkpoint, (None, Codec(tiny_checkpoint), []))
+    train_cispo.train(cfg, tiny_checkpoint, ([{}] * 100, Codec(tiny_checkpoint), []))
     records = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3 and all(math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in records)
     assert [r["train/tokens_age_0"] > 0 for r in records] == [True, False, False]

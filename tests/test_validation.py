@@ -41,12 +41,24 @@ def test_the_score_counts_what_has_no_reward_as_0_and_names_the_versions():
     done = Round(3, [], 0.0, groups={0: answer(0, 3, [1.0, 0.0]), 1: answer(1, 5, [0.5])}, failed={2: "why"})
     found = score(done, num_samples=2)
     assert found["validation/avg@2"] == pytest.approx(1.5 / 6)  # three prompts, two samples each
-    assert found["validation/pass@2"] == pytest.approx(2 / 3) and found["versions"] == [3, 5]
+    assert found["validation/pass@2"] == pytest.approx(1 / 3) and found["versions"] == [3, 5]
     assert (found["validation/prompts_failed"], found["validation/samples_dropped"]) == (1, 3)
+    graded = score(done, num_samples=2, pass_threshold=0.5)  # as --val-pass-threshold says
+    assert graded == {**found, "validation/pass@2": pytest.approx(2 / 3)}
     rows = samples(done, [{"answer": "a"}, {"answer": "b"}, {}], decode=str)
     assert [r["reward"] for r in rows] == [1.0, 0.0, 0.5] and rows[1]["completion"] == "[2, 3]"
     assert rows[2] == {"prompt": "[7]", "completion": "[0, 1]", "reward": 0.5, "answer": "b", "truncated": False,
-                       "versions": [5, 5]}  # fmt: skip
+                       "versions": [5, 5], "prompt_tokens": 1, "tokens": 2}  # fmt: skip
+
+
+def test_a_reward_of_a_tenth_solves_nothing():
+    """A reward that gives 0.1 for the form: the best sample of a prompt has it, and no prompt is solved."""
+    done = Round(0, [], 0.0, groups={i: answer(i, 0, [0.0, 0.1, 0.1]) for i in range(4)})
+    assert score(done, num_samples=3)["validation/pass@3"] == 0.0
+    done.groups[0] = answer(0, 0, [0.1, 1.1, 0.0])
+    assert score(done, num_samples=3)["validation/pass@3"] == 0.25
+    done = Round(0, [], 0.0, groups={0: answer(0, 0, [0.7, 0.7, 0.7])})
+    assert score(done, num_samples=3, pass_threshold=0.7)["validation/pass@3"] == 1.0  # in float32 it is below 0.7
 
 
 def test_under_random_delays_and_losses_every_prompt_of_every_round_is_answered_once():

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 import report
 import watch
+from ledger import NOT_SAMPLED, Group
 from report import Trackers, prometheus_text
 from train_cispo import Config, parse_config
 
@@ -94,6 +96,65 @@ def test_a_directory_that_is_no_run_is_one_line(tmp_path):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "has no config.json" in done.stderr
     (tmp_path / "config.json").write_text("{}")
     assert "no step yet; no word from a rollout node" in screen(tmp_path)
+
+
+def step_record(step: int, reward: float = 0.5, without_signal: float = 0.0) -> dict:
+    ledger = dict.fromkeys("handed_out taken buffered leased returned set_aside in_flight waiting".split(), 0)
+    return {
+        "step": step, "train/reward": reward, "train/groups_without_signal": without_signal,
+        "train/max_trajectory_age": 0, "train/avg_trajectory_age": 0.0, "train/mean_gen_tokens_per_sample": 4.0,
+        "timing/train/total_step_time": 1.0, "hub": {**ledger, "published": step + 1, "nodes": {}, "counts": {}},
+    }  # fmt: skip
+
+
+def run_of(tmp_path: Path, steps) -> Path:
+    run = tmp_path / "runs/other"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(Config(max_num_steps=6).text)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step_record(step)) + "\n" for step in steps))
+    return run
+
+
+def test_a_run_that_goes_on_under_another_name_is_at_the_step_that_it_is_at(tmp_path, capsys):
+    """Its first record is of step 4: two records, and all six steps are done."""
+    run = run_of(tmp_path, [4, 5])
+    (run / "weights/v6").mkdir(parents=True)
+    assert "step 6 of 6" in screen(run) and "finished" in screen(run)
+    report.sum_up(run, 6, {})
+    assert f"weights: {run / 'weights/v6'} " in capsys.readouterr().out
+    (run / "metrics.jsonl").write_text(json.dumps(step_record(4)) + "\n")
+    assert "step 5 of 6" in screen(run) and "0.0 min left" in screen(run)
+
+
+def test_a_run_without_a_step_left_ends_well(tmp_path, capsys):
+    run = run_of(tmp_path, [])
+    report.sum_up(run, 4, {4: 0.5})
+    out = capsys.readouterr().out
+    assert "no step was left to train" in out and f"weights: {run / 'weights/v4'} " in out
+    assert watch.plot(run).exists()  # python watch.py RUN --png before the first step
+
+
+def test_a_logged_sample_shows_the_template_the_answer_the_counts_and_what_was_inserted(tmp_path):
+    group = Group(3, [1, 2], torch.tensor([4, 2]), torch.tensor([5, 6, 7, 8, 5, 9]), torch.zeros(6),
+                  torch.tensor([3, NOT_SAMPLED, NOT_SAMPLED, 4, 3, 3]), torch.tensor([1.0, 0.0]),
+                  torch.tensor([1, 0], dtype=torch.uint8))  # fmt: skip
+    decode = lambda ids: "".join(f"<{i}>" for i in ids)
+    report.log_samples([group], 4, {3: {"answer": "42"}}, decode, tmp_path)
+    best, worst = watch.read_jsonl(tmp_path / "samples.jsonl")
+    assert best == {
+        "step": 4, "ordinal": 3, "prompt": "<1><2>", "completion": "<5><6><7><8>", "answer": "42", "reward": 1.0,
+        "truncated": True, "prompt_tokens": 2, "tokens": 4, "versions": [3, 4], "inserted": "<6><7>",
+    }  # fmt: skip
+    assert worst["tokens"] == 2 and worst["versions"] == [3, 3] and "inserted" not in worst
+
+
+def test_after_three_steps_without_signal_the_console_says_so_once(tmp_path, capsys):
+    count = 0
+    for step, without in enumerate([1.0, 1.0, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0]):
+        count = report.count_without_signal(step_record(step, 0.0, without), count, "math", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "no signal for 3 steps" in lines[0] and "0.000" in lines[0]
+    assert f"--reward math read what is in {tmp_path / 'samples.jsonl'}" in lines[0]
 
 
 # ---- three runs, each held back by another part ------------------------------------------------------------------
