@@ -3,6 +3,7 @@
 from bisect import insort
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -24,7 +25,7 @@ class Group:
     rewards: torch.Tensor  # (S,) float32
     truncated: torch.Tensor  # (S,) uint8: 1 where max_new_tokens cut the sample off
 
-    @property
+    @cached_property
     def oldest_version(self) -> int:
         return int(self.sampled_versions.min())
 
@@ -75,8 +76,10 @@ class Ledger(Books):
     A lease is granted while
         taken + buffered + leased < (node's version + max_age + 1) * prompts_per_step,
     which is admission control, backpressure and staleness bound in one line: at most that many prompts are trained
-    at versions up to the node's own + max_age. The other half of the bound is `take`: it waits for the leases that
-    would be too old one step later. So nothing is dropped for age, unless a lease passes its deadline first.
+    at versions up to the node's own + max_age. The other half of the bound is `take`: it trains what becomes too old
+    first, and waits while what is left could not all be trained in time. A lease is as old as the weights it was
+    granted under. So nothing is dropped for age, unless a lease passes its deadline first, and an answer that takes
+    long is trained as surely as a short one.
     """
 
     def __init__(self, prompts_per_step: int, max_age: int, num_steps: int, lease_timeout_s: float,
@@ -161,11 +164,16 @@ class Ledger(Books):
             insort(self.returned, group.ordinal)
             self.counts["groups_too_old"] += 1
             self.counts["tokens_too_old"] += int((version - group.sampled_versions > self.max_age).sum())
-        must_wait = any(version - lease.version >= self.max_age for lease in self.leases.values())
-        if must_wait or len(self.buffer) < self.prompts_per_step:
+        if len(self.buffer) < self.prompts_per_step:
             return None
         self.buffer.sort(key=lambda g: (g.oldest_version, g.ordinal))
-        batch, self.buffer = self.buffer[: self.prompts_per_step], self.buffer[self.prompts_per_step :]
+        batch, left = self.buffer[: self.prompts_per_step], self.buffer[self.prompts_per_step :]
+        # Number i of what is left, by age, has its turn i // prompts_per_step steps after the next one.
+        ages = sorted([g.oldest_version for g in left] + [lease.version for lease in self.leases.values()])
+        late = any(version + 1 + i // self.prompts_per_step - of > self.max_age for i, of in enumerate(ages))
+        if late and self.leases:
+            return None
+        self.buffer = left
         for group in batch:
             assert group.ordinal >= self.frontier and group.ordinal not in self.beyond, f"{group.ordinal} taken twice"
             self.beyond.add(group.ordinal)

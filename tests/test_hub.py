@@ -1,6 +1,7 @@
 """hub.py: what is refused and why, and that prompts are neither lost, nor used twice, nor trained too late."""
 
 import asyncio
+import heapq
 import json
 import random
 import time
@@ -278,6 +279,29 @@ def test_under_random_delays_losses_and_retries_every_prompt_is_trained_once_and
         assert now < 20_000, "the simulated run got stuck"
     assert len(trained) == len(set(trained)) == P * steps
     assert set(trained) == set(range(P * steps))  # no hole: what was lost or too old came back
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_long_answers_are_trained_as_surely_as_short_ones(sigma):
+    """A simulated run of the preset scalerl's shape: 48 prompts a step, age 8, log-normal answer times. Without an
+    expired lease nothing is dropped for age, so each answer is trained, however long it took."""
+    rng, P, steps, now, version = random.Random(0), 48, 40, 0.0, 0
+    ledger, trainer_free, in_flight, took, trained, again = Ledger(P, 8, steps, 1e9), 0.0, [], {}, [], []
+    while version < steps:
+        while len(in_flight) < 400 and (lease := ledger.grant("n", version, now)):
+            again += [took[lease.ordinal]] if lease.ordinal in took else []
+            took[lease.ordinal] = rng.lognormvariate(4.5, sigma)
+            heapq.heappush(in_flight, (now + took[lease.ordinal], lease.ordinal, lease))
+        if now >= trainer_free and (batch := ledger.take(version)):
+            trained += [g.ordinal for g in batch]
+            version, trainer_free = version + 1, now + 5.0
+            continue
+        now = min(t for t in (trainer_free, *(answer[0] for answer in in_flight[:1])) if t > now)
+        while in_flight and in_flight[0][0] <= now:
+            lease = heapq.heappop(in_flight)[2]
+            ledger.accept(lease.id, made_group(lease.ordinal, lease.version))
+    assert (ledger.counts["groups_too_old"], again) == (0, [])
+    assert sorted(trained) == list(range(P * steps))
 
 
 def test_admission_never_hands_out_more_than_the_run_needs():
