@@ -33,6 +33,7 @@ from safetensors.torch import load, save
 
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, all_reduce, broadcast_bytes
+from rewards import relative, reward_sources
 from waits import Wait, await_keys
 from weights import (
     WeightsError,
@@ -277,6 +278,10 @@ def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], Non
     for file in [*here.glob("*.py"), *here.glob("inside_vllm/*.py")]:  # a forked loss is no flag: `diff -r` shows it
         (code / file.relative_to(here)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, code / file.relative_to(here))
+    for name, source in relative(reward_sources(cfg.reward)).items():  # and so does an edited reward
+        kept = cfg.run_dir / "code" / "reward" / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(source)
     return found
 
 

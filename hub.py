@@ -42,7 +42,8 @@ from weights import digest, has_token, served_file
 
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
 MAX_NODES = 4096  # that are remembered at once
-FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type")  # samples without a reward, by kind
+# Samples without a reward, by kind; and "away": calls that were made again, since the service had not answered.
+FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type", "away")
 LOAD = ("over_s", "idle_s", "made")  # of a beat: seconds since the one before, those in which vLLM was idle, tokens
 VITALS = ("running", "waiting", "kv", "limit", "preemptions", *LOAD)
 TIMING_PARTS = ("fetch_s", "patch_s", "verify_s", "pause_s", "load_s", "stopped_s", "total_s", "fetch_bytes")
@@ -446,7 +447,8 @@ class Hub:
         books, lease = self._books_of(body["lease"])
         if lease is None or lease.node != body["node"]:
             raise Refused(409, f"lease {body['lease'][:50]!r} is not held by {body['node'][:50]!r}")
-        books.give_back(lease.id, "leases_returned", failure=f"{body['why'][:300]} ({lease.node})")
+        books.give_back(lease.id, "leases_returned", failure=f"{body['why'][:300]} ({lease.node})",
+                        by_reward=body.get("by_reward") is True)  # fmt: skip
         await self._notify()
         return web.json_response({"returned": lease.id})
 

@@ -128,18 +128,19 @@ class Ledger(Books):
         """Every prompt is too long or solved: the sequence has ended."""
         return self.prompts is not None and len(self.solved) + len(self.prompts.skip) >= len(self.prompts.examples)
 
-    def give_back(self, lease_id: str, count: str, failure: str = "") -> None:
-        """A lease that ends without a group: its prompt is leased again, unless this was one failure too many."""
+    def give_back(self, lease_id: str, count: str, failure: str = "", by_reward: bool = False) -> None:
+        """A lease that ends without a group: its prompt is leased again, unless this was one failure too many.
+        by_reward: the reward function had no reward for any sample, which one more try may change, and hardly four."""
         lease = self.leases.pop(lease_id)
         self.counts[count] += 1
         failures = self.failures.setdefault(lease.ordinal, [])
         failures += [failure] if failure else []
-        if len(failures) < self.max_failures:
+        if len(failures) < (min(2, self.max_failures) if by_reward else self.max_failures):
             insort(self.returned, lease.ordinal)
             return
-        self.set_aside[lease.ordinal] = "; ".join(self.failures.pop(lease.ordinal))
+        self.set_aside[lease.ordinal] = "; ".join(dict.fromkeys(failures))  # each reason once
         self.set_aside_in_a_row += 1
-        self.news.append(f"prompt {lease.ordinal} failed {self.max_failures} times and is set aside: "
+        self.news.append(f"prompt {lease.ordinal} failed {len(failures)} times and is set aside: "
                          f"{self.set_aside[lease.ordinal]}")  # fmt: skip
         self._advance(lease.ordinal)
 
@@ -191,11 +192,14 @@ class Ledger(Books):
         assert done == past, f"ledger: {done} prompts taken, skipped or set aside, but the frontier says {past}"
 
     def state(self) -> dict:
-        """What a checkpoint keeps, JSON: the trained frontier. What is in flight or buffered is generated again."""
-        set_aside = {str(ordinal): why for ordinal, why in self.set_aside.items()}
-        return {"taken": self.num_taken, "frontier": self.frontier, "beyond": sorted(self.beyond),
-                "set_aside": set_aside, "counts": dict(self.counts), "skipped": self.num_skipped,
-                "solved": sorted(self.solved)}  # fmt: skip
+        """What a checkpoint keeps, JSON: the trained frontier. What is in flight or buffered is generated again, and
+        what was set aside since the last group came is tried again: if that stops the run, it was not the prompts."""
+        kept = dict(list(self.set_aside.items())[: len(self.set_aside) - self.set_aside_in_a_row])
+        frontier = min([self.frontier, *(self.set_aside.keys() - kept.keys())])
+        beyond = self.beyond | (set(range(frontier, self.frontier)) - self.set_aside.keys())
+        return {"taken": self.num_taken, "frontier": frontier, "beyond": sorted(beyond),
+                "set_aside": {str(ordinal): why for ordinal, why in kept.items()}, "counts": dict(self.counts),
+                "skipped": self.num_skipped, "solved": sorted(self.solved)}  # fmt: skip
 
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint: the holes before what was taken last are leased first, then the sequence goes on."""

@@ -39,7 +39,7 @@ from ledger import NOT_SAMPLED
 from rewards import reward_digest
 from task import Codec
 from waits import Wait, WaitOver
-from workers import VLLM, RewardWorkers, VLLMUnfit, backoff_s, log
+from workers import VLLM, Away, RewardsEnd, RewardWorkers, VLLMUnfit, backoff_s, log
 
 
 @dataclass
@@ -59,6 +59,8 @@ class RolloutConfig:
     max_tries: int = 5  # of a prompt on this node, before it goes back to the hub
     reward_workers: int = 2  # processes that run the reward function
     reward_timeout_s: float = 60.0  # for the reward of one sample
+    reward_start_timeout_s: float = 300.0  # for importing the reward function's file, with what it loads
+    reward_away_timeout_s: float = 600.0  # the service that a reward function asks may be away this long
     beat_s: float = 3.0  # between signs of life to the hub
     hub_timeout_s: float = 600.0  # the trainer may be silent this long before the node gives up
 
@@ -204,7 +206,8 @@ class Node:
         if not fits:
             await self.close()
             self.vllm = VLLM(self.cfg, run, self.root / "vllm.log")
-            self.workers = RewardWorkers(run["reward"], self.cfg.reward_workers, self.cfg.reward_timeout_s)
+            self.workers = RewardWorkers(run["reward"], self.cfg.reward_workers, self.cfg.reward_timeout_s,
+                                         self.cfg.reward_start_timeout_s, self.cfg.reward_away_timeout_s)  # fmt: skip
         self.run = self.vllm.run = run
         self.hub.headers["X-Run"] = run["id"]
         self.version, self.loading, self.held = -1, False, {}  # an answer that met the change would raise it for ever
@@ -379,9 +382,13 @@ class Node:
             finally:
                 self.in_flight(-1)
             gen_s = time.perf_counter() - start
-            choices, rewards, why = await self.score(choices, lease["example"])
+            sampled = len(choices)
+            choices, rewards, failed, why = await self.score(choices, lease["example"])
             if why:
                 log(f"lease {name}: {why}")
+            if len(choices) < fewest and failed:  # here another try would cost as much, and most likely end alike
+                by_reward = failed == sampled
+                return await self.give_back(name, why, self.cfg.hub_timeout_s, by_reward)
             if len(choices) < fewest:
                 continue
             try:
@@ -424,26 +431,29 @@ class Node:
             raise errors[0]
         return found
 
-    async def give_back(self, lease: str, why: str, patience_s: float) -> None:
+    async def give_back(self, lease: str, why: str, patience_s: float, by_reward: bool = False) -> None:
         try:
-            body = {"node": self.name, "lease": lease, "why": why}
+            body = {"node": self.name, "lease": lease, "why": why, "by_reward": by_reward}
             await ask(self.hub, "POST", "/return", patience_s, json=body)
         except HubRefusal as e:
             log(f"lease {lease}: {e}")  # expired meanwhile
 
-    async def score(self, choices: list[dict], example: dict) -> tuple[list[dict], list[float], str]:
-        """The samples that can be trained on, their rewards, and what was wrong with the others."""
+    async def score(self, choices: list[dict], example: dict) -> tuple[list[dict], list[float], int, str]:
+        """The samples that can be trained on, their rewards, how many others the reward function is to blame for, and
+        what was wrong with the others."""
         wrong = [damage(c, self.run["max_new_tokens"]) for c in choices]
         whole = [c for c, bad in zip(choices, wrong) if not bad]
         scores = await self.workers.score([self.codec.decode(c["token_ids"]) for c in whole], example)
-        wrong += [f"reward: {s}" for s in scores if isinstance(s, str)]
+        unscored = [s for s in scores if isinstance(s, str)]
+        wrong = [*filter(None, wrong), *(f"reward: {s}" for s in unscored)]
         scored = [(c, s) for c, s in zip(whole, scores) if not isinstance(s, str)]
-        reasons = [f"{wrong.count(bad)} x {bad}" for bad in dict.fromkeys(wrong) if bad]
-        why = f"samples dropped of {str(example)[:200]}: {', '.join(reasons)}" if reasons else ""
-        return [c for c, _ in scored], [s for _, s in scored], why
+        reasons = ", ".join(f"{count} x {bad}" for bad, count in Counter(wrong).items())
+        why = f"samples dropped: {reasons[:600]}; of {str(example)[:200]}" if wrong else ""
+        failed = sum(not isinstance(s, Away) for s in unscored)
+        return [c for c, _ in scored], [s for _, s in scored], failed, why
 
     async def answer_prompts(self) -> None:
-        await self.ready.wait()
+        await asyncio.gather(self.workers.start(), self.ready.wait())
         self.codec = Codec(self.checkpoint)
         try:
             while True:
@@ -530,7 +540,7 @@ if __name__ == "__main__":
         asyncio.run(main(config))
     except* (asyncio.CancelledError, RunOver) as why:
         log(f"stopped: {why.exceptions[0]!r}")
-    except* (RuntimeError, VLLMUnfit) as failed:
+    except* (RuntimeError, VLLMUnfit, RewardsEnd) as failed:
         for error in failed.exceptions:
             log(f"error: {error}")
-        sys.exit(2 if failed.subgroup(VLLMUnfit) else 1)
+        sys.exit(2 if failed.subgroup((VLLMUnfit, RewardsEnd)) else 1)

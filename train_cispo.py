@@ -48,12 +48,12 @@ from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks, make_mesh, reduce_metrics
 from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
-from rewards import check_answers, load_reward, reward_digest
+from rewards import check_answers, reward_digest, reward_sources
 from rollout import RolloutConfig
 from validation import Validation, read_scores
 from waits import Signals, Wait, agree, stop_word
 from weights import Publisher, load_hf
-from workers import LocalRollout
+from workers import LocalRollout, check_reward
 
 # ---- config --------------------------------------------------------------------------------------------------
 Preset = Literal["tiny", "add", "qwen3-0.6b", "qwen3-30b-a3b", "scalerl"]
@@ -418,7 +418,7 @@ def parse_config(argv: list[str]) -> Config:
     except ValueError as e:
         raise ValueError(f"--rollout-args {cfg.rollout_args!r}: {e}") from None
     report.Trackers.check(cfg)
-    load_reward(cfg.reward)
+    reward_sources(cfg.reward)
     task.split_template(task.text_of(cfg.prompt_template))
     if Path(cfg.model).is_dir() and cfg.model:
         try:
@@ -836,6 +836,9 @@ def main() -> None:
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * of_torchrun("LOCAL_WORLD_SIZE", 1))))
         if model_cfg := dry_run.known_config(cfg):  # all that can be refused is, before anything takes time
             dry_run.check(model_cfg, cfg, world_size)
+        if rank == 0 and reward_sources(cfg.reward):
+            node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
+            check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
         examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
         held_out = load_held_out(cfg, examples) if rank == 0 else None
         for rows, name in ((examples, "--data"), (held_out, "--val-data")):

@@ -59,19 +59,19 @@ class Validation(Books):
                 return lease
         return None
 
-    def give_back(self, lease_id: str, count: str, failure: str = "") -> None:
-        """A lease that ends without an answer: its prompt is leased again, or fails for good."""
+    def give_back(self, lease_id: str, count: str, failure: str = "", by_reward: bool = False) -> None:
+        """A lease that ends without an answer: its prompt is leased again, or fails for good, as in Ledger."""
         lease = self.leases.pop(lease_id)
         found, key = self.rounds[lease.validates], (lease.validates, lease.ordinal)
         self.counts[count] += 1
         found.repeated += 1
         self.failures[key] += bool(failure)
-        if self.failures[key] < self.max_failures:
+        if self.failures[key] < (min(2, self.max_failures) if by_reward else self.max_failures):
             insort(found.todo, lease.ordinal)
             return
         found.failed[lease.ordinal] = failure
-        self.news.append(f"validation of v{found.version}: prompt {lease.ordinal} failed {self.max_failures} times and "
-                         f"scores 0: {failure}")  # fmt: skip
+        self.news.append(f"validation of v{found.version}: prompt {lease.ordinal} failed {self.failures[key]} times "
+                         f"and scores 0: {failure}")  # fmt: skip
         self._settle(found)
 
     def accept(self, lease_id: str, group: Group) -> None:

@@ -32,6 +32,8 @@ WAITS = {  # name: who waits, for whom, and what happens when the deadline passe
     "weights fetch": ("rollout node", "bytes of new weights", "the update is refused, and vLLM keeps what it has"),
     "weight update": ("rollout node", "vLLM to load weights", "vLLM is killed and started on them"),
     "reward": ("rollout node", "the reward function", "its worker is killed and the sample dropped"),
+    "reward start": ("rollout node", "the reward function's file to be imported", "the run stops"),
+    "reward away": ("rollout node", "the service that the reward function asks", "the run stops with its state saved"),
 }  # fmt: skip
 
 

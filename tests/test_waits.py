@@ -214,6 +214,42 @@ def test_reward(tmp_path):
     assert (first, third) == (0.5, 0.5) and says(second, "reward", "rollout node", "the reward function")
 
 
+def test_reward_start(tmp_path):
+    (tmp_path / "slow.py").write_text("import signal\nsignal.pause()\n")
+
+    async def run():
+        workers = RewardWorkers(f"{tmp_path / 'slow.py'}:score", 1, timeout_s=60.0, start_timeout_s=0.5)
+        try:
+            await workers.start()
+        finally:
+            await workers.close()
+
+    with pytest.raises(ValueError) as e:
+        asyncio.run(run())
+    assert says(str(e.value), "reward start", "rollout node", "the reward function's file to be imported"), e.value
+    assert "slow.py:score'" in str(e.value)
+
+
+def test_reward_away(tmp_path, capsys):
+    """A service is asked again and again, by name, until the run cannot wait any longer."""
+    text = "def score(completion, example):\n    raise ConnectionRefusedError('nobody at judge:80')\n"
+    (tmp_path / "judge.py").write_text(text)
+
+    async def run():
+        workers = RewardWorkers(f"{tmp_path / 'judge.py'}:score", 1, timeout_s=60.0, away_timeout_s=3.0)
+        try:
+            await workers.score(["a", "b"], {})
+        finally:
+            assert workers.failed["away"] > 4 and workers.failed.keys() == {"away"}
+            await workers.close()
+
+    with pytest.raises(ValueError) as e:
+        asyncio.run(run())
+    assert says(str(e.value), "reward away", "rollout node", "the service that the reward function asks"), e.value
+    assert str(e.value).endswith("it raised ConnectionRefusedError: nobody at judge:80 (judge.py line 2)")
+    assert "the reward function's service is away for " in capsys.readouterr().out
+
+
 def test_every_wait_of_the_table_has_its_test():
     """And "vllm progress" has its own in test_failures.py, those of weights in test_weights.py."""
     files = ("test_waits.py", "test_failures.py", "test_weights.py")
