@@ -168,10 +168,10 @@ def test_neighbours_of_a_reward_file_may_be_called_like_ours_and_are_not_importe
         write(tmp_path / f"{name}.py", f"VALUE = {len(name)}\ndef right(c):\n    return float(c == 'a')\n")
     imports = "".join(f"from {name} import VALUE as {name}_VALUE, right\n" for name in OURS)
     values = " + ".join(f"{name}_VALUE" for name in OURS)
-    spec = write(tmp_path / "my.py", f"{imports}def score(completion, example):\n    return {values}\n")
+    spec = write(tmp_path / "of_mine.py", f"{imports}def score(completion, example):\n    return {values}\n")
     before = list(sys.path)
     assert parse_config(["--reward", spec]).reward == spec
-    assert sys.path == before and "my" not in sys.modules
+    assert sys.path == before and "of_mine" not in sys.modules
     assert score(spec, ["a"]) == [float(sum(map(len, OURS)))]
 
 
