@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One command for this machine, and one for several nodes: make .venv, install what is missing, train.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd) # the program; what FLAGS name is the caller's
 
 usage() {
   cat <<'END'
@@ -10,16 +10,19 @@ NODES="h0 h1 h2" bash launch.sh [FLAGS]  over ssh: the first nodes train, the la
 bash launch.sh [FLAGS]                   in an allocation of several nodes, or under srun: the same by Slurm
 bash launch.sh trainer [FLAGS]           by hand, on trainer node 0: MASTER_ADDR=h0 NNODES=2 NODE_RANK=0; 1 likewise
 bash launch.sh rollout                   by hand, on any node at any time: MASTER_ADDR=h0
-bash launch.sh --print ...               only print the commands
+bash launch.sh --print ...               only print the commands, which can also be given by hand
 bash launch.sh test [ARGS]               run the tests; ARGS go to pytest ("--slow" adds the ones that take minutes)
-bash launch.sh install | --flags         only make .venv; list train_cispo.py's flags
+bash launch.sh install | --flags         only make .venv; list train_cispo.py's flags ("--flags --preset NAME": of NAME)
 
-The first call makes .venv and installs torch and vLLM into it (about 3 minutes); later calls find it ready.
+The first call makes .venv beside launch.sh and installs torch and vLLM into it (about 3 minutes); later calls find it
+ready. It may be called from any directory: relative paths in FLAGS mean that one, and runs/ is made there.
   PYTHON=python3.12   the interpreter that .venv is made with (default python3, 3.11 or newer)
-  NPROC=2             trainer ranks on a node (default: its GPUs, or 1)
-Nodes share no disk; each has this directory, at the same path or at CISPO_DIR. Their names must lead to them from all nodes:
-h0 listens on HUB_PORT (8790) and MASTER_PORT (29500). Ctrl-C ends everything on every node.
-  ROLLOUT_ARGS="--vllm-args '--tensor-parallel-size 8'"       further flags of rollout.py
+  NPROC=2             trainer ranks on a node (default: 1 on this machine alone, else the node's GPUs, or 1)
+Nodes share no disk; each has this directory, at the same path or at CISPO_DIR. Over ssh relative paths mean that
+directory of each node, and no variables but those named here and NCCL_* come along. The nodes' names must lead to them
+from all nodes, as IPv4 or IPv6: those that train listen on HUB_PORT (8790), h0 on MASTER_PORT (29500) too. Ctrl-C ends
+everything on every node.
+  ROLLOUT_ARGS="--vllm-args '--tensor-parallel-size 8'"       further flags of rollout.py (one machine: --rollout-args)
   CISPO_TOKEN         by which nodes know each other; made if unset, but by hand and under srun it must be given
   SSH="ssh -p 2222"   the remote shell; it is called with a node of NODES and the words "bash -s"
   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME                      default: the interface towards h0
@@ -58,11 +61,31 @@ with_progress() {
 
 gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true; }
 
-install() {
+# Nodes with one home would else install into one .venv at once. The kernel's lock: it ends with whoever has it.
+lock_venv() {
+  local fd code wait_s=0.1
+  exec {fd}>>.venv.lock
+  while code=0; flock -w $wait_s -E 75 "$fd" 2>/dev/null || code=$?; [ "$code" -eq 75 ]; do
+    say "waiting for $(cat .venv.lock), which installs into $here/.venv"
+    wait_s=10
+  done
+  [ "$code" -eq 0 ] || say "warning: no lock on $here/.venv (flock: status $code): let no two nodes install at once"
+  echo "pid $BASHPID on $(hostname)" >.venv.lock
+}
+
+install() ( # in a shell of its own, which holds the lock
+  if [ -n "$print" ]; then exit; fi
+  cd "$here"
   local kind=cpu stamp
   if [ "$(gpus)" -gt 0 ]; then kind=gpu; fi
   stamp="$kind $(cksum <pyproject.toml)"
-  if [ "$(cat .venv/installed 2>/dev/null)" = "$stamp" ]; then return; fi
+  if [ "$(cat .venv/installed 2>/dev/null)" = "$stamp" ]; then exit; fi
+  lock_venv
+  if [ "$(cat .venv/installed 2>/dev/null)" = "$stamp" ]; then exit; fi # another one has done it
+  case "$here" in
+    *[[:space:]]*) say "warning: torch.compile's C++ compiler takes no white space in a path, as $here has: move it," \
+      "or give --no-compile" ;;
+  esac
   say "making .venv for this machine ($kind)"
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "${PYTHON:-python3} is older than 3.11; set PYTHON to a newer one"
@@ -76,7 +99,7 @@ install() {
   fi
   echo "$stamp" >.venv/installed
   say "installed in $SECONDS s"
-}
+)
 
 # Says a command and takes its place, so that Ctrl-C, kill and the exit status are its own. Where a launcher on another
 # machine started it (CISPO_LEASH), stdin is what it hangs on: stdin ends when that launcher does, by whatever cause.
@@ -101,29 +124,36 @@ run() {
 
 # ---- one node of several -------------------------------------------------------------------------------------
 node() {
-  local role=$1 master=${MASTER_ADDR:-} address interface="" ranks=${NPROC:-$(gpus)}
+  local role=$1 master=${MASTER_ADDR:-} address url interface="" ranks=${NPROC:-$(gpus)}
+  local -a with=()
   shift
   [ -n "$master" ] || fail "launch.sh $role: MASTER_ADDR is not set; it is the name of the first trainer node"
   [ -n "${CISPO_TOKEN:-}$print" ] || fail "launch.sh $role: CISPO_TOKEN is not set; it is one for all nodes"
+  master=${master#[} master=${master%]} url=$master
+  case "$master" in *:*) url="[$master]" ;; esac # IPv6
   address=$(getent ahosts "$master" | awk 'NR == 1 { print $1 }') || fail "MASTER_ADDR=$master: no such host"
   case "$master $address" in
-    localhost* | 127.* | ::1*) ;; # all on one machine
+    localhost* | 127.* | "::1 "*) ;; # all on one machine
     *\ 127.* | *\ ::1) fail "$master is $address on $(hostname), where other nodes cannot reach it: use its address" ;;
   esac
   PATH=$PATH:/usr/sbin
   if command -v ip >/dev/null; then # the interface that has the address, or else that on the way to it
     interface=$(ip -o addr show to "$address" | awk 'NR == 1 { print $2 }')
     [ -n "$interface" ] || interface=$(ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\) .*/\1/p')
-    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+    with=(env "GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}"
+      "NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}")
   fi
-  [ -n "$print" ] || install
+  if [ -n "${CISPO_LEASH:-}" ]; then
+    read -r -t 0.1 || [ $? -ne 1 ] || fail "CISPO_LEASH is set, and stdin has ended already: what started this is gone"
+  fi
+  install
   if [ "$role" = rollout ]; then
     eval "set -- ${ROLLOUT_ARGS:-}"
-    run .venv/bin/python rollout.py "http://$master:${HUB_PORT:-8790}" "$@"
+    run "${with[@]}" "$python" "$here/rollout.py" "http://$url:${HUB_PORT:-8790}" "$@"
   fi
-  run .venv/bin/python -m torch.distributed.run --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
+  run "${with[@]}" "$python" -P -m torch.distributed.run --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
     --nproc-per-node "$((ranks > 0 ? ranks : 1))" --master-addr "$master" --master-port "${MASTER_PORT:-29500}" \
-    train_cispo.py --no-local-rollout --hub-host "$master" --hub-port "${HUB_PORT:-8790}" "$@"
+    "$here/train_cispo.py" --no-local-rollout --hub-host "$master" --hub-port "${HUB_PORT:-8790}" "$@"
 }
 
 # ---- all nodes of a run --------------------------------------------------------------------------------------
@@ -145,7 +175,7 @@ make_token() { export CISPO_TOKEN=${CISPO_TOKEN:-$(od -An -N32 -tx1 /dev/urandom
 part_of() {
   local i=$1 name
   shift
-  printf 'cd %q && CISPO_LEASH=1 NNODES=%d NODE_RANK=%d' "${CISPO_DIR:-$PWD}" "$trainers" "$i"
+  printf 'cd %q && NNODES=%d NODE_RANK=%d' "$dir" "$trainers" "$i"
   for name in MASTER_ADDR MASTER_PORT HUB_PORT NPROC PYTHON ROLLOUT_ARGS GLOO_SOCKET_IFNAME "${!NCCL_@}"; do
     if [ -n "${!name:-}" ]; then printf ' %s=%q' "$name" "${!name}"; fi
   done
@@ -154,15 +184,22 @@ part_of() {
 }
 
 over_ssh() {
-  local i host sum="cat ./*.py inside_vllm/*.py ./*.sh pyproject.toml | cksum" seen code status=0 training tries=0 logs pipes fd
+  local dir=${CISPO_DIR:-$here} sum="cat ./*.py inside_vllm/*.py ./*.sh pyproject.toml | cksum"
+  local i host part seen code status=0 training tries=0 logs pipes fd
   local -a ssh pids=() leashes=() ended=()
   read -r -a ssh <<<"${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
-  for i in "${!nodes[@]}"; do say "${ssh[*]} ${nodes[i]} bash -s <<< \"$(part_of "$i" "$@")\""; done
+  for i in "${!nodes[@]}"; do
+    part=$(part_of "$i" "$@")
+    say "${ssh[*]} ${nodes[i]} bash -s <<< \"export CISPO_TOKEN=\${CISPO_TOKEN:?one for all nodes}; \"${part@Q}"
+  done
+  [ "$PWD" = "$dir" ] || say "relative paths of the flags mean $dir on each node"
   if [ -n "$print" ]; then exit; fi
   for host in "${nodes[@]}"; do
-    seen=$("${ssh[@]}" "$host" bash -s <<<"cd $(printf %q "${CISPO_DIR:-$PWD}") && $sum") ||
-      fail "$host: '${ssh[*]}' does not reach it, or it has no ${CISPO_DIR:-$PWD}"
-    [ "$seen" = "$(eval "$sum")" ] || say "warning: $host has another version of these files than this machine"
+    seen=$("${ssh[@]}" "$host" bash -s <<<"cd $(printf %q "$dir") && { echo; $sum; }") ||
+      fail "$host: '${ssh[*]}' does not reach it, or it has no $dir"
+    # Its last line: a node's .bashrc may greet, without a line's end even.
+    [ "${seen##*$'\n'}" = "$(cd "$here" && eval "$sum")" ] ||
+      say "warning: $host has another version of these files than this machine"
   done
   logs=runs/logs/$(date +%Y%m%d-%H%M%S) pipes=$(mktemp -d)
   mkdir -p "$logs"
@@ -181,7 +218,7 @@ over_ssh() {
   for i in "${!nodes[@]}"; do
     exec {fd}>"$pipes/$i"
     leashes+=("$fd")
-    printf 'export CISPO_TOKEN=%q\n%s\n' "$CISPO_TOKEN" "$(part_of "$i" "$@")" >&"$fd" || true
+    printf 'export CISPO_LEASH=1 CISPO_TOKEN=%q\n%s\n' "$CISPO_TOKEN" "$(part_of "$i" "$@")" >&"$fd" || true
   done
   rm -r "$pipes"
   while :; do # a rollout node may end and training goes on; a trainer node that fails ends all
@@ -217,7 +254,8 @@ by_slurm() {
   export MASTER_ADDR NNODES=$trainers NODE_RANK=${SLURM_NODEID:-0}
   if [ "${SLURM_STEP_NUM_NODES:-1}" -lt "${#nodes[@]}" ]; then # in the allocation, but not yet a task on each node
     make_token
-    run srun --nodes "${#nodes[@]}" --ntasks-per-node 1 --cpu-bind=none --label --kill-on-bad-exit=1 bash launch.sh "$@"
+    run srun --nodes "${#nodes[@]}" --ntasks-per-node 1 --cpu-bind=none --label --kill-on-bad-exit=1 \
+      bash "$here/launch.sh" "$@"
   fi
   if [ -z "$print" ]; then
     mkdir -p "runs/logs/slurm-$SLURM_JOB_ID"
@@ -225,17 +263,20 @@ by_slurm() {
   fi
   if [ "$NODE_RANK" -lt "$trainers" ]; then node trainer "$@"; fi
   local code=0
-  bash launch.sh ${print:+--print} rollout || code=$?
+  bash "$here/launch.sh" ${print:+--print} rollout || code=$?
   if [ "$code" -ne 0 ]; then say "rollout node ended with status $code"; fi # no bad exit: training goes on
 }
 
-print=""
+print="" python=$here/.venv/bin/python
 if [ "${1:-}" = --print ]; then print=1; shift; fi
+for name in NPROC NNODES NODE_RANK ROLLOUT_NODES HUB_PORT MASTER_PORT; do
+  case "${!name:-0}" in *[!0-9]*) fail "$name=${!name} is not a number" ;; esac
+done
 case "${1:-}" in
   -h | --help) usage; exit ;;
-  --flags) set -- --help ;;
+  --flags) shift; install; run "$python" "$here/train_cispo.py" --help "$@" ;;
   install) install; exit ;;
-  test) shift; install; run .venv/bin/python -m pytest "$@" ;;
+  test) shift; install; cd "$here"; run "$python" -m pytest "$@" ;;
   trainer | rollout) node "$@" ;;
 esac
 [ $# -gt 0 ] || set -- --use-cispo
@@ -250,8 +291,8 @@ if [ "${SLURM_NNODES:-1}" -gt 1 ]; then
   by_slurm "$@"
   exit
 fi
-[ -n "$print" ] || install
+install
 if [ "${NPROC:-1}" = 1 ]; then # one process needs no launcher, and its exit status comes through as it is
-  run .venv/bin/python train_cispo.py "$@"
+  run "$python" "$here/train_cispo.py" "$@"
 fi
-run .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" train_cispo.py "$@"
+run "$python" -P -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$here/train_cispo.py" "$@"

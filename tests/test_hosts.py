@@ -22,7 +22,8 @@ from parallel import join_ranks, make_mesh
 
 def launch(*args, **env):
     env = {**{k: v for k, v in os.environ.items() if k != "CISPO_TOKEN"}, **env}
-    return subprocess.run(["bash", str(REPO / "launch.sh"), *args], env=env, text=True, capture_output=True, timeout=60)
+    command = ["bash", str(REPO / "launch.sh"), *args]
+    return subprocess.run(command, cwd=REPO, env=env, text=True, capture_output=True, timeout=60)
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def test_in_a_slurm_allocation_a_step_is_made_and_each_task_finds_its_part(tmp_p
     slurm = {"SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "h[0-2]", "SLURM_JOB_ID": "1",
              "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
     job = launch("--print", "--seed", "1", **slurm)
-    assert "srun --nodes 3 --ntasks-per-node 1" in job.stdout and "bash launch.sh --seed 1" in job.stdout
+    assert "srun --nodes 3 --ntasks-per-node 1" in job.stdout and f"bash {REPO}/launch.sh --seed 1" in job.stdout
     (tmp_path / "getent").write_text("#!/bin/sh\necho 10.77.0.1\n")  # h0 is nobody's name here
     (tmp_path / "getent").chmod(0o755)
     tasks = [launch("--print", "--seed", "1", **slurm, SLURM_STEP_NUM_NODES="3", SLURM_NODEID=str(i)) for i in range(3)]
@@ -89,11 +90,11 @@ echo "$1 is let go"
     (tmp_path / "ssh").chmod(0o755)
     env = {**os.environ, "NODES": "h0 h1 h2", "SSH": str(tmp_path / "ssh")}
     command = ["bash", str(tmp_path / "launcher/launch.sh"), "--preset", "tiny"]
-    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=60)
     assert done.returncode == 3 and "trainer node h1 has ended with status 3" in done.stdout
     assert "[h0] h0 is let go" in done.stdout and "[h2] h2 is let go" in done.stdout
     assert done.stdout.count("warning") == 1 and "warning: h2 has another version of these files" in done.stdout
-    (log,) = (tmp_path / "launcher").glob("runs/logs/*/h0.log")
+    (log,) = tmp_path.glob("runs/logs/*/h0.log")  # in the directory that it was called from
     assert log.read_text().endswith("h0 is let go\n")
 
 
