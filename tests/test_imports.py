@@ -9,12 +9,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import checkpoint
 from rollout import RolloutConfig
+from train_cispo import parse_config
 from workers import VLLM
 
 REPO = Path(__file__).resolve().parent.parent
@@ -92,8 +92,7 @@ def test_no_module_has_the_name_of_a_package_that_what_we_import_imports():
 
 def test_a_run_keeps_all_of_its_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg = SimpleNamespace(run_dir=Path("runs/x"), resume="off", text="{}")
-    checkpoint.begin_run_dir(cfg, None, {}, print)
+    checkpoint.begin_run_dir(parse_config(["--name", "x"]), None, {}, print)
     kept = {str(path.relative_to(tmp_path / "runs/x/code")) for path in (tmp_path / "runs/x/code").rglob("*.py")}
     assert kept == {str(path.relative_to(REPO)) for path in [*REPO.glob("*.py"), *REPO.glob("inside_vllm/*.py")]}
     assert "vllm_engine.py" in {Path(path).name for path in kept}
