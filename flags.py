@@ -49,7 +49,7 @@ def parse_flags(cls, argv: list[str], default=None):
 
 def choices(kind) -> list[str]:
     """Of a Literal, or of one or None; else none."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else [kind]
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else [kind]
     return [str(c) for k in kinds for c in typing.get_args(k)]
 
 

@@ -7,7 +7,9 @@ micro-batches and ranks, all others by sum. Their meaning and healthy ranges are
 import importlib.util
 import itertools
 import json
+import os
 import re
+import secrets
 import sys
 import threading
 import time
@@ -195,44 +197,82 @@ def numbers(record: dict) -> dict[str, float]:
 
 
 class Trackers:
-    """Weights & Biases (--wandb-project) and TensorBoard (--tensorboard), where they are asked for."""
+    """Weights & Biases (--wandb-project) and TensorBoard (--tensorboard), where they are asked for.
 
-    def __init__(self, cfg):
+    start: the step that the run goes on from. What comes after it is made again, and is nowhere twice: TensorBoard is
+    told to drop it; W&B, which cannot, goes on as the run it was, and is not sent again what it has. Its id, and the
+    last step and version that it was sent, are in runs/NAME/wandb.json.
+    Raises: SystemExit when W&B cannot be started.
+    """
+
+    def __init__(self, cfg, start: int = 0):
         self.board = self.wandb = None
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(cfg.run_dir / "tensorboard"))
+            self.board = SummaryWriter(str(cfg.run_dir / "tensorboard"), purge_step=start or None)
+            for record in watch.read_jsonl(cfg.run_dir / "validation.jsonl"):
+                if record["version"] == start > 0:  # dropped as well, and it is not made again
+                    self._draw(record, "version")
         if cfg.wandb_project:
             import wandb
 
-            self.wandb = wandb.init(project=cfg.wandb_project, group=cfg.name, dir=cfg.run_dir,
-                                    config=json.loads(cfg.text))  # fmt: skip
+            self.sent_path = cfg.run_dir / "wandb.json"
+            known = json.loads(self.sent_path.read_text()) if self.sent_path.exists() else {}
+            self.sent = {"id": secrets.token_hex(4), "step": -1, "version": -1, **known}
+            try:
+                self.wandb = wandb.init(project=cfg.wandb_project, group=cfg.name, name=cfg.name, id=self.sent["id"],
+                                        resume="allow", dir=cfg.run_dir, config=json.loads(cfg.text))  # fmt: skip
+            except wandb.errors.Error as e:
+                raise SystemExit(f"train_cispo.py: error: --wandb-project {cfg.wandb_project}: {e}") from None
             for names, axis in [("train/*", "step"), ("timing/*", "step"), ("weights/*", "step"),
                                 ("validation/*", "version")]:  # fmt: skip
                 self.wandb.define_metric(names, step_metric=axis)
+            if self.sent["step"] >= start:
+                say(f"W&B has the steps up to {self.sent['step']} of an earlier attempt: they are not sent again")
 
     @staticmethod
     def check(cfg) -> None:
-        """Raises: ValueError when a package is missing."""
+        """Raises: ValueError when a package or W&B's login is missing."""
         for wanted, flag, package in [(cfg.tensorboard, "--tensorboard", "tensorboard"),
                                       (cfg.wandb_project, "--wandb-project", "wandb")]:  # fmt: skip
             if wanted and importlib.util.find_spec(package) is None:
                 raise ValueError(f"{flag}: the package {package} is not installed; pip install '.[track]'")
+        if cfg.wandb_project and not cfg.dry_run and int(os.environ.get("RANK", 0)) == 0:
+            import wandb
+
+            flag = f"--wandb-project {cfg.wandb_project}"
+            try:  # whether there is a key, not whether it is good: that would need the network
+                if wandb.setup().settings.mode in ("offline", "disabled") or wandb.login(prompt=False, verify=False):
+                    return
+            except wandb.errors.Error as e:
+                raise ValueError(f"{flag}: {e}") from None
+            raise ValueError(f"{flag}: there is no login to Weights & Biases; `wandb login`, WANDB_API_KEY=..., or "
+                             "WANDB_MODE=offline")  # fmt: skip
+
+    def _draw(self, record: dict, axis: str) -> None:
+        for name, value in numbers(record).items():
+            self.board.add_scalar(name, value, record[axis])
 
     def log(self, record: dict, axis: str) -> None:
         """axis: the field that the values are drawn over, step or version."""
         if self.board is not None:
-            for name, value in numbers(record).items():
-                self.board.add_scalar(name, value, record[axis])
-        if self.wandb is not None:
+            self._draw(record, axis)
+        if self.wandb is not None and record[axis] > self.sent[axis]:
             self.wandb.log({axis: record[axis], **numbers(record)})
+            self.sent[axis] = record[axis]
+            (tmp := self.sent_path.with_suffix(".tmp")).write_text(json.dumps(self.sent))
+            tmp.replace(self.sent_path)
 
     def close(self) -> None:
+        """Returns once everything is on disk or sent."""
         if self.board is not None:
             self.board.close()
         if self.wandb is not None:
+            import wandb
+
             self.wandb.finish()
+            wandb.teardown()  # finish() returns before W&B's own process has written its file
 
 
 def prometheus_text(status: dict, record: dict) -> str:

@@ -699,7 +699,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
         hub = start_hub(cfg, checkpoint, data, model_cfg.vocab_size, mesh.device)
         prompts, codec, _ = data
         show = lambda ids: codec.decode(ids, special=True)
-        trackers, validating = report.Trackers(cfg), cfg.validates(0)
+        trackers, validating = report.Trackers(cfg, start), cfg.validates(0)
         scores = read_scores(cfg.run_dir, cfg.val_samples) if validating else {}
         if resume:
             hub.ledger.restore(saved["ledger"])  # before there are weights to lease a prompt for

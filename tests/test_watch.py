@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -74,6 +75,66 @@ def test_wandb_gets_steps_and_validations(tmp_path, monkeypatch):
     for written in (b"train/reward", b"0.53125", b"validation/avg@4", b"0.28125", b"ratio_clip_max"):
         assert written in held
     assert b"ordinals" not in held
+    # W&B's own process has ended: nothing is left that could still have to be written.
+    assert not [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_sends_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    for start, end in ((0, 4), (2, 6)):  # the first was killed after step 3, its last checkpoint is that of step 2
+        trackers = Trackers(Config(wandb_project="p"), start)
+        for step in range(start, end):
+            trackers.log({"step": step, "train/reward": 0.125 + step}, "step")
+        trackers.log({"version": 2, "validation/avg@4": 0.28125}, "version")
+        trackers.close()
+    files = [p.read_bytes() for p in sorted((tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb"))]
+    (name,) = {p.name for p in (tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb")}  # run-ID.wandb
+    assert json.loads((tmp_path / "runs/tiny/wandb.json").read_text())["id"] in name
+    steps = [[s for s in range(6) if b"%.3f" % (0.125 + s) in held] for held in files]
+    assert sorted(steps) == [[0, 1, 2, 3], [4, 5]]
+    assert sum(b"0.28125" in held for held in files) == 1 and all(b"tiny" in held for held in files)
+
+
+def test_a_resumed_run_is_in_tensorboard_once(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    validated = {"version": 2, "validation/avg@4": 0.25}
+    for start, end in ((0, 4), (2, 6)):
+        trackers = Trackers(Config(tensorboard=True), start)
+        for step in range(start, end):
+            trackers.log({"step": step, "train/reward": float(step)}, "step")
+        if not start:  # what is validated is not asked again: it stands in the file
+            trackers.log(validated, "version")
+            (tmp_path / "runs/tiny/validation.jsonl").write_text(json.dumps(validated) + "\n")
+        trackers.close()
+    events = EventAccumulator(str(tmp_path / "runs/tiny/tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/reward")] == list(range(6))
+    assert [(e.step, e.value) for e in events.Scalars("validation/avg@4")] == [(2, 0.25)]
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_a_missing_login_is_found_before_anything_starts(mode, tmp_path):
+    unset = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_BASE_URL")
+    env = {**{n: v for n, v in os.environ.items() if n not in unset}, "HOME": str(tmp_path), "WANDB_MODE": mode}
+    code = "from train_cispo import parse_config\nimport sys\ntry: parse_config(['--wandb-project', 'p'])\n"
+    code += "except ValueError as e: print(e); sys.exit(2)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, timeout=120,
+                          check=False)  # fmt: skip
+    assert done.returncode == (2 if mode == "online" else 0), done.stderr
+    if mode == "online":
+        assert "--wandb-project p: there is no login" in done.stdout and "WANDB_MODE=offline" in done.stdout
+
+
+def test_help_names_the_choices_of_a_flag_that_may_be_unset(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    text = capsys.readouterr().out
+    assert "tis | icepop | seq-mask-tis: " in text and "typing." not in text and "NoneType" not in text
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
