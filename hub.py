@@ -18,6 +18,8 @@ thread of rank 0; all state, ledger.py's too, is touched only by that thread's e
 """
 
 import asyncio
+import contextlib
+import functools
 import json
 import math
 import resource
@@ -26,7 +28,9 @@ import struct
 import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 
 import torch
@@ -38,7 +42,7 @@ from ledger import NOT_SAMPLED, Books, Group, Lease, Ledger
 from report import prometheus_text
 from validation import Round, Validation
 from waits import Wait, WaitOver
-from weights import digest, has_token, served_file
+from weights import digest, has_token, http_url, served_file
 
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
 MAX_NODES = 4096  # that are remembered at once
@@ -119,6 +123,32 @@ def check_group(t: dict[str, torch.Tensor], num_samples, max_new_tokens: int, vo
             raise Refused(422, reason)
 
 
+def in_hub_thread(method):
+    """A method for other threads: the hub's carries it out between two requests, as a whole. If that thread does not
+    get to it in time, nothing of it will happen later: a batch that the trainer no longer waits for is not taken."""
+
+    @functools.wraps(method)
+    def call(self, *args):
+        if threading.current_thread() is self._thread:
+            return method(self, *args)
+        wait, future = Wait("hub thread", self.call_timeout_s), Future()
+
+        def carry_out():
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(method(self, *args))
+                except Exception as e:  # any: it is the caller's
+                    future.set_exception(e)
+
+        self._loop.call_soon_threadsafe(carry_out)
+        done, _ = wait_for([future], wait.deadline_s)
+        if not done and future.cancel():
+            raise WaitOver(wait.message(method.__name__))
+        return future.result()  # it has begun, and waits for nothing
+
+    return call
+
+
 # ---- server --------------------------------------------------------------------------------------------------
 class Hub:
     """The server. `prompts[ordinal]` gives an example and `encode(example)` its token ids; `run` goes to the nodes
@@ -128,6 +158,7 @@ class Hub:
     node_timeout_s = 30.0  # a node that is silent this long loses its leases
     hung_up_timeout_s = 6.0  # or this long, once the connection of its last beat is closed: its process has died
     body_timeout_s = 30.0  # a request has to arrive within
+    call_timeout_s = 30.0  # and the hub's thread has to get to what another asks of it
 
     def __init__(self, ledger: Ledger, prompts, encode, weights_dir: Path, vocab_size: int, token: str, run: dict,
                  validation: Validation | None = None):  # fmt: skip
@@ -142,7 +173,8 @@ class Hub:
         self.whole = 0  # the newest version that is on disk in full
         self.fetching: dict[str, tuple[int, float]] = {}  # the oldest version that a node may be fetching, since when
         self.refused = -1  # the newest version that a node refused
-        self.checksums: dict[int, tuple[str, str]] = {}  # of versions, what a node's vLLM made of them
+        self.digests: dict[int, set[str]] = {}  # of the manifests that a version was published under
+        self.checksums: dict[tuple[int, str], tuple[str, str]] = {}  # of a version in an engine: who said what first
         self.trouble = ""  # why no batch should be waited for any more
         self.nodes: dict[str, dict] = {}  # last receipt and time of last contact of each node
         self.beats: dict[str, asyncio.Transport] = {}  # the connection of each node's last beat
@@ -151,57 +183,29 @@ class Hub:
         self.reloads: list[dict] = []  # seconds per part of the reloads since the trainer last looked
         self.load: Counter[str] = Counter()  # node seconds, those in which vLLM was idle, and tokens made
         self.gen_s: list[float] = []  # and the seconds that each group took in vLLM
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._changed, self._news = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hub", daemon=True)
 
     # -- called by the trainer's thread
     def start(self, host: str, port: int) -> None:
+        """Raises: ValueError when it cannot listen there."""
         self._thread.start()
-        self.url = self._call(self._start(host, port), 30)
+        self.url = self._call(self._start(host.strip("[]"), port), 30)
 
     def next_batch(self, version: int, timeout_s: float) -> list[Group] | None:
         """The groups to train at `version`; None if they are not there within timeout_s.
         Raises: RuntimeError when so many prompts in a row were set aside that no batch will ever come, or what `fail`
         was told."""
-        return self._call(self._next_batch(version, timeout_s), timeout_s + 30)
-
-    def set_published(self, manifest: bytes) -> None:
-        """The nodes may have this version now. Again with another manifest: more of its files are there."""
-        self._call(self._set_published(manifest), 30)
-
-    def oldest_in_use(self) -> float:
-        """The oldest version that a node is fetching; infinity if there is none."""
-        return self._call(self._oldest_in_use(), 30)
+        end = time.monotonic() + timeout_s
+        while True:
+            self._news.clear()
+            batch = self._take(version)
+            if batch is not None or not self._news.wait(max(0.0, end - time.monotonic())):
+                return batch
 
     def fail(self, why: str) -> None:
         """Something that the run cannot go on without has failed: `next_batch` raises it."""
         self.trouble = self.trouble or why
-
-    def status(self) -> dict:
-        return self._call(self._status(), 30)
-
-    def release(self, node: str) -> None:
-        """A node is known to have ended: its prompts go back at once."""
-        self._call(self._release(node), 30)
-
-    def take_news(self) -> list[str]:
-        """What the log should say of the nodes and prompts since the last call."""
-        return self._call(self._take_news(), 30)
-
-    def ledger_state(self) -> dict:
-        return self._call(self._ledger_state(), 30)
-
-    def begin_validation(self, version: int) -> None:
-        """Hand out the held-out prompts, to nodes that have this version or a newer one."""
-        self._call(self._begin_validation(version), 30)
-
-    def take_validations(self) -> list[Round]:
-        """The rounds that were finished since the last call."""
-        return self._call(self._take_validations(), 30)
-
-    def take_timing(self) -> dict[str, float]:
-        """Mean seconds of the rollout nodes' parts since the last call: reloads, and generation of a group."""
-        return self._call(self._take_timing(), 30)
 
     def close(self, patience_s: float) -> None:
         """End the run: nodes that ask for prompts are told so (410), for patience_s at most; then the port closes."""
@@ -214,11 +218,112 @@ class Hub:
         try:
             return future.result(timeout_s)
         except FutureTimeout:
+            future.cancel()
             raise WaitOver(wait.message(coroutine.__name__)) from None
+
+    # -- called by the trainer's thread and by the event loop
+    @in_hub_thread
+    def _take(self, version: int) -> list[Group] | None:
+        self.version = version
+        if self.trouble:
+            raise RuntimeError(self.trouble)
+        if self.ledger.set_aside_in_a_row >= 2 * self.ledger.prompts_per_step:
+            last = next(reversed(self.ledger.set_aside.items()))
+            raise RuntimeError(f"{self.ledger.set_aside_in_a_row} prompts in a row were set aside, the last of them "
+                               f"{last[0]}: {last[1]}")  # fmt: skip
+        batch = self.ledger.take(version)
+        self.ledger.check()
+        if batch is None and self.ledger.none_left and not (self.ledger.leases or self.ledger.returned):
+            raise RuntimeError(f"no prompt is left to sample: {len(self.ledger.solved)} have reached "
+                               f"--no-resampling-pass-rate {self.ledger.pass_rate}")  # fmt: skip
+        if batch:
+            self._notify()
+        return batch
+
+    @in_hub_thread
+    def set_published(self, manifest: bytes) -> None:
+        """The nodes may have this version now. Again with another manifest: more of its files are there."""
+        found = json.loads(manifest)
+        self.manifest, self.published, self.whole = manifest, found["version"], found["static"]["version"]
+        self.version = max(self.version, self.published)  # a node may sample from it before the trainer asks for it
+        self.digests.setdefault(self.published, set()).add(digest(manifest))
+        recent = lambda version: version > self.published - 100
+        self.digests = {v: known for v, known in self.digests.items() if recent(v)}
+        self.checksums = {key: said for key, said in self.checksums.items() if recent(key[0])}
+        self._notify()
+
+    @in_hub_thread
+    def oldest_in_use(self) -> float:
+        """The oldest version that a node is fetching; infinity if there is none."""
+        now = time.monotonic()
+        lost = {n for n, seen in self.nodes.items() if now - seen["last_seen_s"] > self.node_timeout_s}
+        self.fetching = {n: (oldest, since) for n, (oldest, since) in self.fetching.items()
+                         if n not in lost and now - since < FETCH_LIMIT_S}  # fmt: skip
+        return min((oldest for oldest, _ in self.fetching.values()), default=math.inf)
+
+    @in_hub_thread
+    def take_timing(self) -> dict[str, float]:
+        """Mean seconds of the rollout nodes' parts since the last call: reloads, and generation of a group."""
+        rows, self.reloads, gen_s, self.gen_s = self.reloads, [], self.gen_s, []
+        timing = {part: [row[part] for row in rows if part in row] for part in TIMING_PARTS}
+        load, self.load = self.load, Counter()
+        timing["generate_group_s"] = [s for s in gen_s if math.isfinite(s)]
+        return {
+            **{f"timing/rollout/{name}": sum(s) / len(s) for name, s in timing.items() if s},
+            "rollout/node_s": load["over_s"],
+            "rollout/idle_s": load["idle_s"],
+            "rollout/tokens": load["made"],
+        }
+
+    @in_hub_thread
+    def release(self, node: str) -> None:
+        """A node is known to have ended: its prompts go back at once."""
+        for books in self.books:
+            for lease in books.held_by(node):
+                books.give_back(lease.id, "leases_of_lost_nodes", failure=f"{node} ended")
+        self.nodes.pop(node, None)
+        self._notify()
+
+    @in_hub_thread
+    def take_news(self) -> list[str]:
+        """What the log should say of the nodes and prompts since the last call."""
+        news = [line for books in self.books for line in books.news]
+        for books in self.books:
+            books.news = []
+        return news
+
+    @in_hub_thread
+    def ledger_state(self) -> dict:
+        return self.ledger.state()
+
+    @in_hub_thread
+    def begin_validation(self, version: int) -> None:
+        """Hand out the held-out prompts, to nodes that have this version or a newer one."""
+        self.validation.begin(version)
+        self._notify()
+
+    @in_hub_thread
+    def take_validations(self) -> list[Round]:
+        """The rounds that were finished since the last call."""
+        finished, self.validation.finished = self.validation.finished, []
+        return finished
+
+    @in_hub_thread
+    def status(self) -> dict:
+        ledger, now = self.ledger, time.monotonic()
+        vllm = [seen["vllm"] for seen in self.nodes.values() if "vllm" in seen]
+        return {
+            "version": self.version, "published": self.published, "handed_out": ledger.next_ordinal,
+            "taken": ledger.num_taken, "buffered": len(ledger.buffer), "leased": len(ledger.leases),
+            "returned": len(ledger.returned), "set_aside": len(ledger.set_aside), "skipped": ledger.num_skipped,
+            "counts": dict(ledger.counts), "validation": self.validation.status(),
+            "in_flight": sum(v.get("running", 0) for v in vllm), "waiting": sum(v.get("waiting", 0) for v in vllm),
+            "nodes": {n: {**seen, "behind": self.published - seen["version"],
+                          "last_seen_s": now - seen["last_seen_s"]} for n, seen in self.nodes.items()},
+        }  # fmt: skip
 
     # -- event loop
     async def _start(self, host: str, port: int) -> str:
-        self._changed = asyncio.Condition()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # often 1,024, and every node is a few connections
         if 0 <= soft < 16_384:  # below 0: no limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (16_384 if hard < 0 else min(hard, 16_384), hard))
@@ -235,34 +340,34 @@ class Hub:
         ])  # fmt: skip
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port)
-        await site.start()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except OSError as e:  # nobody has this address here, or somebody has the port
+            raise ValueError(
+                f"--hub-host {host} --hub-port {port}: the hub cannot listen there: {e.strerror}"
+            ) from None
         self._expiry = asyncio.create_task(self._expire())
-        return f"http://{host}:{self._runner.addresses[0][1]}"
+        return http_url(host, self._runner.addresses[0][1])
 
     async def _close(self, patience_s: float) -> None:
         self.over = True
-        await self._notify()
+        self._notify()
         await self._wait_for(lambda: True if self.told >= self.nodes.keys() else None, patience_s)
         self._expiry.cancel()
         await self._runner.cleanup()
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _notify(self) -> None:
+        self._news.set()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     async def _wait_for(self, find, timeout_s: float):
         """find()'s first result that is not None, or None after timeout_s."""
-        async with self._changed:
-            try:
-                return await asyncio.wait_for(self._until(find), timeout_s)
-            except TimeoutError:
-                return None
-
-    async def _until(self, find):
-        while (found := find()) is None:
-            await self._changed.wait()
-        return found
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while (found := find()) is None:
+                    await self._changed.wait()
+                return found
 
     async def _expire(self) -> None:
         """Once a second: leases and nodes whose time is up, and connections that never made a request."""
@@ -288,87 +393,7 @@ class Hub:
             since = {c: since.get(c, now) for c in silent}
             for connection in [c for c, start in since.items() if now - start > self.body_timeout_s]:
                 connection.force_close()
-            await self._notify()
-
-    async def _next_batch(self, version: int, timeout_s: float):
-        self.version = version
-        if self.trouble:
-            raise RuntimeError(self.trouble)
-        batch = await self._wait_for(lambda: self.ledger.take(version), timeout_s)
-        self.ledger.check()
-        if batch is None and self.ledger.none_left and not (self.ledger.leases or self.ledger.returned):
-            raise RuntimeError(f"no prompt is left to sample: {len(self.ledger.solved)} have reached "
-                               f"--no-resampling-pass-rate {self.ledger.pass_rate}")  # fmt: skip
-        if self.ledger.set_aside_in_a_row >= 2 * self.ledger.prompts_per_step:
-            last = next(reversed(self.ledger.set_aside.items()))
-            raise RuntimeError(f"{self.ledger.set_aside_in_a_row} prompts in a row were set aside, the last of them "
-                               f"{last[0]}: {last[1]}")  # fmt: skip
-        if batch:
-            await self._notify()
-        return batch
-
-    async def _set_published(self, manifest: bytes) -> None:
-        found = json.loads(manifest)
-        self.manifest, self.published, self.whole = manifest, found["version"], found["static"]["version"]
-        self.version = max(self.version, self.published)  # a node may sample from it before the trainer asks for it
-        self.checksums = {v: seen for v, seen in self.checksums.items() if v > self.published - 100}
-        await self._notify()
-
-    async def _oldest_in_use(self) -> float:
-        now = time.monotonic()
-        lost = {n for n, seen in self.nodes.items() if now - seen["last_seen_s"] > self.node_timeout_s}
-        self.fetching = {n: (oldest, since) for n, (oldest, since) in self.fetching.items()
-                         if n not in lost and now - since < FETCH_LIMIT_S}  # fmt: skip
-        return min((oldest for oldest, _ in self.fetching.values()), default=math.inf)
-
-    async def _take_timing(self) -> dict[str, float]:
-        rows, self.reloads, gen_s, self.gen_s = self.reloads, [], self.gen_s, []
-        timing = {part: [row[part] for row in rows if part in row] for part in TIMING_PARTS}
-        load, self.load = self.load, Counter()
-        timing["generate_group_s"] = [s for s in gen_s if math.isfinite(s)]
-        return {
-            **{f"timing/rollout/{name}": sum(s) / len(s) for name, s in timing.items() if s},
-            "rollout/node_s": load["over_s"],
-            "rollout/idle_s": load["idle_s"],
-            "rollout/tokens": load["made"],
-        }
-
-    async def _release(self, node: str) -> None:
-        for books in self.books:
-            for lease in books.held_by(node):
-                books.give_back(lease.id, "leases_of_lost_nodes", failure=f"{node} ended")
-        self.nodes.pop(node, None)
-        await self._notify()
-
-    async def _take_news(self) -> list[str]:
-        news = [line for books in self.books for line in books.news]
-        for books in self.books:
-            books.news = []
-        return news
-
-    async def _ledger_state(self) -> dict:
-        return self.ledger.state()
-
-    async def _begin_validation(self, version: int) -> None:
-        self.validation.begin(version)
-        await self._notify()
-
-    async def _take_validations(self) -> list[Round]:
-        finished, self.validation.finished = self.validation.finished, []
-        return finished
-
-    async def _status(self) -> dict:
-        ledger, now = self.ledger, time.monotonic()
-        vllm = [seen["vllm"] for seen in self.nodes.values() if "vllm" in seen]
-        return {
-            "version": self.version, "published": self.published, "handed_out": ledger.next_ordinal,
-            "taken": ledger.num_taken, "buffered": len(ledger.buffer), "leased": len(ledger.leases),
-            "returned": len(ledger.returned), "set_aside": len(ledger.set_aside), "skipped": ledger.num_skipped,
-            "counts": dict(ledger.counts), "validation": self.validation.status(),
-            "in_flight": sum(v.get("running", 0) for v in vllm), "waiting": sum(v.get("waiting", 0) for v in vllm),
-            "nodes": {n: {**seen, "behind": self.published - seen["version"],
-                          "last_seen_s": now - seen["last_seen_s"]} for n, seen in self.nodes.items()},
-        }  # fmt: skip
+            self._notify()
 
     # -- requests
     @web.middleware
@@ -413,27 +438,29 @@ class Hub:
             raise Refused(422, f"max is {wanted}, or node {node!r} has not sent a receipt of its weights yet")
 
         def grant():
+            if self.over or node not in self.nodes:  # it has ended meanwhile: its prompts would wait out their leases
+                return []
             # The node's version is read anew each time: a receipt that comes while this request waits may admit it.
-            version, now = self.nodes.get(node, {"version": -1})["version"], time.monotonic()
+            version, now = self.nodes[node]["version"], time.monotonic()
             granted: list[Lease] = []
-            while len(granted) < wanted and not self.over:
+            while len(granted) < wanted:
                 lease = self.books[0].grant(node, version, now) or self.books[1].grant(node, version, now)
                 if lease is None:
                     break
                 granted.append(lease)
                 self.books.reverse()  # validation and training in turn, while both have prompts to hand out
-            return granted or ([] if self.over else None)
+            return granted or None
 
         leases = await self._wait_for(grant, LONG_POLL_S) or []
         if self.over:
             self.told.add(node)
-            await self._notify()
+            self._notify()
             raise Refused(410, "the run is over")
         return web.json_response({"leases": [self._describe(lease) for lease in leases]})
 
     def _describe(self, lease: Lease) -> dict:
         example = self._example(lease)
-        return {"lease": lease.id, "deadline_s": self.ledger.lease_timeout_s, "example": example,
+        return {"lease": lease.id, "deadline_s": lease.deadline - time.monotonic(), "example": example,
                 "prompt_ids": self.encode(example), "validates": lease.validates}  # fmt: skip
 
     def _example(self, lease: Lease) -> dict:
@@ -449,7 +476,7 @@ class Hub:
             raise Refused(409, f"lease {body['lease'][:50]!r} is not held by {body['node'][:50]!r}")
         books.give_back(lease.id, "leases_returned", failure=f"{body['why'][:300]} ({lease.node})",
                         by_reward=body.get("by_reward") is True)  # fmt: skip
-        await self._notify()
+        self._notify()
         return web.json_response({"returned": lease.id})
 
     async def _beat(self, request: web.Request) -> web.Response:
@@ -467,7 +494,7 @@ class Hub:
         for books, lease in mine.values():  # an answer to /lease that never arrived; some may be on their way still
             if lease.id not in held and lease.granted < time.monotonic() - 10.0:
                 books.give_back(lease.id, "leases_not_held")
-        await self._notify()
+        self._notify()
         return web.json_response({"drop": sorted(held - mine.keys())})
 
     async def _groups(self, request: web.Request) -> web.Response:
@@ -486,7 +513,7 @@ class Hub:
             self.gen_s.append(metadata["gen_s"])
             if lease.node in self.nodes:
                 self.nodes[lease.node]["groups"] = self.nodes[lease.node].get("groups", 0) + 1
-        await self._notify()
+        self._notify()
         return web.json_response({"accepted": lease.id})
 
     async def _receipts(self, request: web.Request) -> web.Response:
@@ -499,8 +526,9 @@ class Hub:
             return web.json_response({"newest": self.published})
         if not 0 <= body["version"] <= self.published:
             raise Refused(422, f"version {body['version']} was never published: the newest is {self.published}")
-        if len(body["digest"]) != 64 or (body["version"] == self.published and body["digest"] != digest(self.manifest)):
-            raise Refused(409, f"digest of version {self.published} differs from the published one")
+        known = self.digests.get(body["version"])  # one that was published again has several
+        if len(body["digest"]) != 64 or (known and body["digest"] not in known):
+            raise Refused(409, f"digest of version {body['version']} differs from the published one")
         node = body["node"]
         if len(node) > 200 or (node not in self.nodes and len(self.nodes) >= MAX_NODES):
             raise Refused(422, f"node's name is longer than 200, or there are {MAX_NODES} nodes already")
@@ -510,7 +538,9 @@ class Hub:
         self.reloads.append(timing)
         self.fetching.pop(node, None)
         if isinstance(body.get("checksum"), str):
-            other, checksum = self.checksums.setdefault(body["version"], (node, body["checksum"]))
+            # How vLLM lays the weights out depends on its parallelism, its flags and the hardware.
+            key = (body["version"], str(body.get("engine", ""))[:1000])
+            other, checksum = self.checksums.setdefault(key, (node, body["checksum"]))
             if checksum != body["checksum"]:
                 self.ledger.counts["checksums_differ"] += 1
                 self.ledger.news.append(f"v{body['version']} is not the same in vLLM on {node} as on {other}: "
@@ -518,7 +548,7 @@ class Hub:
         alive = [n["version"] for n in self.nodes.values() if time.monotonic() - n["last_seen_s"] < self.node_timeout_s]
         if body["version"] == self.published and min(alive) == self.published:
             self.ledger.news.append(f"v{self.published} landed on {len(alive)}/{len(alive)} engines, digest ok")
-        await self._notify()
+        self._notify()
         return web.json_response({"newest": self.published})
 
     async def _latest(self, request: web.Request) -> web.Response:
@@ -540,10 +570,10 @@ class Hub:
         return web.FileResponse(path)  # sendfile; range requests included
 
     async def _get_status(self, request: web.Request) -> web.Response:
-        return web.json_response(await self._status())
+        return web.json_response(self.status())
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
-        text = prometheus_text(await self._status(), self.record)
+        text = prometheus_text(self.status(), self.record)
         return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _get_run(self, request: web.Request) -> web.Response:

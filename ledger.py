@@ -126,7 +126,9 @@ class Ledger(Books):
     @property
     def none_left(self) -> bool:
         """Every prompt is too long or solved: the sequence has ended."""
-        return self.prompts is not None and len(self.solved) + len(self.prompts.skip) >= len(self.prompts.examples)
+        if self.prompts is None or len(self.solved) + len(self.prompts.skip) < len(self.prompts.examples):
+            return False
+        return len(self.solved | self.prompts.skip) >= len(self.prompts.examples)  # with another limit some are both
 
     def give_back(self, lease_id: str, count: str, failure: str = "", by_reward: bool = False) -> None:
         """A lease that ends without a group: its prompt is leased again, unless this was one failure too many.

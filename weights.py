@@ -348,6 +348,10 @@ def has_token(request: web.Request, token: str) -> bool:
     return hmac.compare_digest(given.encode(errors="surrogateescape"), token.encode())
 
 
+def http_url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class FileServer:
     """What a trainer node other than rank 0's serves, in a thread: the files of its ranks' shares."""
 
@@ -367,7 +371,7 @@ class FileServer:
             await web.TCPSite(runner, host, port).start()
         except OSError:  # taken: any other will do, since the manifest names it
             await web.TCPSite(runner, host, 0).start()
-        self.url = f"http://{host}:{runner.addresses[0][1]}"
+        self.url = http_url(host, runner.addresses[0][1])
         started.set()
         await asyncio.Event().wait()  # for as long as the process lives
 

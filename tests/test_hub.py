@@ -4,6 +4,7 @@ import asyncio
 import heapq
 import json
 import random
+import threading
 import time
 
 import aiohttp
@@ -15,6 +16,7 @@ from safetensors.torch import save
 from hub import Hub
 from ledger import Group, Ledger
 from task import Prompts
+from waits import WaitOver
 from weights import digest
 
 TOKEN, VOCAB, G, NEW = "secret", 32, 4, 8
@@ -173,6 +175,40 @@ def test_a_waiting_lease_is_granted_when_a_receipt_admits_it(hub):
     assert len(asyncio.run(scenario())["leases"]) == 2
 
 
+def test_a_batch_that_the_trainer_no_longer_waits_for_is_not_taken(hub):
+    """The hub's thread stands still for longer than the trainer waits: the prompts are trained later, not lost."""
+    for lease_id in lease(hub, 2):
+        assert push(hub, lease_id)[0] == 200
+    go_on, hub.call_timeout_s = threading.Event(), 0.2
+    hub._loop.call_soon_threadsafe(go_on.wait, 60)
+    with pytest.raises(WaitOver, match="wait 'hub thread'"):
+        hub.next_batch(0, timeout_s=0.1)
+    go_on.set()
+    hub.call_timeout_s = 30.0
+    assert hub.status()["taken"] == 0
+    assert [g.ordinal for g in hub.next_batch(0, timeout_s=10)] == [0, 1]
+
+
+def test_a_node_that_dies_while_it_waits_for_prompts_gets_none(hub):
+    receipt(hub, "dead")
+    lease(hub, 4)  # all that there is
+
+    async def scenario():
+        headers, before = {"Authorization": f"Bearer {TOKEN}"}, hub.nodes["dead"]["last_seen_s"]
+        async with asyncio.timeout(30), aiohttp.ClientSession(hub.url, headers=headers) as session:
+            waiting = asyncio.create_task(session.post("/lease", json={"node": "dead", "max": 9}))
+            while hub.nodes["dead"]["last_seen_s"] == before:
+                await asyncio.sleep(0.01)  # a short poll of another thread's state
+            await asyncio.to_thread(hub.release, "dead")
+            hub.ledger.max_age = 5  # now there is more, and a receipt wakes those who wait
+            await asyncio.to_thread(receipt, hub, "n")
+            waiting.cancel()
+
+    asyncio.run(scenario())
+    assert {held.node for held in hub.ledger.leases.values()} == {"n"}
+    assert len(lease(hub, 9)) == 8
+
+
 # ---- weights -------------------------------------------------------------------------------------------------
 def receipt(hub, node, version=0, **more):
     body = {"node": node, "version": version, "digest": digest(hub.manifest), "timing": {}, **more}
@@ -193,11 +229,25 @@ def test_the_log_says_when_a_version_has_landed_everywhere_and_status_who_lags(h
 def test_nodes_whose_vllm_made_different_things_of_one_version_are_named(hub):
     receipt(hub, "n", checksum="a" * 64)
     receipt(hub, "m", checksum="a" * 64)
+    receipt(hub, "split", checksum="c" * 64, engine="--tensor-parallel-size 2")  # others may differ from it
     assert not hub.status()["counts"].get("checksums_differ")
     receipt(hub, "x", checksum="b" * 64)
     (news,) = [line for line in hub.take_news() if "not the same" in line]
     assert news == f"v0 is not the same in vLLM on x as on n: checksums {'b' * 16} and {'a' * 16}"
     assert hub.status()["counts"]["checksums_differ"] == 1
+
+
+def test_a_receipt_for_any_manifest_of_a_version_is_honest(hub):
+    """After a node's refusal the version is published again, with more files, while another loads it as it was."""
+    write_version(hub.weights_dir, 1, [("w", torch.ones(4))], static=hub.weights_dir / "v0")
+    publish(hub, 1)
+    first = digest(hub.manifest)
+    hub.set_published(hub.manifest + b" ")
+    assert digest(hub.manifest) != first
+    for node, known in (("n", first), ("m", digest(hub.manifest))):
+        receipt(hub, node, 1, digest=known)
+    body = {"node": "x", "version": 1, "digest": digest(b"another"), "timing": {}}
+    assert call(hub, "POST", "/receipts", json=body)[0] == 409
 
 
 def test_what_a_node_fetches_is_known_from_its_question_to_its_receipt_or_its_end(hub):
@@ -340,7 +390,9 @@ def test_prompts_too_long_or_solved_are_passed_over_and_every_ordinal_keeps_its_
     assert whole[2] == whole[3] == [0, 1, 4, 6, 8, 9]
     assert ledger.solved == {2, 5} and ledger.next_ordinal == 60 + ledger.num_skipped == ledger.frontier
     assert not ledger.none_left
-    ledger.solved |= {0, 1, 4, 6, 8, 9}
+    ledger.solved |= {0, 1, 4, 6, 8, 3}  # 3 is too long as well: after a resume with another limit
+    assert not ledger.none_left
+    ledger.solved |= {9}
     assert ledger.none_left and ledger.grant("n", 30, 0.0) is None
 
 
