@@ -263,7 +263,16 @@ def _head_body(logits_Cv, dlogits_Cv, targets_C, aux, token_objective, temperatu
     return loss, logprobs_C, entropy_C
 
 
-_compiled_head_body = torch.compile(_head_body, dynamic=False, fullgraph=True)
+_compiled_head_body = torch.compile(_head_body, fullgraph=True)
+
+
+def _run_head_body(compiled, logits_Cv, dlogits_Cv, targets_C, aux, *rest):
+    """The body, compiled once for any number of rows but one (a compiler takes 1 for a constant)."""
+    if not compiled:
+        return _head_body(logits_Cv, dlogits_Cv, targets_C, aux, *rest)
+    for x in (logits_Cv, dlogits_Cv, targets_C, *aux):
+        torch._dynamo.mark_dynamic(x, 0)
+    return _compiled_head_body(logits_Cv, dlogits_Cv, targets_C, aux, *rest)
 
 
 @torch.no_grad()
@@ -279,28 +288,33 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
     to_fp32 = {"out_dtype": dtype} if narrow else {}
     weight = weight_vD if narrow else weight_vD.to(dtype)
     new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=hidden_ND.device)
-    logits_Cv = new(C, v)
-    dlogits_Cv = new(C, v, dtype=narrow) if narrow and any(needs) else logits_Cv
+    most = max(2, min(N, C))
+    logits_Cv = new(most, v)
+    dlogits_Cv = new(most, v, dtype=narrow) if narrow and any(needs) else logits_Cv
     dhidden_ND = new(N, D, dtype=narrow or dtype) if needs[0] else None
     dweight_vD = (new(v, D) if weight_grad is None else weight_grad) if needs[1] else None
     padded = -(-max(N, 1) // C) * C  # one chunk at least: a rank without tokens takes part in the collectives
-    pad = lambda x, value=0: torch.nn.functional.pad(x, (0, C - len(x)), value=value)
-    loss, logprobs, entropy = new(1).zero_()[0], new(padded), new(padded)
+    loss, logprobs, entropy = new(1).zero_()[0], new(padded).zero_(), new(padded).zero_()
     targets_N = targets_N - (v * dist.get_rank(tp_group) if tp_group is not None else 0)
-    for start in range(0, padded, C):  # whole chunks, so that one compiled graph serves every batch
-        rows, real = slice(start, start + C), min(C, N - start)
-        hidden = torch.nn.functional.pad(hidden_ND[rows], (0, 0, 0, C - real)).to(dtype=weight.dtype)
-        torch.mm(hidden, weight.t(), **to_fp32, out=logits_Cv)
-        chunk_loss, logprobs[rows], entropy[rows] = (_compiled_head_body if compiled else _head_body)(
-            logits_Cv, dlogits_Cv, pad(targets_N[rows], IGNORED), tuple(pad(x[rows]) for x in aux), token_objective,
+    for start in range(0, padded, C):
+        real = min(C, N - start)
+        rows, c = slice(start, start + real), max(2, real)  # the last chunk has as many rows as are left, at least 2
+        pad = lambda x, value=0, rows=rows, extra=c - real: torch.nn.functional.pad(x[rows], (0, extra), value=value)
+        hidden = torch.nn.functional.pad(hidden_ND[rows], (0, 0, 0, c - real)).to(dtype=weight.dtype)
+        logits_cv = logits_Cv[:c]
+        dlogits_cv = logits_cv if dlogits_Cv is logits_Cv else dlogits_Cv[:c]  # two views of one would be two inputs
+        torch.mm(hidden, weight.t(), **to_fp32, out=logits_cv)
+        chunk_loss, logprobs_C, entropy_C = _run_head_body(
+            compiled, logits_cv, dlogits_cv, pad(targets_N, IGNORED), tuple(map(pad, aux)), token_objective,
             temperature, tp_group,
         )  # fmt: skip
+        logprobs[rows], entropy[rows] = logprobs_C[:real], entropy_C[:real]
         loss += chunk_loss if token_objective else 0
         if needs[0]:
-            torch.mm(dlogits_Cv[:real], weight, out=dhidden_ND[rows])
+            torch.mm(dlogits_cv[:real], weight, out=dhidden_ND[rows])
         if needs[1]:
             beta = 0 if start == 0 and weight_grad is None else 1  # 0: the memory's old content counts for nothing
-            torch.addmm(dweight_vD, dlogits_Cv.t(), hidden, **to_fp32, beta=beta, out=dweight_vD)
+            torch.addmm(dweight_vD, dlogits_cv.t(), hidden, **to_fp32, beta=beta, out=dweight_vD)
     dhidden_ND = dhidden_ND.to(hidden_ND.dtype) if needs[0] else None
     dweight_vD = dweight_vD.to(weight_vD.dtype) if needs[1] and weight_grad is None else None
     return loss, logprobs, entropy, (dhidden_ND, dweight_vD)

@@ -258,6 +258,15 @@ def test_compiled_equals_eager_and_fifty_lengths_need_one_compilation():
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.parametrize("n, worked_on", [(5, [5]), (24, [24]), (53, [24, 24, 5]), (1, [2]), (0, [2])])
+def test_no_chunk_has_more_rows_than_tokens_are_left(n, worked_on, monkeypatch):
+    """A chunk that is padded to its full size costs as much as a full one; of the compiler's sake two rows are left."""
+    rows, body = [], loss._head_body
+    monkeypatch.setattr(loss, "_head_body", lambda logits, *rest: (rows.append(len(logits)), body(logits, *rest))[1])
+    run(in_one_pass, case(0, N=n, D=16, V=52, chunk=24))
+    assert rows == worked_on
+
+
 PEAKS = """
 import torch, bench, loss
 torch.set_num_threads(1)
