@@ -13,6 +13,8 @@ same nodes come in the same order, and stops with the name of the file that is m
 """
 
 import contextlib
+import dataclasses
+import fcntl
 import itertools
 import json
 import math
@@ -99,13 +101,19 @@ class Pieces:
     """The pieces of the state that are here: of all ranks, or on a disk that is not shared, of this node's."""
 
     def __init__(self, path: Path, shapes: dict[str, torch.Size]):
+        """Raises: CheckpointError for a tensor that is not the model's."""
         self.path, self.shapes, self.pieces = path, shapes, {}
-        self.files = {file.name: safe_open(file, framework="pt") for file in sorted(path.glob("state-*.safetensors"))}
+        here = [path / name for name in sorted(read_manifest(path)["files"]) if (path / name).exists()]
+        self.files = {file.name: safe_open(file, framework="pt") for file in here}
         for file_name, file in self.files.items():
             for key in file.keys():
                 kind, hf_name, split, start = key.split("/")
-                size = file.get_slice(key).get_shape()[0]
-                where = (*(int(n) for n in split.split(".")), int(start), size, file_name, key)
+                size, (dim, index, count) = file.get_slice(key).get_shape()[0], (int(n) for n in split.split("."))
+                if hf_name not in shapes:
+                    raise CheckpointError(f"{path} has a {kind} of {hf_name}, which this model has no place for")
+                if int(start) + size > shapes[hf_name].numel() // count:
+                    raise CheckpointError(f"{path}: {kind} of {hf_name} is larger than in this model")
+                where = (dim, index, count, int(start), size, file_name, key)
                 self.pieces.setdefault((kind, hf_name), []).append(where)
 
     def part(self, kind: str, hf_name: str, split, first: int, last: int) -> torch.Tensor:
@@ -180,27 +188,69 @@ def verify(path: Path, rank: int, world_size: int) -> dict:
             # Mapped, not read: at 30 B parameters the files of a node are more than its memory should hold.
             if file.stat().st_size != want["bytes"] or blake3().update_mmap(file).hexdigest() != want["blake3"]:
                 raise CheckpointError(f"{file} is damaged: size or digest differs from {MANIFEST}")
+            with safe_open(file, framework="pt") as f:
+                for key in f.keys():
+                    if not f.get_tensor(key).isfinite().all():
+                        raise CheckpointError(f"{file}: {key} is not finite throughout")
     except (OSError, KeyError) as e:
         raise CheckpointError(f"{path} is incomplete: {e!r}") from None
     return manifest
 
 
-def checkpoints_to_try(cfg) -> list[Path]:
+def checkpoints_to_try(cfg, origin: dict) -> list[Path]:
     """What the run may go on from, best first, by the manifests alone. A job that torchrun has started again goes on by
-    itself. Raises: CheckpointError for a checkpoint of another run."""
+    itself. origin: digests of what the run is made from, by flag. Raises: CheckpointError for a checkpoint of another
+    run."""
     auto = cfg.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     found = whole(cfg.run_dir / "checkpoints") if auto else []
-    found += [Path(cfg.resume)] if cfg.resume not in ("auto", "off") else []
+    if cfg.resume not in ("auto", "off"):
+        found.append(Path(cfg.resume).resolve())  # may be a link or lie in what is moved aside
+        if not (found[-1] / MANIFEST).exists():
+            raise CheckpointError(f"--resume {cfg.resume}: no {MANIFEST} in it; the directory of a checkpoint is like "
+                                  "runs/NAME/checkpoints/step-000040")  # fmt: skip
     for path in found:
         try:
-            saved = read_manifest(path)["config"]
+            manifest = read_manifest(path)
         except CheckpointError:
             continue  # `choose` says so and passes it over
-        for name in ("seed", "num_prompts_per_step", "task", "data", "data_split"):
+        saved, made_from = manifest["config"], manifest.get("origin", {})
+        by_name = () if made_from else ("task", "data", "data_split")  # of an older program: it holds no digests
+        for name in ("seed", "num_prompts_per_step", *by_name):
             if saved.get(name) != getattr(cfg, name):
                 raise CheckpointError(f"{path} was made with {name} = {saved.get(name)!r}, this run has "
                                       f"{getattr(cfg, name)!r}: the sequence of prompts would be another")  # fmt: skip
+        if made_from and made_from["data"] != origin["data"]:
+            raise CheckpointError(f"{path} was made with other rows than {cfg.data or cfg.task!r} has now, or in "
+                                  "another order: the sequence of prompts would be another")  # fmt: skip
+        if made_from and made_from["model"] != origin["model"] and (cfg.model or saved["model"]):
+            raise CheckpointError(f"{path} was made from another model than --model {cfg.model!r} (it was "
+                                  f"{saved['model']!r}): config.json or weights differ")  # fmt: skip
     return found
+
+
+def differences(cfg, origin: dict, saved: dict) -> list[str]:
+    """What a run goes on with that is not what its checkpoint was made with, a line each."""
+    was, now, found, made_from = saved["config"], dataclasses.asdict(cfg), [], saved.get("origin", origin)
+    for name in (name for name in now if name in was and name not in ("name", "resume")):
+        flag = f"--{'no-' if now[name] is False else ''}{name.replace('_', '-')}"
+        if was[name] != now[name]:
+            found.append(f"{flag}{'' if isinstance(now[name], bool) else f' {now[name]!r}, was {was[name]!r}'}")
+        elif origin.get(name) != made_from.get(name):
+            found.append(f"{flag} {now[name]!r}, which has another content now")
+    if origin["tokenizer"] != made_from["tokenizer"]:
+        found.append("another tokenizer or chat template than before")
+    if "origin" not in saved:
+        found.append("a checkpoint of an older program: whether data and model are still the same cannot be checked")
+    return [f"resumes with {what}" for what in found]
+
+
+# What a score depends on, beside the weights: those of before and after a change of it are not compared.
+SCORED_BY = ("reward", "val_data", "val_data_split", "val_temperature", "overlong_buffer_tokens", "overlong_penalty")
+
+
+def scores_as_before(cfg, origin: dict, saved: dict) -> bool:
+    was, made_from = saved["config"], saved.get("origin", origin)
+    return all(was.get(name) == getattr(cfg, name) and made_from.get(name) == origin.get(name) for name in SCORED_BY)
 
 
 def choose(paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tuple[Path | None, dict]:
@@ -222,11 +272,16 @@ def choose(paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tuple[P
 
 
 def model_digest(path: Path) -> str:
-    """Of a starting checkpoint: names and sizes of its weight files, and every byte of the small ones."""
+    """Of a starting checkpoint: its config.json and weight files, of which large ones count with name, size and 256
+    pieces, evenly spaced. No training leaves all of these as they were."""
     parts = [digest(file.read_bytes()) for file in (path / "config.json",) if file.exists()]
     for file in checkpoint_files(path):
-        size = file.stat().st_size if file.exists() else -1
-        parts.append(f"{file.name} {size} {digest(file.read_bytes()) if 0 <= size < 1 << 24 else ''}")
+        size, hasher = file.stat().st_size if file.exists() else -1, blake3()
+        for at in range(0, size, max(1 << 16, size >> 8)):
+            with open(file, "rb") as f:
+                f.seek(at)
+                hasher.update(f.read(1 << 16))
+        parts.append(f"{file.name} {size} {hasher.hexdigest()}")
     return digest("\n".join(parts).encode())
 
 
@@ -249,30 +304,71 @@ def share_model(path: Path, handed_out: bool) -> None:
     if model_digest(path) != wanted:
         here = f"rank {rank} on {socket.gethostname()}: {path}"
         raise SystemExit(f"train_cispo.py: error: {here} is not what rank 0 has under that name; compare config.json "
-                         "and the names and sizes of the weight files")  # fmt: skip
+                         "and the weight files")  # fmt: skip
 
 
-def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], None]) -> Path | None:
-    """The run's directory; nobody's results are overwritten. Returns where `found`, to go on from, is now."""
-    if found is not None and found.parent.parent.resolve() == cfg.run_dir.resolve():
+_held = {}  # this process's lock files by run directory, open until it ends
+
+
+def hold(run_dir: Path) -> None:
+    """Take a run's directory for as long as this process lives: the kernel lets go of it, however the process ends. The
+    lock lies beside the directory, which may be moved aside. Raises: CheckpointError when another process has it, or
+    when it is no run's, and so must not be moved."""
+    if (run_dir := run_dir.resolve()) in _held:
+        return
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir.with_name(f".{run_dir.name}.lock"), "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise CheckpointError(f"--name {run_dir.name}: {run_dir} is in use by {lock.read()}; wait for its end, or take "
+                              "another --name") from None  # fmt: skip
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    _held[run_dir] = lock
+    if run_dir.exists() and not (run_dir / "code").is_dir() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+        raise CheckpointError(f"--name {run_dir.name}: {run_dir} is there and is no run's directory; take another name")
+
+
+def keep_config(run_dir: Path, step: int, text: str) -> None:
+    """config.json is of the newest steps; what those up to a step were made with goes to config-STEP.json."""
+    newest, until = run_dir / "config.json", run_dir / f"config-{step:06d}.json"
+    later = [path for path in sorted(run_dir.glob("config-*.json")) if path.name >= until.name]
+    made_with = (later or [newest])[0]
+    same = lambda text: {**json.loads(text), "resume": ""}
+    if made_with.exists() and same(made_with.read_text()) != same(text):
+        made_with.replace(until)
+    for path in later:  # of steps that will be made again
+        if path != until:
+            path.unlink(missing_ok=True)
+
+
+def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], None], rescore: bool) -> Path | None:
+    """The run's directory; nobody's results are overwritten. Returns where `found`, to go on from, is now. rescore: the
+    checkpoint's own validation is made again, too."""
+    if found is not None and found.resolve().parent.parent == cfg.run_dir.resolve():
         # Steps and validations after the checkpoint will be made again.
         for name, made in [
             ("metrics", lambda r: r["step"] < saved["step"]),
             ("samples", lambda r: r["step"] < saved["step"]),
-            ("validation", lambda r: r["version"] <= saved["step"]),
+            ("validation", lambda r: r["version"] <= saved["step"] - rescore),
         ]:
             path = cfg.run_dir / f"{name}.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             replaced = path.with_suffix(".tmp")
             replaced.write_text("".join(line for line in lines if line.endswith("\n") and made(json.loads(line))))
             replaced.replace(path)
+        keep_config(cfg.run_dir, saved["step"], cfg.text)
     elif cfg.run_dir.exists():
+        was = cfg.run_dir.resolve()
         aside = next(p for i in itertools.count(1) if not (p := Path(f"{cfg.run_dir}.{i}")).exists())
         cfg.run_dir.rename(aside)
         say(f"{cfg.run_dir} exists: moved to {aside}")
         if found is not None and not found.exists():  # it was in there
-            found = aside / found.relative_to(cfg.run_dir)
-    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+            found = aside / found.relative_to(was)
+    (cfg.run_dir / "code").mkdir(parents=True, exist_ok=True)
     (cfg.run_dir / "config.json").write_text(cfg.text)
     here, code = Path(__file__).parent, cfg.run_dir / "code"
     for file in [*here.glob("*.py"), *here.glob("inside_vllm/*.py")]:  # a forked loss is no flag: `diff -r` shows it
@@ -285,21 +381,34 @@ def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], Non
     return found
 
 
-def begin(cfg, paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tuple[Path | None, dict]:
-    """The run's directory, and the checkpoint that it goes on from with its manifest, on every rank. `paths` is rank
-    0's. Raises: SystemExit when one was asked for by name and is not whole."""
+def begin(cfg, paths: list[Path], mesh: Mesh, say: Callable[[str], None],
+          origin: dict | None = None) -> tuple[Path | None, dict]:  # fmt: skip
+    """The run's directory, and the checkpoint that it goes on from with its manifest, on every rank. `paths` and
+    `origin` are rank 0's; the latter learns from which version on scores may be compared. Raises: SystemExit when a
+    checkpoint was asked for by name and is not whole."""
     tell = lambda what: json.loads(broadcast_bytes(json.dumps(what).encode() if mesh.rank == 0 else None, mesh))
     found, saved = choose([Path(path) for path in tell([str(path) for path in paths])], mesh, say)
     if found is None and cfg.resume not in ("auto", "off"):
         raise SystemExit(f"train_cispo.py: error: --resume {cfg.resume}: not whole on every rank")
-    mark, word = cfg.run_dir / ".begun", secrets.token_hex(8)
+    mark, word, rescore = cfg.run_dir / ".begun", secrets.token_hex(8), False
     if mesh.rank == 0:
-        found = begin_run_dir(cfg, found, saved, say)
+        if found is not None:
+            for line in differences(cfg, origin, saved):
+                say(line)
+            origin["scored_since"] = saved.get("origin", {}).get("scored_since", 0)
+            if rescore := not scores_as_before(cfg, origin, saved):
+                origin["scored_since"], saved["scores"] = saved["step"], {}
+                say(f"scores of checkpoints before step {saved['step']} are of another reward or validation: the best "
+                    "one is looked for from here on")  # fmt: skip
+        elif cfg.resume == "auto":
+            say(f"--resume auto: no whole checkpoint in {cfg.run_dir / 'checkpoints'}, so the run starts anew")
+        found = begin_run_dir(cfg, found, saved, say, rescore)
         mark.write_text(word)
-    found, word = tell([str(found or ""), word])
+    found, word, rescore = tell([str(found or ""), word, rescore])
     found = Path(found) if found else None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not (mark.exists() and mark.read_text() == word):
-        begin_run_dir(cfg, found, saved, say)  # a disk of this node's own: what an earlier run left there goes aside
+        hold(cfg.run_dir)  # a disk of this node's own: what an earlier run left there goes aside
+        begin_run_dir(cfg, found, saved, say, rescore)
     return found, saved
 
 
@@ -315,6 +424,10 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         # Those of later steps were passed over, or the run was told to go back: it must not go on from them next time,
         # nor prune its own for their sake. Ranks that share a disk do this at once.
+        # What a killed run, of more ranks perhaps, had begun to write must not end up among what this one writes. Every
+        # save comes after an update, and so after this on all ranks.
+        for path in root.glob("step-*.tmp") if int(os.environ.get("LOCAL_RANK", rank)) == 0 else ():
+            shutil.rmtree(path)
         for path in (p for p in whole(root) if int(p.name.removeprefix("step-")) > start):
             with contextlib.suppress(FileNotFoundError):
                 path.rename(next(p for i in itertools.count(1) if not (p := path.with_suffix(f".passed{i}")).exists()))
@@ -339,13 +452,19 @@ class Checkpointer:
             tmp, final = self.root / f"step-{step:06d}.tmp", self.root / f"step-{step:06d}"
             tmp.mkdir(parents=True, exist_ok=True)
             file = tmp / f"state-{self.rank:05d}.safetensors"
+            if broken := next((name for name, tensor in tensors if not tensor.isfinite().all()), None):
+                raise CheckpointError(f"{broken} is not finite throughout")
             write_safetensors(file, tensors, hasher=(hasher := blake3()))
             part = {file.name: {"bytes": file.stat().st_size, "blake3": hasher.hexdigest(), **extra}}
             manifest = self._gather(step, part, run, lambda text: self._finish(tmp, final, text))
-            if self.rank != 0 and tmp.exists():  # rank 0's disk is not ours: this node keeps its own parts
+            # Where rank 0's disk is not ours, this node keeps its own parts.
+            if self.rank != 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0 and tmp.exists():
                 self._finish(tmp, final, manifest)
         except Exception as e:  # any: it must reach the training thread, not die with this one
             self.error = e
+            with contextlib.suppress(RuntimeError):  # the store's; the others need not wait in vain
+                store = dist.distributed_c10d._get_default_store()
+                store.set(f"checkpoint/{step}/{self.rank or 'whole'}", json.dumps({"error": str(e)}))
 
     def _gather(self, step: int, part: dict, run: dict | None, finish: Callable[[str], None]) -> str:
         """Every rank's part to rank 0, and the manifest back. In the store, since collectives are the main thread's."""
@@ -355,9 +474,13 @@ class Checkpointer:
         wait = Wait("checkpoint", self.deadline_s, who=f"trainer rank {self.rank}")
         wanted = parts if self.rank == 0 else [f"checkpoint/{step}/whole"]
         await_keys(store, wanted, wait)
+        found = [json.loads(store.get(key)) for key in wanted]
+        for rank, said in enumerate(found):
+            if "error" in said:
+                raise CheckpointError(f"rank {rank}: {said['error']}")
         if self.rank != 0:
-            return store.get(wanted[0]).decode()
-        files = {name: entry for key in parts for name, entry in json.loads(store.get(key)).items()}
+            return json.dumps(found[0], indent=1)
+        files = {name: entry for part in found for name, entry in part.items()}
         text = json.dumps({"step": step, "world_size": self.world_size, "files": files, **run}, indent=1)
         finish(text)
         store.set(f"checkpoint/{step}/whole", text)
@@ -393,6 +516,7 @@ def best_step(scores: dict, among) -> int | None:
 def export(path: Path, out: Path, base: Path | None = None) -> None:
     """Write a checkpoint as a Hugging Face directory, in the dtype that the run publishes in. base: where config and
     tokenizer are; by default the run's whole versions. Raises: CheckpointError, ValueError."""
+    path = path.resolve()  # its name is the run's, whatever link led here
     run_dir, manifest = path.parent.parent, verify(path, 0, 1)
     bases = [base] if base else sorted(run_dir.glob("weights/v*"), key=lambda p: p.stat().st_mtime, reverse=True)
     base = next((p for p in bases if (p / "config.json").exists()), None)
@@ -424,5 +548,5 @@ if __name__ == "__main__":
     try:
         export(*map(Path, sys.argv[2:]))
         print(check(Path(sys.argv[3])))
-    except (CheckpointError, WeightsError, ValueError) as e:
+    except (CheckpointError, WeightsError, ValueError, OSError) as e:
         sys.exit(f"checkpoint.py: error: {e}")

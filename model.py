@@ -351,6 +351,11 @@ class Qwen3MoE(nn.Module):
         if layer_kind in ("q_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
             return Split(0, mesh.tp_rank, mesh.tp, mesh.dp_group)
         if layer_kind in ("o_proj", "down_proj"):
+            if name.endswith(".bias") and mesh.tp > 1:
+                raise ValueError(f"{name}: with --tp {mesh.tp} each rank would add it to its partial sum; add it on "
+                                 "one, and give it a rule of its own in split_of")  # fmt: skip
+            if name.endswith(".bias"):
+                return Split(0, 0, 1, mesh.world_group)
             return Split(1, mesh.tp_rank, mesh.tp, mesh.dp_group)
         return Split(0, 0, 1, mesh.world_group)  # norms and router: they see this rank's tokens only, or its heads
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
 # ---- data ----------------------------------------------------------------------------------------------------
 PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "messages", "problem", "question"), ("answer", "expected_answer")
@@ -44,11 +45,14 @@ class Lines:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, i: int) -> dict:
+    def line(self, i: int) -> bytes:
         start = int(self.starts[i, 0])  # IndexError past the end, which is what ends a loop over it
         end = self.text.find(b"\n", start)
+        return self.text[start : end if end >= 0 else len(self.text)].strip()
+
+    def __getitem__(self, i: int) -> dict:
         try:
-            row = json.loads(self.text[start : end if end >= 0 else len(self.text)])
+            row = json.loads(self.line(i))
         except ValueError as e:
             raise ValueError(f"{self.where(i)}: not JSON ({e})") from None
         if not isinstance(row, dict):
@@ -99,6 +103,22 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def digest(self) -> str:
+        """Of the rows' content in their order, wherever they lie and whatever their columns are used for."""
+        hasher = blake3()
+        if hasattr(self.rows, "with_format"):  # Arrow's own bytes, which are far faster than a million dicts
+            import pyarrow as pa
+
+            for table in self.rows.with_format("arrow").iter(10_000):
+                with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema.remove_metadata()) as stream:
+                    stream.write_table(table.replace_schema_metadata(None).combine_chunks())
+                hasher.update(sink.getvalue())
+        else:
+            as_is = isinstance(self.rows, Lines)
+            for i in range(len(self.rows)):
+                hasher.update((self.rows.line(i) if as_is else json.dumps(self.rows[i]).encode()) + b"\n")
+        return hasher.hexdigest()
 
     def __getitem__(self, i: int) -> dict:
         row = self.rows[i]

@@ -40,7 +40,17 @@ import loss
 import report
 import task
 from batch import MicroBatch, left_out, pack_batch, unpack_batch
-from checkpoint import Checkpointer, CheckpointError, begin, checkpoints_to_try, load_state_tensors, share_model
+from checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    begin,
+    checkpoints_to_try,
+    hold,
+    load_state_tensors,
+    model_digest,
+    share_model,
+    whole,
+)
 from flags import help_text, parse_flags
 from hub import Hub
 from ledger import Group, Ledger
@@ -52,7 +62,7 @@ from rewards import check_answers, reward_digest, reward_sources
 from rollout import RolloutConfig
 from validation import Validation, read_scores
 from waits import Signals, Wait, agree, stop_word
-from weights import Publisher, load_hf
+from weights import INDEX, STATIC_FILES, Publisher, WeightsError, checkpoint_files, digest, load_hf, stored_tensors
 from workers import LocalRollout, check_reward
 
 # ---- config --------------------------------------------------------------------------------------------------
@@ -301,8 +311,14 @@ class Config:
              f"{self.val_samples}: must be at least 0, 0 and 1"),
             (self.val_temperature == 0 and self.val_samples > 1,
              f"--val-samples {self.val_samples}: --val-temperature 0 is greedy, all samples would be the same; use 1"),
+            (self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable()
+             or len(self.name.encode()) > 200,
+             f"--name {self.name!r}: must be the name of one directory, which will lie in runs/"),
             (self.resume not in ("auto", "off") and not Path(self.resume).is_dir(),
              f"--resume {self.resume!r}: auto, off, or a checkpoint directory"),
+            (self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable()
+             or len(self.name.encode()) > 200,
+             f"--name {self.name!r}: must be the name of one directory, which is made in runs/"),
             (self.logprob_chunk_size < 0, f"--logprob-chunk-size {self.logprob_chunk_size}: must be at least 0"),
             (batch > 0 and self.samples_per_step % batch != 0,
              f"--train-global-batch-size {batch} does not divide the step's {self.num_prompts_per_step} prompts x "
@@ -428,17 +444,30 @@ def parse_config(argv: list[str]) -> Config:
     return cfg
 
 
-def resolve_model(cfg: Config, rank: int) -> Path:
-    """The checkpoint directory to start from: --model, or the tiny one, which rank 0 makes when it is missing."""
-    if cfg.model:
-        if Path(cfg.model).is_dir():
-            return Path(cfg.model)
-        from huggingface_hub import snapshot_download
+def fetch_model(name: str, files: list[str]) -> Path:
+    """A model's directory: the one of that name, or what the Hugging Face Hub has of these files."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
 
-        try:
-            return Path(snapshot_download(cfg.model))
-        except (OSError, ValueError) as e:
-            raise task.hub_error(f"--model {cfg.model!r}", e) from None
+    try:
+        path = Path(snapshot_download(name, allow_patterns=files))
+    except (OSError, ValueError) as e:
+        raise task.hub_error(f"--model {name!r}", e) from None
+    if not (path / "config.json").exists():
+        raise ValueError(f"--model {name!r}: the repository has no config.json")
+    return path
+
+
+def resolve_model(cfg: Config, rank: int) -> Path:
+    """The checkpoint directory to start from: --model, or the tiny one, which rank 0 makes when it is missing.
+    Raises: ValueError for one that cannot be trained."""
+    if cfg.model:
+        # The small files first, since they may be of a model that is not for here; of the large ones the weights alone.
+        path = fetch_model(cfg.model, [*STATIC_FILES, INDEX])
+        ModelConfig.from_dir(path)
+        fetch_model(cfg.model, [*STATIC_FILES, INDEX, *(file.name for file in checkpoint_files(path))])
+        return path
     path = Path("checkpoints") / f"tiny-{cfg.task}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
     if rank == 0 and not path.exists():
         task.warm_start(path, cfg.task, cfg.seed, cfg.warm_start_accuracy, say)
@@ -462,6 +491,17 @@ def load_held_out(cfg: Config, examples: task.Examples) -> task.Examples | None:
         return task.read_data(cfg.val_data, cfg.val_data_split, cfg.prompt_column, cfg.answer_column)
     except ValueError as e:
         raise ValueError(str(e).replace("--data", "--val-data")) from None
+
+
+def origin_of(cfg: Config, checkpoint: Path, examples: task.Examples, held_out: task.Examples | None) -> dict[str, str]:
+    """Digests of what a run is made from, mostly by flag: a resumed run must have the same or say what changed."""
+    texts = {name: task.text_of(getattr(cfg, name)) for name in ("system_prompt", "prompt_template", "interrupt_text")}
+    files = [checkpoint / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
+    return {
+        "data": examples.digest(), "val_data": held_out.digest() if held_out else "", "model": model_digest(checkpoint),
+        "reward": reward_digest(cfg.reward), **{name: digest(text.encode()) for name, text in texts.items()},
+        "tokenizer": " ".join(digest(file.read_bytes()) for file in files if file.exists()),
+    }  # fmt: skip
 
 
 def load_prompts(cfg: Config, checkpoint: Path, examples: task.Examples, held_out: task.Examples | None = None):
@@ -625,10 +665,11 @@ def wait_for_validation(hub: Hub, cfg: Config, rollout: LocalRollout | None) -> 
         say(f"the last validation is not finished: {why}")
 
 
-def about(cfg: Config, hub: Hub, scores: dict[int, float]) -> dict:
+def about(cfg: Config, hub: Hub, scores: dict[int, float], origin: dict) -> dict:
     """Rank 0's part of a checkpoint. The scores, of validation or else of training, say which checkpoint is best."""
     unscored = [r["version"] for r in hub.status()["validation"]["rounds"]]
-    return {"ledger": hub.ledger_state(), "config": dataclasses.asdict(cfg), "scores": scores, "unscored": unscored}
+    return {"ledger": hub.ledger_state(), "config": dataclasses.asdict(cfg), "scores": scores, "unscored": unscored,
+            "origin": origin}  # fmt: skip
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -666,8 +707,8 @@ def start_hub(cfg: Config, checkpoint: Path, data, vocab_size: int, device) -> H
 
 
 def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, list[dict]] | None,
-          checkpoints: list[Path] | None = None) -> None:  # fmt: skip
-    """The run. Rank 0 alone has data (`load_prompts`) and the checkpoints that it may go on from."""
+          checkpoints: list[Path] | None = None, origin: dict | None = None) -> None:  # fmt: skip
+    """The run. Rank 0 alone has data (`load_prompts`), the checkpoints that it may go on from, and `origin_of`."""
     # ---- processes and seeds
     join_ranks(cfg.collective_timeout_s)  # the wait for a batch is not one of them: see waits.agree
     share_model(checkpoint, handed_out=not cfg.model)
@@ -687,7 +728,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
         eps=cfg.adam_eps, weight_decay=cfg.weight_decay,
     )  # fmt: skip
     policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
-    resume, saved = begin(cfg, checkpoints or [], mesh, say)
+    resume, saved = begin(cfg, checkpoints or [], mesh, say, origin)
     start = saved["step"] if resume else 0
     if resume:
         load_state_tensors(resume, model, optimizer, updates=next(iter(saved["files"].values()))["updates"])
@@ -703,6 +744,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
         scores = read_scores(cfg.run_dir, cfg.val_samples) if validating else {}
         if resume:
             hub.ledger.restore(saved["ledger"])  # before there are weights to lease a prompt for
+            scores = {v: score for v, score in scores.items() if v >= origin["scored_since"]}
             scores = scores if validating else {int(at): score for at, score in saved["scores"].items()}
             say(f"going on from {resume}: step {start}, {saved['ledger']['taken']} prompts trained")
         if validating and start not in scores:
@@ -786,11 +828,11 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
             if every and ((step + 1) % every == 0 or cfg.validates(step + 1) or step + 1 == cfg.max_num_steps):
                 if rank == 0 and not validating:  # without validation: the mean reward since the one before
                     scores[step + 1], rewards = sum(rewards) / len(rewards), []
-                saver.save(step + 1, model, optimizer, about(cfg, hub, scores) if rank == 0 else None)
+                saver.save(step + 1, model, optimizer, about(cfg, hub, scores, origin) if rank == 0 else None)
         if word.startswith("SIGTERM"):
             saver.deadline_s = 20.0  # torchrun, whose signal it may be since another rank has died, kills after 30
         if word != "train" and saver.newest_step != step:  # asked to stop before this step: all before it is whole
-            saver.save(step, model, optimizer, about(cfg, hub, scores) if rank == 0 else None)
+            saver.save(step, model, optimizer, about(cfg, hub, scores, origin) if rank == 0 else None)
         saver.wait()
         publisher.close()
         finished = word == "train"
@@ -802,7 +844,9 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
                 wait_for_validation(hub, cfg, rollout)
             scores |= report.log_validations(hub, show, cfg.run_dir, trackers)
             if word != "train":
-                say(f"stopped at step {step}, its state is in {saver.root} (go on with --resume auto): {word}")
+                state = f"its state is in {saver.root} (go on with --resume auto)"
+                state = state if whole(saver.root) else "before any was trained, so there is no state to go on from"
+                say(f"stopped at step {step}, {state}: {word}")
         if finished:  # every node's files are served until rank 0 needs no more answers from the rollout nodes
             agree(cfg.max_num_steps, "over", rank, cfg.val_timeout_s + 60, stop=lambda: Signals.stop)
         if not word.startswith(("train", "SIGTERM")):
@@ -836,6 +880,8 @@ def main() -> None:
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * of_torchrun("LOCAL_WORLD_SIZE", 1))))
         if model_cfg := dry_run.known_config(cfg):  # all that can be refused is, before anything takes time
             dry_run.check(model_cfg, cfg, world_size)
+        if rank == 0:
+            hold(cfg.run_dir)
         if rank == 0 and reward_sources(cfg.reward):
             node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
             check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
@@ -848,8 +894,13 @@ def main() -> None:
         if model_cfg is None:
             dry_run.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
         data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
-        checkpoints = checkpoints_to_try(cfg) if rank == 0 else []
-    except (ValueError, CheckpointError) as e:
+        if cfg.model:  # raises what loading would
+            with torch.device("meta"):
+                shapes = Qwen3MoE(ModelConfig.from_dir(checkpoint)).checkpoint_shapes()
+            stored_tensors(checkpoint, shapes)
+        origin = origin_of(cfg, checkpoint, examples, held_out) if rank == 0 else None
+        checkpoints = checkpoints_to_try(cfg, origin) if rank == 0 else []
+    except (ValueError, CheckpointError, WeightsError) as e:
         if of_torchrun("LOCAL_RANK", 0) == 0:  # once on each node: it may be about this one's disk
             where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
             print(f"train_cispo.py: error: {where}{e}", file=sys.stderr)
@@ -859,7 +910,7 @@ def main() -> None:
         print(textwrap.fill(values, 120, break_long_words=False, break_on_hyphens=False))
         for warning in cfg.warnings():
             say(f"warning: {warning}")
-    train(cfg, checkpoint, data, checkpoints)
+    train(cfg, checkpoint, data, checkpoints, origin)
 
 
 if __name__ == "__main__":

@@ -673,5 +673,5 @@ if __name__ == "__main__":
         sys.exit("usage: python weights.py check DIR")
     try:
         print(check(Path(sys.argv[2])))
-    except (WeightsError, ValueError) as e:
+    except (WeightsError, ValueError, OSError) as e:
         sys.exit(f"weights.py: error: {e}")

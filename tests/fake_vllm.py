@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from aiohttp import web
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import ModelConfig
 from weights import describe, read_tensors
 
 COUNTED = ("drop", "nan", "null", "empty", "long", "twice", "oom")
@@ -43,7 +44,7 @@ class Policy:
     """Qwen3-MoE on the tensors of a checkpoint directory. Shapes: B samples, L new tokens, T tokens in all."""
 
     def __init__(self, path: Path):
-        self.cfg = json.loads((path / "config.json").read_text())
+        self.cfg = vars(ModelConfig.from_dir(path))  # in whichever spelling it is
         self.w = {name: t.float() for name, t in read_tensors(path)}
         for i in range(self.cfg["num_hidden_layers"]):
             for p in ("gate_proj", "up_proj", "down_proj"):

@@ -142,6 +142,7 @@ def test_what_an_earlier_run_left_on_any_node_s_disk_goes_aside(tmp_path):
     """Else its later steps would be taken for this run's, and this run's own be pruned."""
     for disk in ("disk0", "disk1"):
         (tmp_path / disk / "runs/x/checkpoints/step-000160").mkdir(parents=True)
+        (tmp_path / disk / "runs/x/code").mkdir()
     assert on_ranks(2, _begin, str(tmp_path)) == [["runs/x.1/checkpoints/step-000160"]] * 2
 
 

@@ -342,3 +342,22 @@ def test_weights_that_cannot_be_trained_are_refused_by_name(transformers, tmp_pa
 def test_a_quantized_checkpoint_is_refused_by_its_config(key, method):
     with pytest.raises(ValueError, match=rf"{method}.*cannot be trained"):
         ModelConfig.from_hf({**OLD_SPELLING, key: {"quant_method": method}})
+
+
+# ---- a fork's new parameters ---------------------------------------------------------------------------------
+def test_biases_of_a_fork_are_loaded_and_where_a_tp_group_would_add_one_twice_it_says_so(tmp_path):
+    """The obvious edit, attention_bias: q's is cut like q, o's is whole on every rank."""
+
+    def with_biases(mesh=Mesh()):  # noqa: B008
+        model = Qwen3MoE(config(), mesh)
+        for name in ("q_proj", "o_proj"):
+            layer = getattr(model.model["layers"][0].self_attn, name)
+            layer.bias = torch.nn.Parameter(torch.zeros(len(layer.weight)))
+        return randomize(model)
+
+    ours, q, o = with_biases(), *(f"model.layers.0.self_attn.{name}_proj.bias" for name in "qo")
+    parts = {name: split for name, _, split in ours.hf_parts(o)}
+    assert parts[o].of((32,)) == (slice(0, 32),)
+    assert with_biases(Mesh(tp=2, rank=1)).split_of(q).of((48,)) == (slice(24, 48),)
+    with pytest.raises(ValueError, match=rf"{o}.*--tp 2 .*split_of"):
+        with_biases(Mesh(tp=2, rank=1)).split_of(o)

@@ -9,6 +9,7 @@ fp32: 1e-5 of a tensor's largest value, sums in another order. fp64: 1e-10, whic
 
 import collections
 import dataclasses
+import json
 import os
 import random
 import time
@@ -23,7 +24,7 @@ from test_train import random_groups
 import loss
 import parallel
 from batch import pack_batch, unpack_batch
-from checkpoint import CheckpointError, Pieces, load_state_tensors, state_tensors
+from checkpoint import MANIFEST, CheckpointError, Pieces, load_state_tensors, state_tensors
 from metrics import expert_load
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, Split, join_ranks, make_mesh, reduce_metrics
@@ -398,6 +399,9 @@ def write_state(path, name, model, optimizer, mesh):
     tensors, extra = state_tensors(model, optimizer)
     assert extra == {"updates": 3}
     save_file(dict(tensors), path / name / f"state-{mesh.rank:05d}.safetensors")
+    files = {f"state-{rank:05d}.safetensors": {} for rank in range(mesh.world_size)}
+    (path / name / f"manifest-{mesh.rank}").write_text(json.dumps({"files": files}))
+    (path / name / f"manifest-{mesh.rank}").replace(path / name / MANIFEST)
     assert len(dict(tensors)) == len(tensors)
 
 

@@ -136,6 +136,7 @@ def test_bad_input_is_one_clear_line_and_status_2(flags, reason, capsys, tmp_pat
     flags = [f(tmp_path) if callable(f) else f for f in flags]
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", *flags])
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)  # the run's lock is made in there
     with pytest.raises(SystemExit) as stopped:
         main()
     lines = capsys.readouterr().err.strip().splitlines()
