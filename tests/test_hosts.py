@@ -133,7 +133,7 @@ def test_a_model_that_is_another_one_on_a_node_is_refused_with_rank_and_host(tmp
 def _begin(directory):
     os.chdir(Path(directory) / f"disk{os.environ['RANK']}")
     join_ranks(60)
-    cfg = SimpleNamespace(run_dir=Path("runs/x"), resume="off", text="{}")
+    cfg = SimpleNamespace(run_dir=Path("runs/x"), resume="off", text="{}", reward="exact")
     checkpoint.begin(cfg, [], make_mesh(1, 1, 2), lambda line: None)
     return sorted(str(p) for p in Path("runs").glob("*/checkpoints/*"))
 
