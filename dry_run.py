@@ -13,8 +13,12 @@ activations are gone, and must fit where those were.
 
 import dataclasses
 import itertools
+import os
+import re
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 import loss
 import task
@@ -22,6 +26,7 @@ from model import ModelConfig
 
 GIB, OVERHEAD_GIB = 2**30, 4.0  # CUDA context, NCCL buffers, fragmentation: experience, not arithmetic
 PEAK_TFLOPS = 989  # an H100's in dense bf16
+VLLM_SHARE = 0.92  # of its GPUs, that vLLM 0.32 takes if not told otherwise
 IMBALANCE = 2.0  # rows of the fullest expert rank over the mean that there should be room for
 
 # config.json of models that can be planned for without a download
@@ -135,8 +140,20 @@ def activation_memory(m: ModelConfig, cfg) -> dict[str, float]:
     }
 
 
+def vllm_share(cfg, world: int) -> float:
+    """Of rank 0's GPU, what the vLLM of this machine takes: nothing where there are more GPUs than ranks, since it has
+    those. A plan made without GPUs takes it that there are as many (CUDA_VISIBLE_DEVICES=0,1 says two)."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else world
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = len(named.split(",")) if named else torch.cuda.device_count()
+    if not cfg.local_rollout or gpus > ranks or not (torch.cuda.is_available() or cfg.dry_run):
+        return 0.0
+    given = re.findall(r"--gpu[-_]memory[-_]utilization[ =]([\d.]+)", cfg.rollout_args)
+    return float(given[-1]) if given else VLLM_SHARE
+
+
 def memory(m: ModelConfig, cfg, world: int) -> dict[str, float]:
-    """All terms in GiB, in the order in which they come into being; their sum is the peak."""
+    """All terms in GiB, in the order in which they come into being, and last what vLLM takes; their sum is the peak."""
     terms = static_memory(m, world, cfg.tp, cfg.ep, *dtype_bytes(cfg), cfg.freeze_moe_router)
     if cfg.reference_policy_kl_penalty:
         terms["reference model"] = terms["parameters"]
@@ -145,7 +162,10 @@ def memory(m: ModelConfig, cfg, world: int) -> dict[str, float]:
     # The backward of one layer, or the loss. Without recompute most of the layer is in the term above already.
     layer = max(act["dense MLP"], act["MoE, fullest rank"] - (0 if recompute else act["MoE"]))
     terms["live layer or loss"] = max(layer + act["attention"] * recompute, act["loss"])
-    return {"CUDA and NCCL": OVERHEAD_GIB, **{name: size / GIB for name, size in terms.items()}}
+    gib = {"CUDA and NCCL": OVERHEAD_GIB, **{name: size / GIB for name, size in terms.items()}}
+    if share := vllm_share(cfg, world):
+        gib["vLLM on the same GPU"] = share * cfg.gpu_memory_gib
+    return gib
 
 
 # ---- traffic and work ----------------------------------------------------------------------------------------
@@ -182,8 +202,10 @@ def what_would_fit(m: ModelConfig, cfg, world: int) -> list[str]:
     budgets = [cfg.max_tokens_per_micro_batch >> i for i in range(1, 16)]
     changes = [("activation_checkpointing", True), ("param_dtype", "bfloat16"), ("grad_dtype", "bfloat16")]
     changes += [("max_tokens_per_micro_batch", n) for n in budgets if n >= cfg.max_total_sequence_length]
+    changes += [("local_rollout", False)] * (vllm_share(cfg, world) > 0)
     changes += [("tp", n) for n in (2, 4, 8) if n > cfg.tp] + [("ep", n) for n in (2, 4, 8, 16, 32) if n > cfg.ep]
-    show = lambda flag, value: f"--{flag.replace('_', '-')}" + ("" if value is True else f" {value}")
+    name = lambda flag, value: ("--no-" if value is False else "--") + flag.replace("_", "-")
+    show = lambda flag, value: name(flag, value) + ("" if isinstance(value, bool) else f" {value}")
     for ranks, size in itertools.product([world << i for i in range(8)], range(4)):
         found = []
         for flags in itertools.combinations(changes, size):
@@ -207,21 +229,35 @@ def check_memory(m: ModelConfig, cfg, world: int) -> None:
         sums = zip(terms, itertools.accumulate(terms.values()))
         culprit = next(name for name, total in sums if total > cfg.gpu_memory_gib)
         parts = " + ".join(f"{name} {gib:.1f}" for name, gib in terms.items())
+        advice = what_would_fit(m, cfg, world)[:4]
+        if peak - terms.get("vLLM on the same GPU", 0.0) <= cfg.gpu_memory_gib:
+            advice.append("a GPU more, which vLLM then has alone")
         raise ValueError(f"{peak:.1f} GiB are above --gpu-memory-gib {cfg.gpu_memory_gib:g}. What breaks it: {culprit}"
-                         f" (in {parts}). What fits: {'; or '.join(what_would_fit(m, cfg, world)[:4])}")  # fmt: skip
+                         f" (in {parts}). What fits: {'; or '.join(advice)}")  # fmt: skip
+
+
+def check_length(m: ModelConfig, cfg) -> None:
+    """Raises: ValueError for samples longer than the model's positions, which vLLM would refuse at its start."""
+    if cfg.max_total_sequence_length > m.max_position_embeddings:
+        raise ValueError(f"--max-total-sequence-length {cfg.max_total_sequence_length} is above the model's "
+                         f"max_position_embeddings={m.max_position_embeddings} (its config.json)")  # fmt: skip
 
 
 def check(m: ModelConfig, cfg, world: int) -> None:
-    """Raises: ValueError for a layout that is impossible, or does not fit."""
+    """Raises: ValueError for a layout that is impossible, or does not fit, and for samples that are too long."""
     check_layout(m, world, cfg.tp, cfg.ep)
+    check_length(m, cfg)
     check_memory(m, cfg, world)
 
 
 def print_report(cfg, world: int) -> None:
     """Raises: ValueError for an impossible layout, and for one that does not fit, with what would."""
     if (m := known_config(cfg)) is None:
-        raise ValueError(f"--dry-run: --model {cfg.model!r} is neither a directory nor {', '.join(KNOWN_MODELS)}")
+        raise ValueError(f"--dry-run: --model {cfg.model!r} is neither a directory nor {', '.join(KNOWN_MODELS)}; "
+                         "a directory with the model's config.json is enough")  # fmt: skip
+    cfg = dataclasses.replace(cfg, dry_run=True)
     check_layout(m, world, cfg.tp, cfg.ep)
+    check_length(m, cfg)
     cfg.validate()
     print(cfg.text + "\n")
     terms, act = memory(m, cfg, world), {name: size / GIB for name, size in activation_memory(m, cfg).items()}
@@ -235,6 +271,8 @@ def print_report(cfg, world: int) -> None:
         "saved activations": f"{act['inputs']:.1f} with recompute, {act['all layers']:.1f} without",
         "live layer or loss": f"attention {act['attention']:.1f}, dense MLP {act['dense MLP']:.1f}, MoE "
         f"{act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with {IMBALANCE:g} x the rows), loss {act['loss']:.1f}",
+        "vLLM on the same GPU": f"{vllm_share(cfg, world):g} of it, by --rollout-args; with a GPU more than ranks "
+        "it has that",
     }
     print(f"\n{'memory of a rank':26}{'GiB':>9}")
     for name, gib in terms.items():

@@ -395,12 +395,13 @@ PRESETS = {
     "add": dataclasses.replace(Config(), preset="add", name="add", task="add", max_num_steps=300),
     "qwen3-30b-a3b": NIGHTLY,
     # The recipe on what one has at hand. Sizes and learning rate are ours, nothing is tuned: a fourth of the samples an
-    # update, four updates a batch. 15 GiB for the trainer by --dry-run; vLLM takes 0.4 of its GPU, shared or not.
+    # update, four updates a batch. By --dry-run 15 GiB for the trainer, and 32 for vLLM, which takes 0.4 of its GPU,
+    # shared or not; on two GPUs of 24 GB (CUDA_VISIBLE_DEVICES=0,1 --gpu-memory-gib 23) each has one.
     "qwen3-0.6b": dataclasses.replace(
         NIGHTLY, preset="qwen3-0.6b", name="qwen3-0.6b", model="Qwen/Qwen3-0.6B", max_num_steps=200, lr=1e-6,
         val_every_steps=20, train_global_batch_size=128, max_input_seq_length=1024,
         max_new_tokens=3072, ep=1, dry_run_ranks=1,
-        max_tokens_per_micro_batch=8192, gpu_memory_gib=23.0, hub_port=0, local_rollout=True,
+        max_tokens_per_micro_batch=8192, hub_port=0, local_rollout=True,
         rollout_args="--vllm-args '--gpu-memory-utilization 0.4'",
     ),
     # arXiv:2510.13786, as far as facts about it are at hand: 48 x 16 samples, 8 steps off-policy, one ratio against the

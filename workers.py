@@ -187,6 +187,11 @@ class VLLM:
                 await self.stop(kill=True)
                 if unknown := re.search(r"unrecognized arguments: (.*)", tail):
                     raise VLLMUnfit(f"vLLM does not know the arguments {unknown[1]}; {MENDED_BY}")
+                # A setting that it will never take: argparse says so in this line, pydantic in the next.
+                pattern = r"error: (argument .*)|validation errors? for \w+\n\s*(.*?)(?: \[type=|\n|$)"
+                if refused := re.search(pattern, tail):
+                    raise VLLMUnfit(f"vLLM refuses its settings: {refused[1] or refused[2]}; see --vllm-args and the "
+                                    "run's flags")  # fmt: skip
                 raise RuntimeError(f"vLLM is not up after {wait.waited_s:.0f} s: {why}; {self.log_path} ends:\n{tail}")
             if wait.waited_s > said + 5:
                 said = wait.waited_s

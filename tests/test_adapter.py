@@ -52,3 +52,17 @@ def test_a_vllm_that_does_not_know_an_argument_is_not_started_again(tmp_path, ti
     (tmp_path / "old_vllm.py").write_text("import argparse\nargparse.ArgumentParser().parse_args()\n")
     with pytest.raises(VLLMUnfit, match=r"does not know the arguments .*--enable-scale-out.*0.32 and 0.33"):
         start(tmp_path, tiny_checkpoint, f"{sys.executable} {tmp_path / 'old_vllm.py'}")
+
+
+@pytest.mark.parametrize(("says", "reason"), [
+    ("pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, max_model_len (1024) is too "
+     "long. [type=value_error, input_value=ArgsKwargs(...)]\n    For further information visit https://errors",
+     "Value error, max_model_len (1024) is too long.; see --vllm-args"),
+    ("usage: api_server.py\\napi_server.py: error: argument --dtype: invalid choice: 'x'",
+     "argument --dtype: invalid choice: 'x'; see --vllm-args"),
+])  # fmt: skip
+def test_a_setting_that_vllm_refuses_is_named_and_not_tried_again(tmp_path, tiny_checkpoint, says, reason):
+    (tmp_path / "vllm.py").write_text(f"import sys\nsys.exit({says!r})\n")
+    with pytest.raises(VLLMUnfit) as failed:
+        start(tmp_path, tiny_checkpoint, f"{sys.executable} {tmp_path / 'vllm.py'}")
+    assert reason in str(failed.value) and "\n" not in str(failed.value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 import sys
 
@@ -216,3 +217,76 @@ def test_any_checkpoint_directory_can_be_planned_for(monkeypatch, capsys, tiny_c
 def test_a_plan_for_nothing_is_one_line_and_status_2(flags, reason, monkeypatch, capsys):
     status, report, errors = dry_run(monkeypatch, capsys, *flags)
     assert status == 2 and not report and len(errors) == 1 and reason in errors[0]
+
+
+# ---- vLLM beside a rank ------------------------------------------------------------------------------------------
+SHARED = "vLLM on the same GPU"
+
+
+@pytest.fixture
+def qwen3_4b(tmp_path):
+    """Its config.json alone."""
+    cfg = ModelConfig(vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32,
+                      num_key_value_heads=8, head_dim=128, intermediate_size=9728, rope_theta=1e6,
+                      max_position_embeddings=40960, tie_word_embeddings=True)  # fmt: skip
+    (tmp_path / "4b").mkdir()
+    (tmp_path / "4b/config.json").write_text(json.dumps(cfg.to_hf(0)))
+    return str(tmp_path / "4b")
+
+
+def test_a_vllm_on_the_trainer_s_gpu_is_counted_and_refused_where_both_do_not_fit(monkeypatch, capsys, qwen3_4b):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    flags = ["--preset", "qwen3-0.6b", "--model", qwen3_4b, "--gpu-memory-gib", "79.6"]
+    status, report, errors = dry_run(monkeypatch, capsys, *flags)
+    assert status == 2 and f"What breaks it: {SHARED} (" in errors[0] and "a GPU more, which vLLM" in errors[0], errors
+    assert float(re.search(rf"{SHARED} +([\d.]+)", report)[1]) == pytest.approx(0.4 * 79.6, abs=0.01)
+    advice = errors[0].split("What fits: ")[1].split("; or ")[0]
+    assert dry_run(monkeypatch, capsys, *flags, *re.sub(r" \(.*", "", advice).split())[0] == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    status, report, errors = dry_run(monkeypatch, capsys, *flags)
+    assert (status, errors) == (0, []) and SHARED not in report
+
+
+@pytest.mark.parametrize(("args", "share"), [
+    ("", 0.92), ("--vllm-args '--gpu-memory-utilization 0.3 --dtype half'", 0.3),
+    ("--vllm-args=--gpu_memory_utilization=.25", 0.25),
+])  # fmt: skip
+def test_vllm_s_share_is_what_its_flags_say(monkeypatch, capsys, args, share):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    _, report, _ = dry_run(monkeypatch, capsys, "--preset", "tiny", f"--rollout-args={args}", "--gpu-memory-gib", "100")
+    assert float(re.search(rf"{SHARED} +([\d.]+)", report)[1]) == pytest.approx(100 * share)
+    assert SHARED not in dry_run(monkeypatch, capsys, "--preset", "tiny", "--no-local-rollout")[1]
+
+
+def test_qwen3_06b_takes_one_gpu_of_80_gb_or_two_of_24(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert dry_run(monkeypatch, capsys, "--preset", "qwen3-0.6b")[0] == 0
+    small = ["--preset", "qwen3-0.6b", "--gpu-memory-gib", "23"]
+    assert dry_run(monkeypatch, capsys, *small)[0] == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert dry_run(monkeypatch, capsys, *small)[0] == 0
+
+
+# ---- what vLLM would refuse --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("plan", [True, False])
+def test_samples_longer_than_the_model_s_positions_are_refused_before_anything_starts(
+    plan, monkeypatch, capsys, tiny_checkpoint
+):
+    positions = ModelConfig.from_dir(tiny_checkpoint).max_position_embeddings
+    flags = ["--model", str(tiny_checkpoint), "--max-new-tokens", "8", "--max-total-sequence-length"]
+    monkeypatch.setattr(sys, "argv", ["train_cispo.py", *flags, str(positions + 1), *["--dry-run"] * plan])
+    monkeypatch.setattr(train_cispo, "train", lambda *args: pytest.fail("it starts"))
+    with pytest.raises(SystemExit) as stopped:
+        train_cispo.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert (
+        f"--max-total-sequence-length {positions + 1} is above the model's max_position_embeddings={positions}" in error
+    )
+    assert dry_run(monkeypatch, capsys, *flags, str(positions))[0] == 0
+
+
+def test_a_model_that_is_not_known_can_be_planned_for_by_its_config_alone(monkeypatch, capsys, qwen3_4b):
+    (error,) = dry_run(monkeypatch, capsys, "--model", "nobody/x")[2]
+    assert "a directory with the model's config.json is enough" in error
+    assert "on 8 ranks" in dry_run(monkeypatch, capsys, "--model", qwen3_4b, "--dry-run-ranks", "8")[1]
