@@ -34,16 +34,25 @@ def say(message: str) -> None:
     say.last = time.monotonic()
 
 
-def say_something(describe: Callable[[], str], stop: threading.Event) -> None:
-    """A thread: a sign of life whenever nothing was said for 9 s, as while vLLM starts or the loss is compiled."""
+def say_something(describe: Callable[[], str], log: Path | None, stop: threading.Event) -> None:
+    """A thread: a sign of life when nothing was said for 9 s, as while vLLM starts or the loss is compiled. `describe`
+    says what goes on now; what another process has written to its log is added once, when it is new. With nothing new
+    the next such line comes after 30 s."""
+    mine = None
     while not stop.wait(0.5):
-        if time.monotonic() - say.last > 9:
-            say(describe())
+        if (quiet := time.monotonic() - say.last) > 9:
+            news = last_line(log, quiet) if log else ""
+            if news or quiet > 30 or say.last != mine:
+                say(describe() + (f"; {news}" if news else ""))
+                mine = say.last
 
 
-def last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    return lines[-1] if lines else "no word from a rollout node yet"
+def last_line(path: Path, within_s: float) -> str:
+    """The last line of a log, without its clock, if it was written in the last so many seconds."""
+    if not path.exists() or time.time() - path.stat().st_mtime >= within_s:
+        return ""
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return re.sub(r"^\[[\d:]+\] ", "", lines[-1]) if lines else ""
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
 from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks, make_mesh, reduce_metrics
-from report import Clock, fetch, last_line, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
+from report import Clock, fetch, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
 from rewards import check_answers, reward_digest, reward_sources
 from rollout import RolloutConfig
 from validation import Validation, read_scores
@@ -767,9 +767,11 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
     step, clock, done, word, rewards, silent = start, Clock(), threading.Event(), "train", [], 0
     Signals.in_loop = True  # from here on SIGTERM is a word, not an exception
     if rank == 0:
-        word_of_nodes = lambda: last_line(rollout.log_path) if rollout else f"{len(hub.nodes)} rollout node(s) so far"
-        now = lambda: f"step {step}, {clock.says(compiles=cfg.compile and step == start)}; {word_of_nodes()}"
-        threading.Thread(target=say_something, args=(now, done), daemon=True).start()
+        here = lambda: (f": {len(hub.ledger.buffer)} of {cfg.num_prompts_per_step} prompts, {len(hub.nodes)} rollout "
+                        "node(s)" if clock.doing == "exposed_generation" else "")  # fmt: skip
+        now = lambda: f"step {step}, {clock.says(compiles=cfg.compile and step == start)}{here()}"
+        log_path = rollout.log_path if rollout else None
+        threading.Thread(target=say_something, args=(now, log_path, done), daemon=True).start()
     try:
         hide_bar = True if rank != 0 else None  # None: tqdm shows a bar on a terminal only; the lines come anyway
         for step in tqdm(range(start, cfg.max_num_steps), desc="steps", disable=hide_bar, dynamic_ncols=True):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import psutil
@@ -207,6 +208,27 @@ def test_a_logged_sample_shows_the_template_the_answer_the_counts_and_what_was_i
         "truncated": True, "prompt_tokens": 2, "tokens": 4, "versions": [3, 4], "inserted": "<6><7>",
     }  # fmt: skip
     assert worst["tokens"] == 2 and worst["versions"] == [3, 3] and "inserted" not in worst
+
+
+def test_signs_of_life_state_the_present_and_tell_news_once(tmp_path, monkeypatch, capsys):
+    """A part of a step that takes 100 s, in which a rollout node writes one line, at 20 s."""
+    clock, log = [1000.0], tmp_path / "rollout.log"
+    now = lambda form="": f"{clock[0] - 1000:.0f} s" if form else clock[0]
+    monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=now, time=now, strftime=now))
+
+    class Stop:
+        def wait(self, s):
+            clock[0] += s
+            if clock[0] in (1000.5, 1020.0):
+                log.write_text("[23:13:15] rollout: v0 is loaded\n" if clock[0] < 1010 else "[1] rollout: v1 came\n")
+                os.utime(log, (clock[0], clock[0]))
+            return clock[0] > 1100
+
+    monkeypatch.setattr(report.say, "last", clock[0], raising=False)
+    report.say_something(lambda: "step 1, updates", log, Stop())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["[10 s] step 1, updates; rollout: v0 is loaded", "[20 s] step 1, updates; rollout: v1 came"]
+    assert len(lines) == 4 and set(line.partition("] ")[2] for line in lines[2:]) == {"step 1, updates"}
 
 
 def test_after_three_steps_without_signal_the_console_says_so_once(tmp_path, capsys):
