@@ -456,12 +456,21 @@ class Hub:
             self.told.add(node)
             self._notify()
             raise Refused(410, "the run is over")
-        return web.json_response({"leases": [self._describe(lease) for lease in leases]})
+        described = [text for lease in leases if (text := self._describe(lease))]
+        if len(described) < len(leases):
+            self._notify()
+        return web.Response(text=f'{{"leases": [{", ".join(described)}]}}', content_type="application/json")
 
-    def _describe(self, lease: Lease) -> dict:
-        example = self._example(lease)
-        return {"lease": lease.id, "deadline_s": lease.deadline - time.monotonic(), "example": example,
-                "prompt_ids": self.encode(example), "validates": lease.validates}  # fmt: skip
+    def _describe(self, lease: Lease) -> str:
+        """A lease as JSON. One that cannot be sent is given back as failed: nobody would answer it."""
+        try:
+            example = self._example(lease)
+            return json.dumps({"lease": lease.id, "deadline_s": lease.deadline - time.monotonic(), "example": example,
+                               "prompt_ids": self.encode(example), "validates": lease.validates})  # fmt: skip
+        except (TypeError, ValueError, KeyError) as e:
+            books, _ = self._books_of(lease.id)
+            books.give_back(lease.id, "leases_returned", failure=f"cannot be sent: {e!r:.300}")
+            return ""
 
     def _example(self, lease: Lease) -> dict:
         return (self.prompts if lease.validates is None else self.validation.examples)[lease.ordinal]

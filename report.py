@@ -160,7 +160,8 @@ def count_without_signal(record: dict, before: int, reward: str, run_dir: Path) 
 
 def log_samples(groups: list[Group], step: int, prompts, decode: Callable[[list[int]], str], run_dir: Path) -> None:
     """Of the step's first two prompts the samples with the highest and the lowest reward, to samples.jsonl."""
-    with open(run_dir / "samples.jsonl", "a") as f:
+    # Half of a character, which UTF-8 lacks, is written as JSON's \\ud83d.
+    with open(run_dir / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as f:
         for group in groups[:2]:
             best_and_worst = dict.fromkeys((int(group.rewards.argmax()), int(group.rewards.argmin())))
             for sample in readable(group, best_and_worst, prompts[group.ordinal].get("answer"), decode):
@@ -184,7 +185,7 @@ def log_validation(done: Round, validation: Validation, decode: Callable[[list[i
     path = run_dir / "validation" / f"v{done.version}.jsonl"
     path.parent.mkdir(exist_ok=True)
     lines = [json.dumps(s, ensure_ascii=False) for s in samples(done, validation.examples, decode)]
-    path.write_text("".join(f"{line}\n" for line in lines))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
     record, k = score(done, validation.num_samples, validation.pass_threshold), validation.num_samples
     solved = "" if validation.pass_threshold == 1 else f" (reward {validation.pass_threshold:g} or more)"
     with open(run_dir / "validation.jsonl", "a") as f:
