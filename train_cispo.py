@@ -86,12 +86,12 @@ class Config:
     task: str = "reverse"  # built-in task, a name in TASKS of task.py, unless --data is given
     warm_start_accuracy: float = 0.36  # of the tiny model: supervised until a sample is right this often
     # data
-    data: str = ""  # JSONL or Parquet file, saved data set, or NAME or NAME:CONFIG on the Hugging Face Hub; "": --task
+    data: str = ""  # JSONL, JSON, CSV, Parquet file, saved data set, NAME or NAME:CONFIG on the Hugging Face Hub; "": --task
     data_split: str = "train"  # of it; train[:5000] is one too
-    prompt_column: str = ""  # text or chat messages; "": prompt, messages, problem or question, whichever there is
+    prompt_column: str = ""  # text or chat; "": prompt, messages, conversations, problem or question, whichever there is
     answer_column: str = ""  # "": answer or expected_answer, whichever there is
     system_prompt: str = ""  # text or file: first message of every chat that has none
-    prompt_template: str = "{problem}"  # text or file; a prompt that is text takes the place of {problem} or {} in it
+    prompt_template: str = "{problem}"  # text or file; {problem} or {}: a prompt that is text; {NAME}: of that column
     chat_template: bool = True  # text is a user's message in the tokenizer's chat template; off: raw, as where none is
     max_input_seq_length: int | None = None  # longer prompts are left out; unset: what leaves room for max_new_tokens
     no_resampling_pass_rate: float | None = None  # a prompt whose samples have this mean reward is not sampled again
@@ -347,7 +347,7 @@ class Config:
              f"--task {self.task!r}: expected {' or '.join(task.TASKS)}"),
             (bool(self.data) and not self.model, "--data needs --model: the tiny model knows only its own task"),
             (bool(self.model) and not Path(self.model).is_dir() and self.model.startswith((".", "/", "~")),
-             f"--model {self.model!r}: no such directory"),
+             f"--model {self.model!r}: no such directory (looked for {Path(self.model).absolute()})"),
         ]:  # fmt: skip
             if wrong:
                 raise ValueError(why)
@@ -436,7 +436,10 @@ def parse_config(argv: list[str]) -> Config:
         raise ValueError(f"--rollout-args {cfg.rollout_args!r}: {e}") from None
     report.Trackers.check(cfg)
     reward_sources(cfg.reward)
-    task.split_template(task.text_of(cfg.prompt_template))
+    template = task.text_of(cfg.prompt_template)
+    if template.count("{problem}") > 1 or not task.PLACE.search(template):
+        task.split_template(template)  # raises; the rest needs the columns
+    task.text_of(cfg.system_prompt)
     if Path(cfg.model).is_dir() and cfg.model:
         try:
             ModelConfig.from_dir(cfg.model)
@@ -469,29 +472,35 @@ def resolve_model(cfg: Config, rank: int) -> Path:
         ModelConfig.from_dir(path)
         fetch_model(cfg.model, [*STATIC_FILES, INDEX, *(file.name for file in checkpoint_files(path))])
         return path
-    path = Path("checkpoints") / f"tiny-{cfg.task}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
+    digest = task.task_digest(cfg.task)
+    path = Path("checkpoints") / f"tiny-{cfg.task}-{digest}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
     if rank == 0 and not path.exists():
         task.warm_start(path, cfg.task, cfg.seed, cfg.warm_start_accuracy, say)
     return path
 
 
 def load_examples(cfg: Config) -> task.Examples:
-    """The run's data set. Raises: ValueError for one that cannot be read."""
+    """The run's data set. Raises: ValueError for one that cannot be read, or has not what the template names."""
     if cfg.data:
-        return task.read_data(cfg.data, cfg.data_split, cfg.prompt_column, cfg.answer_column)
-    return task.Examples(task.task_examples(cfg.task, 20_000, cfg.seed))
+        examples = task.read_data(cfg.data, cfg.data_split, cfg.prompt_column, cfg.answer_column)
+    else:
+        examples = task.Examples(task.task_examples(cfg.task, 20_000, cfg.seed), name=f"--task {cfg.task}")
+    examples.template(task.text_of(cfg.prompt_template))
+    return examples
 
 
 def load_held_out(cfg: Config, examples: task.Examples) -> task.Examples | None:
-    """The data set of validation. Raises: ValueError for one that cannot be read."""
+    """The data set of validation. Raises: ValueError as `load_examples` does."""
     if not cfg.validates(0):
         return None
     if not cfg.val_data:
-        return task.Examples(task.held_out_examples(cfg.task, 64, cfg.seed, examples))
-    try:
-        return task.read_data(cfg.val_data, cfg.val_data_split, cfg.prompt_column, cfg.answer_column)
-    except ValueError as e:
-        raise ValueError(str(e).replace("--data", "--val-data")) from None
+        found = task.held_out_examples(cfg.task, 64, cfg.seed, examples)
+        if len(found) < 64:
+            say(f"--task {cfg.task}: all but {len(found)} of its prompts are trained on; these validate")
+        return task.Examples(found, name=f"--task {cfg.task}")
+    held_out = task.read_data(cfg.val_data, cfg.val_data_split, cfg.prompt_column, cfg.answer_column, "--val-data")
+    held_out.template(examples.template(task.text_of(cfg.prompt_template)))
+    return held_out
 
 
 def origin_of(cfg: Config, checkpoint: Path, examples: task.Examples, held_out: task.Examples | None) -> dict[str, str]:
@@ -507,9 +516,15 @@ def origin_of(cfg: Config, checkpoint: Path, examples: task.Examples, held_out: 
 
 def load_prompts(cfg: Config, checkpoint: Path, examples: task.Examples, held_out: task.Examples | None = None):
     """The run's prompts, their tokenizer, and the list of held-out examples. Raises: ValueError when none of a data
-    set is short enough to be answered."""
-    codec = task.Codec(checkpoint, task.text_of(cfg.system_prompt), task.text_of(cfg.prompt_template),
-                       cfg.chat_template)  # fmt: skip
+    set is short enough to be answered, or the checkpoint's tokenizer or its template cannot do it."""
+    template = examples.template(task.text_of(cfg.prompt_template))
+    codec = task.Codec(checkpoint, task.text_of(cfg.system_prompt), template, cfg.chat_template)
+    task.eos_token_ids(checkpoint)  # raises
+    for rows in filter(None, (examples, held_out)):
+        for note in rows.notes:
+            say(note)
+        if rows.num_chats and template != "{problem}":
+            say(f"{rows.name}: --prompt-template is for prompts that are text, and {rows.num_chats} are chats")
     interruption(cfg, codec)  # raises what it raises before there is a run
     limit = f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens {cfg.max_new_tokens}"
     if cfg.max_input_seq_length is not None:

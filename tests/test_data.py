@@ -1,0 +1,413 @@
+"""Data as people have it: chats of other forms, values that JSON lacks, files that change, templates with columns."""
+
+import csv
+import datetime
+import decimal
+import gzip
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_hub import call, lease
+from test_hub import hub as hub  # the fixture
+
+import task
+import train_cispo
+
+REPO = Path(__file__).resolve().parent.parent
+# With the logic of Qwen3's: content that is no text, and roles that it does not know, are passed over.
+CHAT = """{%- for m in messages %}{%- set content = m.content if m.content is string else '' %}
+{%- if m.role in ('system', 'user', 'assistant') %}{{- '<' + m.role + '>' + content }}
+{%- elif m.role == 'tool' %}{{- '<result>' + content }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<assistant>' }}{%- endif %}"""
+USER = {"role": "user", "content": "What is 2+2?"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tokenizer of single bytes and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (path / "chat_template.jinja").write_text(CHAT)
+    (path / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    return path
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompts(path, checkpoint, **flags):
+    """The texts that the model gets, as a run has them."""
+    cfg = train_cispo.Config(data=str(path), model=str(checkpoint), max_total_sequence_length=256, **flags)
+    found, codec, _ = train_cispo.load_prompts(cfg, checkpoint, train_cispo.load_examples(cfg))
+    return [codec.decode(codec.encode(example)) for example in found.examples]
+
+
+def refusal(path, checkpoint, **flags):
+    with pytest.raises(ValueError) as refused:
+        prompts(path, checkpoint, **flags)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# ---- the tokenizer -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("left_on", ["padding", "padding to a multiple", "truncation", "dropout"])
+def test_what_a_script_left_on_in_tokenizer_json_changes_no_prompt(checkpoint, left_on):
+    from tokenizers import Tokenizer, models
+
+    path = str(checkpoint / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    if left_on == "dropout":
+        vocab = {**tokenizer.get_vocab(), "ab": 256}
+        tokenizer.model = models.BPE(vocab=vocab, merges=[("a", "b")], dropout=1.0)
+        tokenizer.save(path)
+        assert task.Codec(checkpoint, chat=False).encode({"prompt": "ab"}) == [256]
+        return
+    if left_on == "truncation":
+        tokenizer.enable_truncation(4)
+    else:
+        tokenizer.enable_padding(**{"length": 40} if left_on == "padding" else {"pad_to_multiple_of": 16})
+    tokenizer.save(path)
+    assert len(task.Codec(checkpoint).encode({"prompt": "2+2?"})) == len("<user>2+2?<assistant>")
+
+
+# ---- chats ---------------------------------------------------------------------------------------------------
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "4"}
+
+
+@pytest.mark.parametrize(("chat", "shown"), [
+    ([{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
+      {"from": "human", "value": "c"}], "<system>s<user>a<assistant>b<user>c<assistant>"),
+    ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]}],
+     "<user>ab<assistant>"),
+    ([USER, CALL, RESULT], "<user>What is 2+2?<assistant><result>4<assistant>"),
+    ([{**USER, "from": None, "value": None, "tool_calls": None}], "<user>What is 2+2?<assistant>"),
+])  # fmt: skip
+@pytest.mark.parametrize("column", ["prompt", "messages", "conversations"])
+def test_chats_of_the_usual_forms_are_read(tmp_path, checkpoint, chat, shown, column):
+    path = write(tmp_path / "d.jsonl", [{column: chat, "answer": "x"}])
+    assert prompts(path, checkpoint) == [shown]
+    if "<system>" not in shown:
+        assert prompts(path, checkpoint, system_prompt="be good") == ["<system>be good" + shown]
+
+
+@pytest.mark.parametrize("system_prompt", ["", "be good"])
+@pytest.mark.parametrize(("chat", "why"), [
+    ([{"role": "user", "content": None}], "whose content is not text: None"),
+    ([{"role": "user", "content": " "}], "whose content is not text"), ([{"role": "user"}], "not text: None"),
+    ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "a part that is not text"),
+    (["a", "b"], "must be messages with a role and content, not 'a'"), ([1, 2], "not 1"),
+    ([{"content": "x"}], "role None"), ([{"role": "critic", "content": "x"}], "role 'critic'"),
+    ([USER, {"role": "assistant", "content": None}, USER], "a assistant message whose content is not text"),
+    ([{"role": "system", "content": "s"}], "must have a user's message"),
+    ([{"role": "assistant", "content": "s"}], "must have a user's message"),
+    ([{"role": "developer", "content": "be terse"}, USER], None),
+    ([{"role": "user", "content": "ab\ud83d"}], "half of a character"),
+])  # fmt: skip
+def test_a_chat_that_would_lose_its_text_is_refused_with_its_row(tmp_path, checkpoint, chat, why, system_prompt):
+    path = write(tmp_path / "d.jsonl", [{"prompt": [USER], "answer": "4"}, {"prompt": chat, "answer": "4"}])
+    said = refusal(path, checkpoint, system_prompt=system_prompt)
+    assert "d.jsonl line 2: 'prompt' " in said
+    assert (why or "loses its developer message 'be terse' in the chat template") in said
+
+
+def test_the_answer_at_the_end_of_a_chat_is_not_in_the_prompt(tmp_path, checkpoint, capsys):
+    said = {"role": "assistant", "content": "The answer is 4."}
+    rows = [{"messages": [USER, said], "answer": "4"}, {"messages": [USER, said, USER], "answer": "4"},
+            {"messages": [USER, CALL, RESULT, said, said], "answer": "4"}]  # fmt: skip
+    first, second, third = prompts(write(tmp_path / "d.jsonl", rows), checkpoint)
+    assert first == "<user>What is 2+2?<assistant>"
+    assert second == f"<user>What is 2+2?<assistant>{said['content']}{first}"  # an earlier turn stays
+    assert third == "<user>What is 2+2?<assistant><result>4<assistant>"
+    assert "2 of 3 chats end with the assistant's answer, which is left out of the prompt" in capsys.readouterr().out
+
+
+def test_a_template_that_raises_or_drops_a_message_is_one_line_before_the_model_is_loaded(tmp_path, checkpoint):
+    path, template = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}]), checkpoint / "chat_template.jinja"
+    template.write_text("{{ raise_exception('System role not supported') }}")
+    assert refusal(path, checkpoint).endswith(f"the chat template of {checkpoint}: System role not supported")
+    template.write_text("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    assert "loses its system message 'be good'" in refusal(path, checkpoint, system_prompt="be good")
+
+
+def test_a_checkpoint_without_an_end_token_is_refused_before_the_model_is_loaded(tmp_path, checkpoint):
+    path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}])
+    (checkpoint / "config.json").write_text("{}")
+    assert "neither generation_config.json nor config.json names an eos_token_id" in refusal(path, checkpoint)
+
+
+# ---- values --------------------------------------------------------------------------------------------------
+def test_columns_that_json_lacks_reach_the_hub_as_text_and_numbers_or_are_left_out_by_name(
+    tmp_path, checkpoint, capsys
+):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    day, columns = datetime.datetime(2025, 1, 2, 3), {
+        "at": pa.array([datetime.datetime(2025, 1, 2, 3)]), "date": pa.array([datetime.date(2025, 1, 2)]),
+        "price": pa.array([decimal.Decimal("1.50")]), "took": pa.array([datetime.timedelta(seconds=90)]),
+        "tests": pa.array([[["a", None], ["b"]]]), "meta": pa.array([{"x": 1, "y": [1.5, float("nan")]}]),
+        "picture": pa.array([{"bytes": b"\x89PNG", "path": None}]), "blob": pa.array([b"x"]),
+    }  # fmt: skip
+    path = str(tmp_path / "d.parquet")
+    pq.write_table(pa.table({"prompt": ["a"], "answer": pa.array([decimal.Decimal("7")]), **columns}), path)
+    (row,) = task.read_data(path)
+    assert json.loads(json.dumps(row, allow_nan=False)) == {
+        "prompt": "a", "answer": 7, "at": day.isoformat(), "date": "2025-01-02", "price": 1.5, "took": 90.0,
+        "tests": [["a", None], ["b"]], "meta": {"x": 1, "y": [1.5, None]},
+    }  # fmt: skip
+    prompts(path, checkpoint)
+    assert "rewards do not get the columns picture, blob, which hold bytes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"blob.*which hold bytes"):
+        task.read_data(path, answer_column="blob")
+
+
+def test_values_of_a_forked_data_set_are_checked_when_it_is_read():
+    import numpy as np
+
+    good = {"prompt": "a", "answer": np.float32(2), "at": datetime.time(1), "x": np.arange(2)}
+    assert task.Examples([good])[0] == {"prompt": "a", "answer": 2.0, "at": "01:00:00", "x": [0, 1]}
+    with pytest.raises(ValueError, match="row 1: 'blob' a value of type bytes has no form in JSON"):
+        task.Examples([good, {**good, "blob": b"x"}])
+    with pytest.raises(ValueError, match="row 0: 'answer' is missing"):
+        task.Examples([{**good, "answer": float("nan")}])
+
+
+@pytest.mark.parametrize("row", [{"prompt": "ab\ud83d", "answer": "x"}, {"prompt": "a", "answer": ["x\ud83d"]}])
+def test_half_a_character_in_a_prompt_or_an_answer_is_refused_with_its_row(tmp_path, row):
+    with pytest.raises(ValueError, match=r"--val-data .*line 2: '(prompt|answer)' holds half of a character"):
+        try:
+            train_cispo.load_held_out(train_cispo.Config(val_data=write(tmp_path / "d.jsonl", [
+                {"prompt": "a", "answer": "b"}, row])), task.Examples([{"prompt": "a", "answer": "b"}]))  # fmt: skip
+        except UnicodeError as e:
+            pytest.fail(f"the row is not named: {e}")
+
+
+def test_what_utf_8_lacks_never_stops_the_writing_of_samples(tmp_path):
+    import torch
+
+    import report
+    from ledger import Group
+
+    group = Group(0, [1], torch.tensor([1]), torch.tensor([2]), torch.zeros(1), torch.zeros(1, dtype=torch.int32),
+                  torch.ones(1), torch.zeros(1, dtype=torch.uint8))  # fmt: skip
+    report.log_samples([group], 0, {0: {"answer": "x\ud83d é"}}, lambda ids: "ü\ude00", tmp_path)
+    sample = json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8"))
+    assert (sample["answer"], sample["completion"]) == ("x\ud83d é", "ü\ude00")
+
+
+def test_a_prompt_that_cannot_be_sent_is_given_back_and_set_aside_while_others_go_on(hub):
+    hub.prompts = [{"prompt": "ab>", "answer": b"bytes" if i == 0 else "ba"} for i in range(100)]
+    hub.ledger.max_failures = 2
+    held = lease(hub, 2) + lease(hub, 2) + lease(hub, 1)
+    status = json.loads(call(hub, "GET", "/status")[1])
+    assert len(held) == 3 and status["leased"] == 3 and status["set_aside"] == 1
+    assert "bytes is not JSON serializable" in hub.ledger.set_aside[0]
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+ROWS = [{"prompt": f'é, "{i}"\nand', "answer": str(i)} for i in range(3)]
+
+
+@pytest.mark.parametrize("form", ["array.json", "lines.json", "d.csv", "d.jsonl.gz", "d.csv.gz", "array.json.gz"])
+def test_arrays_csv_and_gzipped_files_are_read(tmp_path, form):
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["prompt", "answer"])
+    writer.writeheader()
+    writer.writerows(ROWS)
+    text = table.getvalue() if ".csv" in form else json.dumps(ROWS, indent=1)
+    text = text if "array" in form or ".csv" in form else "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / form).write_bytes(gzip.compress(text.encode()) if form.endswith(".gz") else text.encode())
+    found = task.read_data(str(tmp_path / form))
+    assert list(found) == ROWS and len(found) == 3
+    with pytest.raises(ValueError, match="'no': only Parquet files have splits"):
+        task.read_data(str(tmp_path / form), "no")
+
+
+@pytest.mark.parametrize(("name", "content", "why"), [
+    ("d.json", b'[{"prompt": "a"},', "begins with [, and is no JSON array"), ("d.json", b"[1]", "row 1: not a JSON"),
+    ("d.csv", b"prompt,answer\na\n", "line 2: not CSV (a row has not the 2 columns of the first)"),
+    ("d.csv", b"prompt,answer\na,b,c\n", "has not the 2 columns"), ("d.csv", b"prompt,prompt\na,b\n", "the same name"),
+    ("d.csv", b"", "holds no example"), ("d.csv", b"prompt,answer\n\xff,a\n", "not CSV ('utf-8' codec"),
+    ("d.jsonl.gz", b"no gzip", "Not a gzipped file"), ("d.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "end-of-stream"),
+    ("d.tsv", b"prompt\tanswer\n", "the name of a file ends with .jsonl, .json, .csv, .jsonl.gz"),
+])  # fmt: skip
+def test_a_file_that_is_none_of_them_is_one_line_that_says_why(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(why)) as refused:
+        task.read_data(str(tmp_path / name))
+    assert str(tmp_path / name) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("d.jsonl", "d.csv.gz", "./saved"):
+        with pytest.raises(ValueError, match=re.escape(f"no such file (looked for {tmp_path / name})")):
+            task.read_data(name)
+    with pytest.raises(ValueError, match=re.escape(f"no such file (looked for {tmp_path / 'system.txt'})")):
+        train_cispo.parse_config(["--system-prompt", "system.txt"])
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "nowhere"))):
+        train_cispo.parse_config(["--model", "./nowhere"])
+
+
+REWRITE = """
+import sys, task
+rows = task.read_data(sys.argv[1])
+before = list(rows)
+for path in sys.argv[2:]:
+    with open(path, "r+b") as file:
+        file.write(b"X" * 50)
+assert list(rows) == before, "other rows"
+for path in sys.argv[2:]:
+    open(path, "w").close()
+assert list(rows) == before, "other rows"
+"""
+
+
+@pytest.mark.parametrize("form", ["jsonl", "saved", "parquet"])
+def test_a_run_keeps_the_rows_it_started_with_while_the_file_is_rewritten_in_place(tmp_path, form):
+    """In a process of its own: to read a mapped file that was shortened is a bus error."""
+    import datasets
+
+    path = tmp_path / f"d.{form}"
+    rows = datasets.Dataset.from_list([{"prompt": f"{i}", "answer": "a" * 100} for i in range(10_000)])
+    if form == "saved":
+        rows.save_to_disk(path)
+    else:
+        rows.to_json(path) if form == "jsonl" else rows.to_parquet(path)
+    files = [str(file) for file in ([path] if path.is_file() else path.glob("*.arrow"))]
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", REWRITE, str(path), *files], cwd=REPO, env=env, capture_output=True,
+                          text=True, timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])
+    assert {entry.name for entry in tmp_path.iterdir()} <= {path.name, "home"}  # the copy has no name
+
+
+# ---- templates -----------------------------------------------------------------------------------------------
+def test_columns_are_filled_into_the_template_and_braces_stay(tmp_path, checkpoint):
+    row = {"question": "Which?", "choices": ["x {problem}", 2], "level": 3, "answer": "x"}
+    path = write(tmp_path / "d.jsonl", [row])
+    filled = lambda template: prompts(path, checkpoint, prompt_template=template, chat_template=False)[0]
+    assert filled("{problem} {choices} in \\boxed{}") == "Which? x {problem}\n2 in \\boxed{}"
+    assert filled("L{level}: {question} in \\boxed{}") == "L3: Which? in \\boxed{}"  # the prompt by its column
+    assert filled("{prompt} {{answer}} {1} { level } \\frac{{a}}") == "Which? {answer} {1} { level } \\frac{a}"
+    assert filled("{} {level}") == "Which? 3"
+    for template, why in [
+        ("{problem} {options}", "{options} is no column of --data"), ("{problem} {answer}", "give the answer away"),
+        ("{level}", "expected {problem}, or a lone {}, once"), ("{} {problem} {question}", "once"),
+    ]:  # fmt: skip
+        assert why in refusal(path, checkpoint, prompt_template=template)
+
+
+@pytest.mark.parametrize("value", [None, {"a": 1}, [["a"]], [], "a\ud83d"])
+def test_a_column_without_a_text_for_the_template_is_refused_with_its_row(tmp_path, checkpoint, value):
+    rows = [{"prompt": "a", "answer": "b", "choices": "c"}, {"prompt": "a", "answer": "b", "choices": value}]
+    said = refusal(write(tmp_path / "d.jsonl", rows), checkpoint, prompt_template="{problem} {choices}")
+    assert "d.jsonl line 2: 'choices' " in said
+
+
+def test_chats_are_not_put_into_a_template_and_a_line_says_so(tmp_path, checkpoint, capsys):
+    path = write(tmp_path / "d.jsonl", [{"messages": [USER], "answer": "b"}])
+    assert prompts(path, checkpoint, prompt_template="x {}") == ["<user>What is 2+2?<assistant>"]
+    assert "--prompt-template is for prompts that are text, and 1 are chats" in capsys.readouterr().out
+
+
+# ---- the limit of length -------------------------------------------------------------------------------------
+def test_prompts_that_a_template_repeats_or_unicode_lengthens_are_measured_as_the_model_gets_them(tmp_path, checkpoint):
+    from tokenizers import Tokenizer, normalizers
+
+    def left_out(text):
+        path = write(tmp_path / "d.jsonl", [{"prompt": text, "answer": "b"}, {"prompt": "a", "answer": "b"}])
+        cfg = train_cispo.Config(data=path, max_total_sequence_length=128)
+        return train_cispo.load_prompts(cfg, checkpoint, train_cispo.load_examples(cfg))[0].skip
+
+    assert left_out("a" * 60) == set()
+    template = CHAT.replace("m.role + '>' + content", "m.role + '>' + content + ' Again: ' + content")
+    (checkpoint / "chat_template.jinja").write_text(template)
+    assert left_out("a" * 60) == {0} and left_out("a" * 20) == set()
+    (checkpoint / "chat_template.jinja").write_text(CHAT)
+    path = str(checkpoint / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save(path)
+    assert left_out("\u0958" * 20) == {0} and left_out("\u0958" * 5) == set()  # two letters, of three bytes each
+
+
+# ---- the built-in tasks --------------------------------------------------------------------------------------
+def single_digits(rng):
+    a, b = rng.randrange(10), rng.randrange(10)
+    return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+
+
+HELD_OUT = """
+import sys, task, train_cispo
+from test_data import single_digits
+task.TASKS["add"] = (single_digits, task.TASKS["add"][1])
+cfg = train_cispo.Config(task="add")
+examples = task.Examples(task.task_examples("add", int(sys.argv[1]), 0))
+print(len(train_cispo.load_held_out(cfg, examples)))
+"""
+
+
+def test_a_task_with_few_prompts_validates_on_what_is_left_or_says_that_nothing_is():
+    env = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    run = lambda count: subprocess.run([sys.executable, "-c", HELD_OUT, str(count)], env=env, capture_output=True,
+                                       text=True, timeout=60, check=False)  # fmt: skip
+    nothing, few = run(20_000), run(100)
+    assert "ValueError: --task add: all of its 100 prompts are trained on" in nothing.stderr
+    said, count = few.stdout.splitlines()
+    assert 0 < int(count) < 64 and f"all but {count} of its prompts are trained on" in said
+
+
+def test_an_edited_task_gets_a_warm_start_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(task, "warm_start", lambda path, *_: (made.append(path), path.mkdir(parents=True)))
+    find = lambda: train_cispo.resolve_model(train_cispo.Config(task="add"), 0)
+    assert find() == find() and len(made) == 1
+    monkeypatch.setitem(task.TASKS, "add", (single_digits, task.TASKS["add"][1]))
+    assert find() == made[-1] and len(made) == 2
+
+
+def test_a_warm_start_that_is_not_reached_or_lacks_a_character_is_one_line(tmp_path, monkeypatch):
+    make = lambda rng: {"prompt": f"{rng.randrange(10)}=", "answer": str(rng.randrange(2, 9))}
+    monkeypatch.setitem(task.TASKS, "guess", (make, "0123456789="))
+    monkeypatch.setattr(task, "MAX_WARM_STEPS", 3, raising=False)
+    with pytest.raises(ValueError, match=r"--warm-start-accuracy 0.9: --task guess has 0.0. after 3 steps"):
+        task.warm_start(tmp_path / "a", "guess", 0, 0.9, lambda line: None)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(task.TASKS, "guess", (make, "0123456789"))
+    with pytest.raises(ValueError, match="has '=', which is not among the task's characters"):
+        task.warm_start(tmp_path / "a", "guess", 0, 0.9, lambda line: None)
+
+
+def test_two_first_runs_at_once_both_get_the_warm_start(tmp_path):
+    """The second begins while the first has half of it on disk, and is done before."""
+    from model import Qwen3MoE
+
+    path, seen = tmp_path / "tiny", []
+
+    def another(line):
+        if not seen:
+            seen.append(line)
+            task.warm_start(path, "reverse", 0, 0.0, lambda line: None)
+
+    task.warm_start(path, "reverse", 0, 0.0, another)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiny"] and seen and Qwen3MoE
+    assert (path / "model.safetensors").is_file() and (path / "tokenizer.json").is_file()
