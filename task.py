@@ -1,7 +1,7 @@
 """What is trained on: prompts and answers. FORK HERE: this is the file that every project replaces.
 
 Three ways in, none of which needs an edit:
-    --data NAME          a JSONL, JSON, CSV or Parquet file, a data set saved by `datasets`, or one on the Hugging Face Hub
+    --data NAME          a JSONL, JSON, CSV or Parquet file, a data set saved by `datasets`, or one on the Hub
     --reward NAME        exact, numeric, math, or FILE.py:FUNCTION (the contract is in rewards.py)
     --task reverse | add the built-in character tasks, small enough to be learned on a laptop in two minutes
 

@@ -86,9 +86,9 @@ class Config:
     task: str = "reverse"  # built-in task, a name in TASKS of task.py, unless --data is given
     warm_start_accuracy: float = 0.36  # of the tiny model: supervised until a sample is right this often
     # data
-    data: str = ""  # JSONL, JSON, CSV, Parquet file, saved data set, NAME or NAME:CONFIG on the Hugging Face Hub; "": --task
+    data: str = ""  # JSONL, JSON, CSV, Parquet file, saved data set, or NAME or NAME:CONFIG on the Hub; "": --task
     data_split: str = "train"  # of it; train[:5000] is one too
-    prompt_column: str = ""  # text or chat; "": prompt, messages, conversations, problem or question, whichever there is
+    prompt_column: str = ""  # text or chat; "": prompt, messages, conversations, problem or question, if it is one
     answer_column: str = ""  # "": answer or expected_answer, whichever there is
     system_prompt: str = ""  # text or file: first message of every chat that has none
     prompt_template: str = "{problem}"  # text or file; {problem} or {}: a prompt that is text; {NAME}: of that column
