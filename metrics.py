@@ -83,7 +83,7 @@ def clip_diagnostics(curr, anchor, advantages, mask, mean):
     dropped_pos = (advantages > 0) & (log_ratio > math.log(1.2))
     dropped_neg = (advantages < 0) & (log_ratio < math.log(0.8))
     rare = anchor < math.log(0.05)
-    bins = (log_ratio / BIN_NATS).round().clamp(-(BINS // 2), BINS // 2).long() + BINS // 2
+    bins = (log_ratio.nan_to_num(0.0) / BIN_NATS).round().clamp(-(BINS // 2), BINS // 2).long() + BINS // 2
     shares = {"would_clip": dropped_pos | dropped_neg, "would_clip_pos": dropped_pos, "would_clip_neg": dropped_neg,
               "low_prob": rare, "low_prob_would_clip": rare & (dropped_pos | dropped_neg)}  # fmt: skip
     return {
@@ -147,6 +147,6 @@ def expert_load(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return metrics
     tokens_LE = metrics["expert_tokens"].double()
     rest = {name: value for name, value in metrics.items() if name != "expert_tokens"}
-    busiest_L = tokens_LE.amax(1) / tokens_LE.mean(1)
+    busiest_L = tokens_LE.amax(1) / tokens_LE.mean(1).clamp(min=1e-9)  # no token at all: 0
     return {**rest, "moe_busiest_by_layer": busiest_L, "moe_busiest_max": busiest_L.max(),
             "moe_idle_share": (tokens_LE == 0).double().mean()}  # fmt: skip

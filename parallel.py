@@ -295,7 +295,8 @@ class ShardedAdamW(torch.optim.AdamW):
 
     `backward` adds to `p.main_grad`; `step` sums those over the replicas, clips by the norm of the whole model's
     gradient, updates, and gathers the parameters. Every element of the model lies in exactly one rank's shard, so the
-    norm needs no correction for what is replicated.
+    norm needs no correction for what is replicated. A gradient that is not finite changes nothing: its norm is the
+    same on all ranks, so all skip it, and with finite gradients, clipped, weights and moments stay finite.
     """
 
     def __init__(self, model, max_grad_norm: float, grad_dtype=torch.float32, **adamw):
@@ -316,7 +317,8 @@ class ShardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
-        """One update. Returns the gradient's norm before clipping, 0-D. It does not wait for the device."""
+        """One update, unless its gradient is not finite. Returns the gradient's norm before clipping, 0-D. It does not
+        wait for the device."""
         for bucket in self.buckets:
             bucket.reduce_grads()
         # In pieces: the sum of squares of 10^9 values taken in one go loses digits in fp32.
@@ -326,6 +328,7 @@ class ShardedAdamW(torch.optim.AdamW):
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for bucket in self.buckets:
             bucket.master.grad.mul_(scale.to(bucket.master.dtype))
+        self.found_inf = 1.0 - norm.isfinite().float()  # the fused kernel's own way to skip, made for GradScaler
         super().step()
         for bucket in self.buckets:
             bucket.master.grad = None

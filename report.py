@@ -7,6 +7,7 @@ micro-batches and ranks, all others by sum. Their meaning and healthy ranges are
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -114,9 +115,21 @@ def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+def gradient_metrics(norms: list[float]) -> dict:
+    """The norms of a step's updates before clipping. One that is not finite is null: that update was skipped."""
+    found = [norm for norm in norms if math.isfinite(norm)]
+    return {"train/grad_norm": sum(found) / len(found) if found else None,
+            "train/grad_norms": [norm if math.isfinite(norm) else None for norm in norms],
+            "train/updates_skipped": len(norms) - len(found)}  # fmt: skip
+
+
 def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> dict:
-    """Means over the updates of a step; the drift values are sums over tokens, divided by their own counts here."""
+    """Means over the updates of a step that were made, null if there was none; the drift values are sums over tokens,
+    divided by their own counts here. counts: loss tokens and samples of each."""
     record = {}
+    if not counts:
+        kept = [name for name in values if name != "ratio_histogram"] + ["ratio_p50", "ratio_p95", "ratio_p99"]
+        return dict.fromkeys([f"train/{name}" for name in kept])
     for name, value in values.items():
         if name.startswith("tokens_"):
             record[f"train/{name}"] = int(value)
@@ -140,7 +153,7 @@ def log_step(record: dict, run_dir: Path) -> None:
     """Append the record of a step to metrics.jsonl, and say the gist of it."""
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(record) + "\n")
-    r = lambda name: record[f"train/{name}"]
+    r = lambda name: math.nan if (value := record[f"train/{name}"]) is None else value
     t = lambda name: record[f"timing/train/{name}"]
     say(f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  "
         f"ratio {r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl {r('gen_kl_error'):.1e}  "

@@ -20,6 +20,7 @@ CISPO: MiniMax-M1, arXiv:2506.13585. Flag and metric names are NeMo RL's where i
 import dataclasses
 import itertools
 import json
+import math
 import os
 import secrets
 import shlex
@@ -556,6 +557,9 @@ def interruption(cfg: Config, codec: task.Codec) -> dict:
     return {"interrupt_at": cfg.interrupt_at_tokens, "interrupt_ids": ids}
 
 
+MAX_SKIPPED = 3  # updates in a row
+
+
 # ---- one update ----------------------------------------------------------------------------------------------
 def micro_batch_logprobs(model, mb: MicroBatch, cfg: Config):
     """log pi and entropy of the sampled tokens, (N padded,), and the experts used, (L, t, K)."""
@@ -577,7 +581,8 @@ def fix_for_the_step(updates: list[list[MicroBatch]], step: int, model, referenc
         if cfg.algorithm.needs_prev:
             mb.prev_logprobs, _, expert_ids = micro_batch_logprobs(model, mb, cfg)
         if reference is not None:
-            mb.ref_logprobs, *_ = micro_batch_logprobs(reference, mb, cfg)
+            own_experts = dataclasses.replace(mb, expert_ids=None)  # those that are given are the policy's
+            mb.ref_logprobs, *_ = micro_batch_logprobs(reference, own_experts, cfg)
             if cfg.use_kl_in_reward:
                 kl = loss.kl_estimate(mb.prev_logprobs, mb.ref_logprobs, cfg.algorithm)
                 mb.advantages = mb.advantages - cfg.reference_policy_kl_penalty * kl
@@ -586,8 +591,8 @@ def fix_for_the_step(updates: list[list[MicroBatch]], step: int, model, referenc
 
 def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg: Config, policy_loss):
     """One optimizer update on this rank's micro-batches. counts: loss tokens and samples of the update, all ranks.
-    Returns metrics as tensors, partial over the dp ranks but for grad_norm; without experts nothing waits for the
-    device."""
+    Returns metrics as tensors, partial over the dp ranks but for grad_norm; those of an update that was skipped, since
+    its gradient is not finite, count for nothing. Without experts nothing waits for the device."""
     num_tokens, num_seqs = counts
     metrics: dict[str, torch.Tensor] = {}
     alg, head, tp_group = cfg.algorithm, model.head_weight, model.mesh.tp_group
@@ -617,7 +622,24 @@ def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg:
         metrics = merge(metrics, stats)
     if "expert_tokens" in metrics:  # each rank of a tp group has routed its own slice of the tokens
         all_reduce(metrics["expert_tokens"], tp_group)
-    return metrics, optimizer.step()
+    grad_norm, nothing = optimizer.step(), {"_min": math.inf, "_max": -math.inf}
+    counted = grad_norm.isfinite()
+    return {n: torch.where(counted, x, nothing.get(n[-4:], 0)) for n, x in metrics.items()}, grad_norm
+
+
+def skipped_in_a_row(norms: list[float], step: int, before: int) -> tuple[int, str]:
+    """How many updates in a row were skipped by the end of a step, given those before it, and why the run stops here,
+    or "": MAX_SKIPPED in a row is no accident. Those of this step are named."""
+    longest, skipped = before, []
+    for update, norm in enumerate(norms, 1):
+        before = 0 if math.isfinite(norm) else before + 1
+        longest = max(longest, before)
+        skipped += [str(update)] if before else []
+    if skipped:
+        say(f"warning: step {step}: update {', '.join(skipped)} of {len(norms)} is skipped: its gradient is not finite")
+    why = (f"the gradients of {longest} updates in a row were not finite; they were skipped, so the weights are those "
+           "before them. Go on with a lower --lr, or --param-dtype float32")  # fmt: skip
+    return before, why if longest >= MAX_SKIPPED else ""
 
 
 # ---- the run -------------------------------------------------------------------------------------------------
@@ -780,6 +802,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
 
     # ---- loop
     step, clock, done, word, rewards, silent = start, Clock(), threading.Event(), "train", [], 0
+    skipped, stuck = 0, ""  # updates in a row, on rank 0, and why they are too many
     Signals.in_loop = True  # from here on SIGTERM is a word, not an exception
     if rank == 0:
         here = lambda: (f": {len(hub.ledger.buffer)} of {cfg.num_prompts_per_step} prompts, {len(hub.nodes)} rollout "
@@ -796,7 +819,8 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
                 param_group["lr"] = lr
 
             # 1 wait for a batch: rank 0 has it, says so, and every rank gets it
-            groups, word = wait_for_batch(hub, step, cfg, rollout) if rank == 0 else (None, None)
+            ask = rank == 0 and not stuck
+            groups, word = wait_for_batch(hub, step, cfg, rollout) if ask else (None, stuck)
             word = agree(step, word, rank, cfg.batch_timeout_s + 60, stop=lambda: Signals.stop)
             if word != "train":
                 break
@@ -827,9 +851,10 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
             # 6 log and checkpoint
             if rank == 0:
                 values = fetch({**metrics, "grad_norms": torch.stack(grad_norms)})  # sync: one per step
-                norms = values.pop("grad_norms")
+                skipped, stuck = skipped_in_a_row(norms := values.pop("grad_norms"), step, skipped)
+                counts = [count for count, norm in zip(counts, norms) if math.isfinite(norm)]
                 record = {
-                    "step": step, "train/lr": lr, "train/grad_norm": sum(norms) / len(norms), "train/grad_norms": norms,
+                    "step": step, "train/lr": lr, **report.gradient_metrics(norms),
                     "ordinals": [g.ordinal for g in groups],
                     **{f"train/{why}": int(torch.cat(m).sum()) for why, m in left_out(groups, cfg).items()},
                     **rollout_metrics(groups, step), **update_metrics(values, counts), **clock.seconds(),
