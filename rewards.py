@@ -46,9 +46,8 @@ from pathlib import Path
 # ---- the final answer ----------------------------------------------------------------------------------------
 def after_thought(completion: str) -> str | None:
     """What a sample says after it has thought; None while it still thinks."""
-    if "</think>" in completion:
-        return completion.rpartition("</think>")[2]
-    return None if "<think>" in completion else completion
+    said = completion.rpartition("</think>")[2]
+    return None if "<think>" in said else said
 
 
 def final_answer(text: str) -> tuple[str, str]:
@@ -151,15 +150,15 @@ SPACE = (r"(?<=\d)(?:\\[,;:! ]|\{,\}|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))|"
 # LaTeX, Unicode and Markdown as one would type it, without spaces in what belongs together. In this order.
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\\(?:text\w*|math\w+|mbox|operatorname|underline)\s*\{([^{}]*)\}(?:\^\{?-?\d\}?)?", r" \1 "),  # m^2: a unit's
-    (SPACE, ","),
-    (r"\\?([-+]?)\\?[$€£¥]", r" \1"), (r"</?[A-Za-z]\w*/?>|\\[()\[\]]|\^\{?\\circ\}?|\\?[%°]|\*\*(?!\d)|[~`]", " "),
+    (r"\\\\", "\n"), (SPACE, ","),
+    (r"\\?([-+]?)\\?[$€£¥₹]", r" \1"), (r"</?[A-Za-z]\w*/?>|\\[()\[\]]|\^\{?\\circ\}?|\\?[%°]|\*\*(?!\d)|[~`]", " "),
     (r"\\[,;:! ]|\\(?:left|right|quad|displaystyle)(?![a-z])", " "),
     (r"\\(?:times|cdot)(?![a-z]) *", "*"), (r"\\div(?![a-z]) *", "/"),
     (r"[-=]>|[→⇒≈]|\\(?:to|approx|implies|[rR]ightarrow)(?![a-z])|(?<=[A-Za-z]):", "= "),
     (r"[<>!]=|\\(?:[gln]eq?|[gl]t)(?![a-z])", "<"), (r"(?<=[^\s=]) *([<>]) *", r"\1"),
     (r"(?<=\d) *(?=\\[dtc]?frac)|(?<=\d) +(?=\d+/\d+(?![\d/]))", "&"),  # a mixed number
-    (r"\\[dtc]?frac\s*(?:\{ *([\d.,]+) *\}|(\d)) *(?:\{ *([\d.,]+) *\}|(\d))", r"\1\2/\3\4"),
-    (r"(\\(?:pm|sqrt|log|ln|sin|cos|tan)\S*) +(?=[\d\\])", r"\1"), (r"= *- *", "= -"),
+    (r"\\[dtc]?frac\s*(?:\{ *(-?[\d.,]+) *\}|(\d)) *(?:\{ *([\d.,]+) *\}|(\d))", r"\1\2/\3\4"),
+    (r"(?<=\d) : (?=\d)", ":"), (r"(\\(?:pm|sqrt|log|ln|sin|cos|tan)\S*) +(?=[\d\\])", r"\1"), (r"= *- *", "= -"),
     (r"(?<=[\d)}]) *([*/^+]|x(?= ?\d)|-(?= )) *(?=[-\d({\\√π.])", r"\1"),
     (r"[(\[{][^()\[\]{}A-Za-z]*[)\]}]", lambda c: c[0].replace(" ", "") if "," in c[0] else c[0]),  # a pair
 ]]  # fmt: skip
@@ -175,15 +174,16 @@ def number_of(text: str, marked: str) -> Fraction | None:
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
     if marked:
-        parts = re.split(r",(?!\d{2,3}(?!\d))|;|\n|\\\\|\b(?:and|or)\b", re.sub(r"^\s*- +", "-", text))
+        parts = re.split(r",(?!\d{2,3}(?!\d))|;|\n|\b(?:and|or)\b", re.sub(r"^\s*- +", "-", text))
         parts = [part.rpartition("=")[2] for part in parts if re.search(r"\d", part)]
         text = parts[0] if len(parts) == 1 else ""
-    words = [word.rpartition("=")[2].strip("*_'\"()[]{}#|,;:!?…") for word in text.split()]
+    around = "*_'\"()[]{}#,;:?…" + ("" if marked else "|!")  # in a box 5! is 120, and |-5| is 5
+    words = [word.rpartition("=")[2].strip(around).rstrip(around + ".-") for word in text.split()]
     # H2O, x_1 and f(2) are words, and so is the 3rd; 2x, 2^10, 3:2 and 5-10 are expressions.
     at = [i for i, w in enumerate(words) if re.search(r"\d", w) and not re.match(r"[A-Za-z]|\d+(?:st|nd|rd|th)$", w)]
-    if not at or (marked and len(at) > 1):
+    if not at or (marked and (len(at) > 1 or any(re.match(r"\\[a-z]|\|", w) for w in words))):
         return None
-    found, behind = VALUE.fullmatch(words[at[-1]][:400].rstrip(".-")), " ".join(words[at[-1] + 1 : at[-1] + 2])
+    found, behind = VALUE.fullmatch(words[at[-1]][:400]), " ".join(words[at[-1] + 1 : at[-1] + 2])
     if not found or re.match(r"[nxyz](?![A-Za-z])|\\(?:pi|sqrt)", behind):
         return None
     sign, whole, number, e, ten, below, unit = found.groups()
