@@ -441,6 +441,8 @@ def is_away(e: BaseException) -> bool:
                 return status >= 500 or status in (408, 429)
         if isinstance(e, TimeoutError | BrokenPipeError):
             dubious = True  # of a service, or of something here: whose code it came through decides
+            if str(e) in ("timed out", "The read operation timed out"):  # a socket's; asyncio.to_thread loses where
+                return True
         elif NETWORK & {cls.__name__ for cls in type(e).__mro__} or getattr(e, "errno", None) in NETWORK_ERRNO:
             return True
         e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)

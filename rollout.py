@@ -447,7 +447,8 @@ class Node:
         unscored = [s for s in scores if isinstance(s, str)]
         wrong = [*filter(None, wrong), *(f"reward: {s}" for s in unscored)]
         scored = [(c, s) for c, s in zip(whole, scores) if not isinstance(s, str)]
-        reasons = ", ".join(f"{count} x {bad}" for bad, count in Counter(wrong).items())
+        kinds = [bad.partition(" since ")[0] for bad in wrong]  # time-outs differ by their time of day
+        reasons = ", ".join(f"{kinds.count(kind)} x {wrong[kinds.index(kind)]}" for kind in dict.fromkeys(kinds))
         why = f"samples dropped: {reasons[:600]}; of {str(example)[:200]}" if wrong else ""
         failed = sum(not isinstance(s, Away) for s in unscored)
         return [c for c, _ in scored], [s for _, s in scored], failed, why
