@@ -8,7 +8,8 @@
     GET  /weights/N/FILE   a file of version N, of this node's disk; the manifest names who has the others
     POST /receipts         {"node", "version", "digest", "timing"}: a node says which weights it now samples from, and
                            with "checksum" what vLLM has made of them, or with "refused" why it takes no newer ones,
-                           and with "mine" that the node itself or its link is why
+                           and with "mine" that the node itself or its link is why; or with "ends" why the node
+                           ends, which another start of it would not mend
     GET  /status, /run     the ledger and counters; what a rollout node must know of the run
     GET  /metrics          the first and the last step's metrics, as Prometheus reads them
 
@@ -527,6 +528,12 @@ class Hub:
 
     async def _receipts(self, request: web.Request) -> web.Response:
         body = await self._json(request, node=str, version=int, digest=str, timing=dict)
+        if isinstance(why := body.get("ends"), str):
+            self.ledger.news.append(f"{body['node'][:200]} ends: {why[:500]}")
+            others = [n["last_seen_s"] for name, n in self.nodes.items() if name != body["node"]]
+            if body["node"] in self.nodes and time.monotonic() - max(others, default=-math.inf) > self.node_timeout_s:
+                self.fail(f"the last rollout node, {body['node']}, ends: {why[:500]}")
+            return web.json_response({"newest": self.published})
         if isinstance(why := body.get("refused"), str):
             self.fetching.pop(body["node"], None)
             self.refused = self.refused if body.get("mine") else self.published

@@ -187,6 +187,7 @@ class Node:
         # aiohttp keeps as many connections as were ever needed at once: few of each node are enough for the hub.
         self.pushing = asyncio.Semaphore(4)
         self.idle_s, self.idle_from = 0.0, time.monotonic()  # how long vLLM had nothing to do
+        self.ends = ""  # why, where another start would end the same way
 
     async def ask(self, method: str, route: str, **kwargs) -> bytes:
         return await ask(self.hub, method, route, self.cfg.hub_timeout_s, **kwargs)
@@ -476,6 +477,9 @@ class Node:
 
     async def leave(self) -> None:
         """Give back what is held, without a word against the prompts: the node ends, or has failed by itself."""
+        if self.ends:
+            word = {"node": self.name, "version": self.version, "digest": "", "timing": {}, "ends": self.ends}
+            await ask(self.hub, "POST", "/receipts", 1.0, json=word)
         for lease, task in self.held.items():
             if task.cancelled() or not task.done():
                 await self.give_back(lease, "", patience_s=1.0)
@@ -522,6 +526,9 @@ async def main(cfg: RolloutConfig) -> None:
                             tasks.create_task(work())
                 except* RunChanged:
                     log("the trainer was started again: what was in flight is dropped")
+                except* (VLLMUnfit, RewardsEnd) as failed:
+                    node.ends = str(failed.exceptions[0])
+                    raise
         finally:
             with contextlib.suppress(RunOver, RunChanged, RuntimeError, TimeoutError):
                 async with asyncio.timeout(5.0):  # a hub that is gone does not answer for any of the leases

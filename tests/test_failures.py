@@ -303,6 +303,28 @@ def test_no_prompt_is_set_aside_while_the_judge_is_away(tmp_path, tiny_checkpoin
         hub.close(patience_s=0.0)
 
 
+def test_a_judge_that_stays_away_stops_the_run_with_a_line_when_the_last_node_ends(
+    tmp_path, tiny_checkpoint, fake_vllm_command
+):
+    """The trainer hears of it from a node on another machine, too. Nothing is set aside."""
+    text = "def score(completion, example):\n    raise ConnectionRefusedError('nobody at judge:80')\n"
+    (tmp_path / "judge.py").write_text(text)
+    hub = make_hub(tmp_path, tiny_checkpoint, reward=f"{tmp_path / 'judge.py'}:score")
+    command = [sys.executable, str(REPO / "rollout.py"), hub.url, "--dir", str(tmp_path / "node"), "--beat-s", "0.2",
+               "--vllm-command", fake_vllm_command, "--reward-away-timeout-s", "2"]  # fmt: skip
+    try:
+        node = subprocess.run(
+            command, env={**os.environ, "CISPO_TOKEN": "t"}, capture_output=True, text=True, timeout=120
+        )
+        why = "wait 'reward away': rollout node waits for the service that the reward function asks since "
+        assert node.returncode == 2 and f"error: {why}" in node.stdout.splitlines()[-1], node.stdout
+        with pytest.raises(RuntimeError, match=f"the last rollout node, .*, ends: {why}.*nobody at judge:80"):
+            hub.next_batch(0, 1.0)
+        assert not hub.ledger.set_aside and "Traceback" not in node.stdout + node.stderr
+    finally:
+        hub.close(patience_s=0.0)
+
+
 def test_what_was_set_aside_in_the_streak_that_stops_the_run_comes_back_with_its_state():
     """Prompts 0 and 7 were at fault themselves: groups came after them. All after 8 shared one fault."""
     one = torch.zeros(2)
