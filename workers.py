@@ -457,6 +457,7 @@ class RewardWorkers:
         self.processes.discard(worker)
         if worker is None:
             return
+        worker.stdin.close()
         with contextlib.suppress(ProcessLookupError):
             if worker.returncode is None:
                 worker.terminate()  # its guard ends it, and all that it has started
