@@ -203,7 +203,7 @@ def test_a_reward_file_that_cannot_be_loaded_is_one_line_before_anything_starts(
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     (line,) = ended.stderr.splitlines()
     assert ended.returncode == 2 and line.startswith("train_cispo.py: error: --reward ") and reason in line, line
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs/tiny").exists()
 
 
 @pytest.mark.parametrize(("text", "reason"), [
