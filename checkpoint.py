@@ -345,7 +345,8 @@ def keep_config(run_dir: Path, step: int, text: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], None], rescore: bool) -> Path | None:
+def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], None],
+                  rescore: bool = False) -> Path | None:  # fmt: skip
     """The run's directory; nobody's results are overwritten. Returns where `found`, to go on from, is now. rescore: the
     checkpoint's own validation is made again, too."""
     if found is not None and found.resolve().parent.parent == cfg.run_dir.resolve():
@@ -374,10 +375,13 @@ def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], Non
     for file in [*here.glob("*.py"), *here.glob("inside_vllm/*.py")]:  # a forked loss is no flag: `diff -r` shows it
         (code / file.relative_to(here)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, code / file.relative_to(here))
-    for name, source in relative(reward_sources(cfg.reward)).items():  # and so does an edited reward
-        kept = cfg.run_dir / "code" / "reward" / name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(source)
+    sources = {code / "reward" / name: source for name, source in relative(reward_sources(cfg.reward)).items()}
+    if saved and any(path.exists() and path.read_bytes() != source for path, source in sources.items()):
+        shutil.rmtree(before := code / f"reward-before-step-{saved['step']}", ignore_errors=True)
+        (code / "reward").rename(before)  # what the steps so far were rewarded by
+    for path, source in sources.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source)
     return found
 
 

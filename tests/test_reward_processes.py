@@ -255,6 +255,10 @@ def test_the_reward_and_its_neighbours_are_among_the_sources_that_a_run_keeps(tm
     assert (code / "reward/metrics.py").read_text() == "from package import near\n"
     assert (code / "reward/package/near.py").read_text() == "ONE = 1\n"
     assert (code / "metrics.py").read_text() == (REPO / "metrics.py").read_text()
+    write(tmp_path / "mine/package/near.py", "ONE = 2\n")  # and the run goes on with that
+    begin_run_dir(cfg, cfg.run_dir / "checkpoints/step-000003", {"step": 3}, print)
+    assert (code / "reward/package/near.py").read_text() == "ONE = 2\n"
+    assert (code / "reward-before-step-3/package/near.py").read_text() == "ONE = 1\n"
 
 
 # ---- what is returned and raised -----------------------------------------------------------------------------
