@@ -230,8 +230,10 @@ def check_memory(m: ModelConfig, cfg, world: int) -> None:
         culprit = next(name for name, total in sums if total > cfg.gpu_memory_gib)
         parts = " + ".join(f"{name} {gib:.1f}" for name, gib in terms.items())
         advice = what_would_fit(m, cfg, world)[:4]
-        if peak - terms.get("vLLM on the same GPU", 0.0) <= cfg.gpu_memory_gib:
+        if (room := 1 - (peak - terms.get("vLLM on the same GPU", 0.0)) / cfg.gpu_memory_gib) >= 0:
             advice.append("a GPU more, which vLLM then has alone")
+            if room > 0.1:  # less holds no model and its cache
+                advice.append(f"--rollout-args=\"--vllm-args '--gpu-memory-utilization {int(100 * room) / 100:g}'\"")
         raise ValueError(f"{peak:.1f} GiB are above --gpu-memory-gib {cfg.gpu_memory_gib:g}. What breaks it: {culprit}"
                          f" (in {parts}). What fits: {'; or '.join(advice)}")  # fmt: skip
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 import sys
 
 import pytest
@@ -262,7 +263,10 @@ def test_qwen3_06b_takes_one_gpu_of_80_gb_or_two_of_24(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert dry_run(monkeypatch, capsys, "--preset", "qwen3-0.6b")[0] == 0
     small = ["--preset", "qwen3-0.6b", "--gpu-memory-gib", "23"]
-    assert dry_run(monkeypatch, capsys, *small)[0] == 2
+    status, _, (error,) = dry_run(monkeypatch, capsys, *small)
+    assert status == 2
+    advice = re.search(r"; or (--rollout-args=.*)$", error)[1]  # which can be given as it is
+    assert dry_run(monkeypatch, capsys, *small, *shlex.split(advice))[0] == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert dry_run(monkeypatch, capsys, *small)[0] == 0
 
