@@ -25,6 +25,7 @@ import json
 import math
 import resource
 import secrets
+import socket
 import struct
 import threading
 import time
@@ -122,6 +123,19 @@ def check_group(t: dict[str, torch.Tensor], num_samples, max_new_tokens: int, vo
     ]:  # fmt: skip
         if not ok:
             raise Refused(422, reason)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises: ValueError when no hub can listen there. For before a model is loaded; `Hub.start` finds out again."""
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except OSError as e:
+        raise cannot_listen(host, port, e) from None
+
+
+def cannot_listen(host: str, port: int, why: OSError) -> ValueError:
+    return ValueError(f"--hub-host {host} --hub-port {port}: the hub cannot listen there: {why.strerror}")
 
 
 def in_hub_thread(method):
@@ -344,9 +358,7 @@ class Hub:
         try:
             await web.TCPSite(self._runner, host, port).start()
         except OSError as e:  # nobody has this address here, or somebody has the port
-            raise ValueError(
-                f"--hub-host {host} --hub-port {port}: the hub cannot listen there: {e.strerror}"
-            ) from None
+            raise cannot_listen(host, port, e) from None
         self._expiry = asyncio.create_task(self._expire())
         return http_url(host, self._runner.addresses[0][1])
 

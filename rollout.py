@@ -17,15 +17,16 @@ import fcntl
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import aiohttp
 import torch
@@ -39,7 +40,7 @@ from ledger import NOT_SAMPLED
 from rewards import reward_digest
 from task import Codec
 from waits import Wait, WaitOver
-from workers import VLLM, Away, RewardsEnd, RewardWorkers, VLLMUnfit, backoff_s, log
+from workers import NO_ANSWER, VLLM, Away, RewardsEnd, RewardWorkers, VLLMUnfit, backoff_s, log, node_name
 
 
 @dataclass
@@ -55,7 +56,6 @@ class RolloutConfig:
     vllm_command: str = ""  # in place of "python -m vllm.entrypoints.openai.api_server"; it gets the same arguments
     stall_timeout_s: float = 60.0  # vLLM may make no token for so long with requests in flight, or it is started again
     load_timeout_s: float = 300.0  # for one weight update
-    request_timeout_s: float = 900.0  # for one generation request
     max_tries: int = 5  # of a prompt on this node, before it goes back to the hub
     reward_workers: int = 2  # processes that run the reward function
     reward_timeout_s: float = 60.0  # for the reward of one sample
@@ -66,6 +66,17 @@ class RolloutConfig:
 
 
 THINK_END = "</think>"  # Qwen3's
+
+
+def check_url(hub: str) -> None:
+    """Raises: ValueError for what is no address of a hub."""
+    with contextlib.suppress(ValueError):  # a port that is no number
+        parts = urlsplit(hub)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port:
+            return
+    raise ValueError(
+        f"{hub!r} is not the trainer's address: expected http://HOST:PORT, or http://[ADDRESS]:PORT of IPv6"
+    )
 
 
 class RunOver(Exception):
@@ -116,8 +127,13 @@ def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:
 def damage(choice: dict, max_new_tokens: int | None = None) -> str:
     """Why a sample cannot be trained on, or "": it needs a finite log-prob and a version for each of its tokens. vLLM
     may send NaN, which JSON may make null."""
-    tokens, entries = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("content") or []
-    covered = sum(span["end"] - span["start"] for span in choice.get("weight_versions") or [])
+    try:
+        tokens, entries = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("content") or []
+        spans = [(int(span["version"]), span["end"] - span["start"]) for span in choice.get("weight_versions") or []]
+        covered = sum(length for _, length in spans)
+        choice["finish_reason"], [x["logprob"] for x in entries]
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        return f"it has not the form of a sample: {e!r}"
     if not tokens:
         return "no tokens"
     if max_new_tokens and len(tokens) > max_new_tokens:
@@ -160,7 +176,7 @@ async def ask(hub: aiohttp.ClientSession, method: str, route: str, patience_s: f
                 if response.status != 200:
                     raise HubRefusal(route, response.status, body.decode(errors="replace"))
                 return body
-        except (aiohttp.ClientError, TimeoutError) as e:
+        except NO_ANSWER as e:
             wait.check(repr(e))
             if attempt > 3:
                 log(f"hub does not answer {route}, asking again: {e!r}")
@@ -174,7 +190,7 @@ class Node:
 
     def __init__(self, cfg: RolloutConfig, hub: aiohttp.ClientSession):
         self.cfg, self.hub = cfg, hub
-        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.name = node_name(os.getpid(), os.environ.get("CISPO_NODE_MARK") or secrets.token_hex(4))
         self.root = own_directory(cfg)
         self.vllm = self.workers = None
         self.run: dict = {}
@@ -195,7 +211,10 @@ class Node:
     async def join(self) -> None:
         """Ask the hub what the run is. A vLLM that fits it is kept, its weights are not trusted."""
         self.hub.headers.pop("X-Run", None)
-        run = json.loads(await self.ask("GET", "/run"))
+        try:
+            run = dict(json.loads(await self.ask("GET", "/run")))
+        except ValueError:
+            raise RuntimeError(f"{self.cfg.hub} answers, but is no hub") from None
         try:
             if reward_digest(run["reward"]) != run["reward_digest"]:
                 raise ValueError(f"--reward {run['reward']!r}: the file differs from the trainer's")
@@ -232,10 +251,11 @@ class Node:
                 receive.check_manifest(manifest, self.run["id"], self.version)
                 have, headers, start = self.checkpoint if refused == 0 else None, self.hub.headers, time.perf_counter()
                 checkpoint, timing = await receive.fetch(manifest, self.root, have, self.cfg.hub, dict(headers))
-            except (weights.WeightsError, WaitOver) as e:
+            except (weights.WeightsError, WaitOver, OSError) as e:
                 if self.version < 0 and isinstance(e, receive.NoRoom):
                     raise RuntimeError(str(e)) from None  # it will not get better
-                await self.refuse(f"v{manifest.get('version')} refused: {e}", isinstance(e, receive.NoRoom | WaitOver))
+                mine = isinstance(e, receive.NoRoom | WaitOver | OSError)
+                await self.refuse(f"v{manifest.get('version')} refused: {e}", mine)
                 refused += 1
                 await asyncio.sleep(backoff_s(refused))
                 continue
@@ -250,36 +270,39 @@ class Node:
 
     async def update(self, manifest: dict, digest: str, checkpoint: Path, timing: dict, start: float) -> None:
         """Load a proven version into vLLM, and send the receipt."""
-        version, first = manifest["version"], self.version < 0
+        # Those versions that all nodes look at, so that the hub can compare; and the first, which has a new vLLM.
+        version, compared = manifest["version"], self.version < 0 or manifest["full"]
         async with self.engine:
             previous, self.checkpoint = self.checkpoint, checkpoint
             self.ready.clear()  # a request sent now would run on the new weights with the old ones' cache salt
             self.loading = True
             if self.vllm.process is None:
-                await self._start(version)
+                sums = await self._start(version)
             else:
                 try:
                     timing |= await self.vllm.load(checkpoint, version)
+                    sums = await self.vllm.checksums() if compared else {}
                     self.version = version
-                except (RuntimeError, aiohttp.ClientError) as e:
+                except (RuntimeError, *NO_ANSWER) as e:
                     # A load that broke off leaves the model in an unknown state: only a fresh start is safe.
                     log(f"loading v{version} failed, vLLM is started again: {e!r}")
-                    await self._start(version, kill=True)
+                    sums = await self._start(version, kill=True)
             self.loading = False
         if previous is not None and previous != checkpoint:
-            shutil.rmtree(previous)
+            shutil.rmtree(previous, ignore_errors=True)
         timing["total_s"] = time.perf_counter() - start
         receipt = {"node": self.name, "version": version, "digest": digest, "timing": timing}
-        if first or manifest["full"]:  # those that all nodes look at, so that the hub can compare
-            sums = json.dumps(await self.vllm.checksums(), sort_keys=True)
-            receipt["checksum"] = weights.digest(sums.encode())
+        if compared:
+            sums = json.dumps(sums, sort_keys=True)
+            receipt |= {"checksum": weights.digest(sums.encode()), "engine": self.vllm.engine()}
         await self.ask("POST", "/receipts", json=receipt)
         self.joined.set()
         self.ready.set()  # after the receipt, since the hub leases by the version it names
 
-    async def _start(self, version: int, kill: bool = False) -> None:
+    async def _start(self, version: int, kill: bool = False) -> dict[str, str]:
         """Start vLLM on self.checkpoint, and prove that the reload path is sound before anything depends on it:
-        reloading the very weights that it just loaded by itself must leave every runtime tensor as it is.
+        reloading the very weights that it just loaded by itself must leave every runtime tensor as it is. Returns the
+        tensors' checksums.
         Raises: RuntimeError when it does not come up three times in a row, or when the proof fails."""
         for attempt in range(3):
             try:
@@ -289,7 +312,7 @@ class Node:
                 await self.vllm.load(self.checkpoint, version)  # also gives the weights their version label
                 reloaded = await self.vllm.checksums()
                 break
-            except (RuntimeError, aiohttp.ClientError) as e:
+            except (RuntimeError, *NO_ANSWER) as e:
                 if attempt == 2:
                     raise RuntimeError(f"vLLM did not start {attempt + 1} times in a row: {e}") from e
                 log(f"vLLM did not start, trying again: {e}")
@@ -298,6 +321,7 @@ class Node:
             raise RuntimeError(f"reloading the same weights changed {len(changed)} tensors in vLLM: {changed[:3]}")
         log(f"reloading v{version} onto itself leaves all {len(fresh)} tensors equal")
         self.version = version
+        return fresh
 
     async def watch_vllm(self) -> None:
         """Once a second: is it alive, do tokens move, and how many prompts does it bear? A hang is a vLLM that says it
@@ -362,6 +386,15 @@ class Node:
             await asyncio.sleep(self.cfg.beat_s)
 
     async def answer(self, lease: dict) -> None:
+        """`try_to_answer`, until the lease ends: the hub will have handed the prompt out again by then."""
+        wait = Wait("generation", lease["deadline_s"], whom=f"vLLM's answer to lease {lease['lease']}")
+        try:
+            async with asyncio.timeout(lease["deadline_s"]):
+                await self.try_to_answer(lease)
+        except TimeoutError:
+            log(wait.message())
+
+    async def try_to_answer(self, lease: dict) -> None:
         """One prompt, from lease to push, or back to the hub after max_tries. A vLLM that dies under it is waited
         for, and counts as a try: it may be this prompt that kills it."""
         name, why = lease["lease"], ""
@@ -377,7 +410,7 @@ class Node:
             self.in_flight(+1)
             try:
                 choices = await self.generate(lease["prompt_ids"], sampling)
-            except (aiohttp.ClientError, TimeoutError, RuntimeError) as e:
+            except (*NO_ANSWER, RuntimeError) as e:
                 why = f"generation failed: {e!r}"[:300]
                 continue
             finally:
@@ -415,7 +448,7 @@ class Node:
         choices = choices[: sampling["n"]]
 
         async def go_on(choice: dict) -> dict:
-            if choice["finish_reason"] != "length" or damage(choice, first):
+            if damage(choice, first) or choice["finish_reason"] != "length":
                 return choice
             thought = choice["token_ids"]
             text = self.codec.tokenizer.decode(thought, skip_special_tokens=False)
@@ -423,7 +456,7 @@ class Node:
             left = {**sampling, "n": 1, "max_tokens": most - len(thought) - len(insert)}
             await self.ready.wait()
             rest = await self.vllm.generate(prompt_ids + thought + insert, left, self.version)
-            return join_choices(choice, insert, rest[0])
+            return join_choices(choice, insert, rest[0] if rest else {})
 
         if first == most:
             return choices
@@ -530,7 +563,7 @@ async def main(cfg: RolloutConfig) -> None:
                     node.ends = str(failed.exceptions[0])
                     raise
         finally:
-            with contextlib.suppress(RunOver, RunChanged, RuntimeError, TimeoutError):
+            with contextlib.suppress(RunOver, RunChanged, RuntimeError, *NO_ANSWER):
                 async with asyncio.timeout(5.0):  # a hub that is gone does not answer for any of the leases
                     await node.leave()
             await node.close()
@@ -541,6 +574,7 @@ async def main(cfg: RolloutConfig) -> None:
 if __name__ == "__main__":
     try:
         config = parse_flags(RolloutConfig, sys.argv[1:])
+        check_url(config.hub)
     except ValueError as e:
         log(f"error: {e}")
         sys.exit(2)
@@ -548,7 +582,7 @@ if __name__ == "__main__":
         asyncio.run(main(config))
     except* (asyncio.CancelledError, RunOver) as why:
         log(f"stopped: {why.exceptions[0]!r}")
-    except* (RuntimeError, VLLMUnfit, RewardsEnd) as failed:
+    except* (RuntimeError, VLLMUnfit, RewardsEnd, *NO_ANSWER) as failed:
         for error in failed.exceptions:
             log(f"error: {error}")
         sys.exit(2 if failed.subgroup((VLLMUnfit, RewardsEnd)) else 1)

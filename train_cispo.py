@@ -53,7 +53,7 @@ from checkpoint import (
     whole,
 )
 from flags import help_text, parse_flags
-from hub import Hub
+from hub import Hub, check_address
 from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
 from model import ModelConfig, Qwen3MoE
@@ -928,6 +928,8 @@ def main() -> None:
         if rank == 0 and reward_sources(cfg.reward):
             node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
             check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
+        if rank == 0:
+            check_address(cfg.hub_host, cfg.hub_port)
         examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
         held_out = load_held_out(cfg, examples) if rank == 0 else None
         for rows, name in ((examples, "--data"), (held_out, "--val-data")):

@@ -28,6 +28,7 @@ WAITS = {  # name: who waits, for whom, and what happens when the deadline passe
     "body": ("hub", "the rest of a request", "the request is refused with 408"),
     "hub": ("rollout node", "the hub's answer", "the node ends"),
     "vllm start": ("rollout node", "vLLM to come up", "it is started again, then the node ends"),
+    "generation": ("rollout node", "vLLM's answer to a prompt", "the hub hands it out again"),
     "vllm progress": ("rollout node", "a token from vLLM", "vLLM is killed and started again"),
     "weights fetch": ("rollout node", "bytes of new weights", "the update is refused, and vLLM keeps what it has"),
     "weight update": ("rollout node", "vLLM to load weights", "vLLM is killed and started on them"),

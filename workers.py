@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import json
 import os
+import platform
 import random
 import re
+import secrets
 import shlex
 import signal
 import socket
@@ -31,6 +33,11 @@ REPO = Path(__file__).resolve().parent
 
 def log(message: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] rollout: {message}", flush=True)
+
+
+def node_name(pid: int, mark: str) -> str:
+    """Two containers may have the same host name and process id, hence a mark that is drawn."""
+    return f"{socket.gethostname()}:{pid}:{mark}"
 
 
 def with_parent(command: list[str]) -> list[str]:
@@ -114,8 +121,27 @@ ROUTES = {  # what is used of vLLM, and what opens it
 MENDED_BY = "versions 0.32 and 0.33 have them (bash launch.sh install); check --vllm-command and --vllm-args too"
 
 
+# What a request to a server on this machine or elsewhere may raise, besides its own refusal (RuntimeError).
+NO_ANSWER = (aiohttp.ClientError, TimeoutError, OSError)
+
+
 class VLLMUnfit(Exception):
     """This vLLM lacks something, and would after every restart; the message says all that is missing."""
+
+
+def reason_of(output: str) -> str:
+    """The line of vLLM's output that says why it did not start, or "": the last error that is not said to follow from
+    another process's."""
+    prefix = r"^\s*\(\w+ pid=\d+\)\s*(ERROR \S+ \S+ \[[^]]*\]\s*)?"
+    lines, reason = [re.sub(prefix, "", line).strip() for line in output.splitlines()], ""
+    for line, after in zip(lines, [*lines[1:], ""]):
+        if re.match(r"[\w.]*(Error|Exception): |\S+: error: |\S+: No module named ", line):
+            if "initialization failed" not in line:  # else another process says why
+                reason = f"{line}: {after.split(' [type=')[0]}" if "ValidationError: " in line else line
+    return reason[:600]
+
+
+HOPELESS = r"(Value|Import|ModuleNotFound|FileNotFound|NotImplemented)Error: |: No module "
 
 
 class VLLM:
@@ -126,11 +152,12 @@ class VLLM:
         self.cfg, self.run, self.log_path = cfg, run, log_path
         self.process: asyncio.subprocess.Process | None = None
         self.starting: asyncio.Task | None = None
+        self.was_up, self.version, self.why = False, "", ""  # why: it did not start the last time
 
     async def start(self, checkpoint: Path) -> None:
         """Start the server on a checkpoint directory and wait until it is healthy.
 
-        Raises: RuntimeError with the end of vLLM's log when it exits or takes too long, VLLMUnfit.
+        Raises: RuntimeError with vLLM's own reason when it exits or takes too long, VLLMUnfit for one that stays.
         """
         await self.stop()
         with socket.socket() as s:  # a free port; vLLM binds it a moment later
@@ -169,41 +196,69 @@ class VLLM:
                 env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
                 command += ["--distributed-executor-backend", "uni"]
         self.session = aiohttp.ClientSession(
-            f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s),
+            f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0),
             # vLLM closes connections that are idle for 5 s; a request may meet that, and POST is not repeated.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
         )  # fmt: skip
         with open(self.log_path, "a") as out:
+            begin = out.tell()
             self.starting = asyncio.create_task(asyncio.create_subprocess_exec(
                 *guarded(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,
             ))  # fmt: skip
-            self.process = await asyncio.shield(self.starting)  # cancelled here, it would be a process nobody knows
+            try:
+                self.process = await asyncio.shield(self.starting)  # cancelled here, it would be one nobody knows
+            except OSError:
+                self.starting = None
+                await self.session.close()
+                raise
         wait, said = Wait("vllm start", self.cfg.vllm_start_timeout_s), 0.0
         while not await self.healthy():
             if self.process.returncode is not None or wait.over:
-                tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-30:])
                 why = wait.message() if wait.over else f"vLLM ended with status {self.process.returncode}"
                 await self.stop(kill=True)
-                if unknown := re.search(r"unrecognized arguments: (.*)", tail):
-                    raise VLLMUnfit(f"vLLM does not know the arguments {unknown[1]}; {MENDED_BY}")
-                # A setting that it will never take: argparse says so in this line, pydantic in the next.
-                pattern = r"error: (argument .*)|validation errors? for \w+\n\s*(.*?)(?: \[type=|\n|$)"
-                if refused := re.search(pattern, tail):
-                    raise VLLMUnfit(f"vLLM refuses its settings: {refused[1] or refused[2]}; see --vllm-args and the "
-                                    "run's flags")  # fmt: skip
-                raise RuntimeError(f"vLLM is not up after {wait.waited_s:.0f} s: {why}; {self.log_path} ends:\n{tail}")
+                self._give_up(why, begin)
             if wait.waited_s > said + 5:
                 said = wait.waited_s
                 log(f"vLLM is starting ({said:.0f} s)")
             await asyncio.sleep(0.25)  # polling another process: there is no event to wait for
-        version = await self.probe()
-        log(f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}, version {version}")
+        self.version = await self.probe()
+        self.was_up, self.why = True, ""
+        log(f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}, version {self.version}")
+
+    def _give_up(self, why: str, begin: int) -> None:
+        """Raises: VLLMUnfit where the next start would end as this one: vLLM has refused its settings, or has failed
+        twice alike without ever having been up; RuntimeError otherwise. begin: of this start in vLLM's log."""
+        with open(self.log_path, "rb") as file:
+            file.seek(begin)
+            output = file.read().decode(errors="replace")
+        reason, before = reason_of(output), self.why
+        tail = "\n".join(output.splitlines()[-30:])
+        log(f"{self.log_path} ends:\n{tail}")
+        if unknown := re.search(r"unrecognized arguments: (.*)", tail):
+            raise VLLMUnfit(f"vLLM does not know the arguments {unknown[1]}; {MENDED_BY}")
+        # Memory may be free a moment later: an old server's, or the trainer's.
+        hopeless = re.search(HOPELESS, reason) and "memory" not in reason
+        self.why = reason
+        if re.search("ValidationError: |: error: ", reason):
+            refused = re.sub(r".*?(ValidationError: \d+ .*?: |: error: )", "", reason)
+            raise VLLMUnfit(f"vLLM refuses its settings: {refused}; see --vllm-args and the run's flags")
+        if hopeless and not self.was_up and reason == before:
+            raise VLLMUnfit(f"vLLM does not start: {reason} ({self.log_path})")
+        raise RuntimeError(f"{why}: {reason or tail[-300:]} ({self.log_path})")
+
+    def engine(self) -> str:
+        """Of what kind it is: engines of one kind make the same of the same weights, to the bit."""
+        card = [line for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+                for line in file.read_text().splitlines() if line.startswith("Model:")]  # fmt: skip
+        device = " ".join(dict.fromkeys(card)) or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return f"vLLM {self.version} on {device}, {self.cfg.vllm_command} {self.cfg.vllm_args}"
 
     async def probe(self) -> str:
         """The server's version. Raises: VLLMUnfit naming every route that it lacks."""
         async with self.session.get("/version") as response:
-            version = (await response.json())["version"] if response.status == 200 else "unknown"
+            found = re.search(r'"version": *"([^"]*)"', await response.text())
+        version = found[1] if found else "unknown"
         missing = []
         for route, opened_by in ROUTES.items():
             async with self.session.options(route) as response:  # a route that is there refuses the method: 405
@@ -217,7 +272,7 @@ class VLLM:
         try:
             async with self.session.get("/health", timeout=aiohttp.ClientTimeout(total=30)) as response:
                 return response.status == 200
-        except (aiohttp.ClientError, TimeoutError, RuntimeError):  # RuntimeError: the session of a stopped server
+        except (*NO_ANSWER, RuntimeError):  # RuntimeError: the session of a stopped server
             return False
 
     async def vitals(self) -> dict[str, float] | None:
@@ -238,7 +293,7 @@ class VLLM:
                     name, _, rest = line.partition("{")
                     if name in names:  # one line for each engine of a data-parallel vLLM
                         found[names[name]] += float(rest.rsplit(" ", 1)[1])
-        except (aiohttp.ClientError, TimeoutError):
+        except (*NO_ANSWER, ValueError, IndexError):
             return None
         return found
 
@@ -258,12 +313,16 @@ class VLLM:
         self.process = self.starting = None
 
     async def post(self, route: str, body: dict | None = None) -> dict:
-        """Raises: RuntimeError when vLLM answers with an error, aiohttp.ClientError when it does not answer."""
+        """Raises: RuntimeError when vLLM answers with an error, or what is no JSON object; NO_ANSWER's when it does not
+        answer."""
         async with self.session.post(route, json=body) as response:
             text = await response.text()
             if response.status != 200:
                 raise RuntimeError(f"vLLM answered {route} with {response.status}: {text[:500]}")
-            return json.loads(text)
+            try:
+                return dict(json.loads(text))
+            except (ValueError, TypeError):
+                raise RuntimeError(f"vLLM answered {route} with what is no JSON object: {text[:500]}") from None
 
     async def load(self, checkpoint: Path, version: int) -> dict[str, float]:
         """Put the weights of a verified directory into the running model. Returns the seconds of each part.
@@ -271,7 +330,7 @@ class VLLM:
         Between pause and resume no engine step runs, so no token is sampled from half-loaded weights. Requests in
         flight are kept; vLLM labels the tokens before and after. What they have in the KV cache is computed again by
         the new weights, unless the run says otherwise (vLLM counts that as preemptions).
-        Raises: WaitOver when vLLM takes too long over it, RuntimeError and aiohttp.ClientError as `post`.
+        Raises: WaitOver when vLLM takes too long over it, and as `post`.
         """
         wait, start = Wait("weight update", self.cfg.load_timeout_s), time.perf_counter()
         try:
@@ -289,7 +348,14 @@ class VLLM:
         return {"pause_s": paused - start, "load_s": loaded - paused, "stopped_s": time.perf_counter() - start}
 
     async def checksums(self) -> dict[str, str]:
-        return (await self.post("/weight_checker", {"action": "checksum"}))["checksums"]
+        """Raises: as `load`."""
+        wait = Wait("weight update", self.cfg.load_timeout_s)
+        try:
+            async with asyncio.timeout(self.cfg.load_timeout_s):
+                answer = await self.post("/weight_checker", {"action": "checksum"})
+        except TimeoutError:
+            raise WaitOver(wait.message("checksums")) from None
+        return dict(answer.get("checksums") or {})
 
     async def generate(self, prompt_ids: list[int], sampling: dict, version: int) -> list[dict]:
         """All samples of a prompt in one request; vLLM shares the prompt's prefill between them."""
@@ -297,7 +363,7 @@ class VLLM:
         # trainer that was started again is another one than before, hence the run's id.
         salt = f"{self.run.get('id', '')}-v{version}"
         body = {"token_ids": prompt_ids, "sampling_params": sampling, "cache_salt": salt}
-        return (await self.post("/inference/v1/generate", body))["choices"]
+        return list((await self.post("/inference/v1/generate", body)).get("choices") or [])
 
 
 # ---- rewards -------------------------------------------------------------------------------------------------
@@ -523,10 +589,12 @@ class LocalRollout:
 
     def _start(self) -> None:
         self.starts += 1
+        self.mark = secrets.token_hex(4)
+        env = {**self.env, "CISPO_TOKEN": self.hub.token, "CISPO_NODE_MARK": self.mark}
         with open(self.log_path, "a") as out:
             print(f"[{time.strftime('%H:%M:%S')}] a rollout node is started", file=out, flush=True)
             self.process = subprocess.Popen(
-                with_parent(self.command), env={**self.env, "CISPO_TOKEN": self.hub.token}, stdout=out, stderr=out,
+                with_parent(self.command), env=env, stdout=out, stderr=out,
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
 
@@ -540,7 +608,7 @@ class LocalRollout:
         if not self.not_before:
             lines = self.log_path.read_text(errors="replace").strip().splitlines()
             why = f"the rollout process ended with status {status}: {lines[-1] if lines else ''} ({self.log_path})"
-            self.hub.release(f"{socket.gethostname()}:{self.process.pid}")
+            self.hub.release(node_name(self.process.pid, self.mark))
             if self.starts >= self.MAX_STARTS or status == 2:  # 2: another start would end the same way
                 raise RuntimeError(f"{why}; started {self.starts} times without a group")
             pause_s = backoff_s(self.starts)

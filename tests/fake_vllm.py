@@ -11,10 +11,12 @@ whole runs bit for bit.
         hang                   health says fine, no token moves
         crash                  the process ends, as after the kernel's OOM killer
         crash_update           it ends in the middle of the next weight update
+        crash_checksum         it ends when its checksums are asked for, as after a weight update
         stall_update           the next weight update is never answered
         slow, "s": 0.1         every engine step takes so much longer
-        drop, nan, null, empty, long, twice, oom, "count": 3     the next so many requests: connection dropped; a sample
-                               with a NaN or null log-prob, without tokens, with too many; samples twice; status 500
+        drop, nan, null, empty, long, twice, odd, oom, "count": 3     the next so many requests: connection dropped; a
+                               sample with a NaN or null log-prob, without tokens, with too many; samples twice; one
+                               that is no sample; status 500
         poison, "token": 5     every request whose prompt holds this token gets status 500
         without, "routes": []  it never had these routes, as another version of vLLM
 """
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import ModelConfig
 from weights import describe, read_tensors
 
-COUNTED = ("drop", "nan", "null", "empty", "long", "twice", "oom")
+COUNTED = ("drop", "nan", "null", "empty", "long", "twice", "odd", "oom")
 
 
 # ---- the model -----------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ class Server:
         self.waiting: list[Request] = []
         self.paused, self.tokens, self.requests, self.preemptions = False, 0, 0, 0
         self.faults = {kind: 0 for kind in COUNTED}
-        self.hang = self.crash_update = self.stall_update = False
+        self.hang = self.crash_update = self.crash_checksum = self.stall_update = False
         self.slow_s, self.poison, self.without = 0.0, None, []
         self.work = asyncio.Event()
 
@@ -185,7 +187,7 @@ class Server:
         elif kind == "poison":
             self.poison = fault["token"]
         else:
-            assert kind in ("hang", "crash_update", "stall_update"), kind
+            assert kind in ("hang", "crash_update", "crash_checksum", "stall_update"), kind
             setattr(self, kind, True)
 
     async def generate(self, http: web.Request):
@@ -215,6 +217,8 @@ class Server:
             first["logprobs"]["content"][-1]["logprob"] = math.nan if "nan" in hit else None
         if "empty" in hit:
             first |= {"token_ids": [], "logprobs": {"content": []}, "weight_versions": []}
+        if "odd" in hit:
+            choices[0] = {"text": "of another version"}
         if "long" in hit:
             extra = request.limit
             first["token_ids"] += [0] * extra
@@ -247,6 +251,8 @@ class Server:
             self.paused = False
             self.work.set()
         elif name == "weight_checker":
+            if self.crash_checksum:
+                os._exit(1)
             return web.json_response({"checksums": {n: describe(t)["blake3"] for n, t in self.policy.w.items()}})
         return web.json_response({})
 

@@ -44,6 +44,9 @@ class StandIn:
     async def checksums(self):
         return {"w": "1"}
 
+    def engine(self):
+        return "a stand-in"
+
     async def load(self, checkpoint, version):
         self.calls.append(("load", version))
         if version in self.broken_loads:
