@@ -924,12 +924,11 @@ def main() -> None:
         if model_cfg := dry_run.known_config(cfg):  # all that can be refused is, before anything takes time
             dry_run.check(model_cfg, cfg, world_size)
         if rank == 0:
+            check_address(cfg.hub_host, cfg.hub_port)
             hold(cfg.run_dir)
         if rank == 0 and reward_sources(cfg.reward):
             node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
             check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
-        if rank == 0:
-            check_address(cfg.hub_host, cfg.hub_port)
         examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
         held_out = load_held_out(cfg, examples) if rank == 0 else None
         for rows, name in ((examples, "--data"), (held_out, "--val-data")):

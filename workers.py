@@ -135,7 +135,7 @@ def reason_of(output: str) -> str:
     prefix = r"^\s*\(\w+ pid=\d+\)\s*(ERROR \S+ \S+ \[[^]]*\]\s*)?"
     lines, reason = [re.sub(prefix, "", line).strip() for line in output.splitlines()], ""
     for line, after in zip(lines, [*lines[1:], ""]):
-        if re.match(r"[\w.]*(Error|Exception): |\S+: error: |\S+: No module named ", line):
+        if re.match(r"[\w.]*(Error|Exception): |.*: error: argument |\S+: No module named ", line):
             if "initialization failed" not in line:  # else another process says why
                 reason = f"{line}: {after.split(' [type=')[0]}" if "ValidationError: " in line else line
     return reason[:600]
@@ -240,7 +240,7 @@ class VLLM:
         # Memory may be free a moment later: an old server's, or the trainer's.
         hopeless = re.search(HOPELESS, reason) and "memory" not in reason
         self.why = reason
-        if re.search("ValidationError: |: error: ", reason):
+        if re.search("ValidationError: |: error: argument ", reason):
             refused = re.sub(r".*?(ValidationError: \d+ .*?: |: error: )", "", reason)
             raise VLLMUnfit(f"vLLM refuses its settings: {refused}; see --vllm-args and the run's flags")
         if hopeless and not self.was_up and reason == before:
