@@ -26,6 +26,7 @@ import secrets
 import shlex
 import socket
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -906,6 +907,12 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
     torch.distributed.destroy_process_group()
 
 
+def uncompilable_path() -> str:
+    """A path that torch gives to the C++ compiler without quotes, and that needs them; "" if there is none."""
+    paths = (str(Path(torch.__file__).parent), os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir())
+    return next((path for path in paths if set(path) & set(" \t\n\"'\\")), "")
+
+
 def main() -> None:
     Signals.install()
     of_torchrun = lambda name, default: int(os.environ.get(name, default))
@@ -920,6 +927,9 @@ def main() -> None:
             if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():  # a directory may hold a small one
                 raise ValueError(f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
                                  "--dry-run prints the plan")  # fmt: skip
+            if cfg.compile and (path := uncompilable_path()):
+                raise ValueError(f"--compile: torch's compiler cannot use {path!r}, for the space or quote in it; use "
+                                 "--no-compile, or other places (.venv, TORCHINDUCTOR_CACHE_DIR, TMPDIR)")  # fmt: skip
             torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * of_torchrun("LOCAL_WORLD_SIZE", 1))))
         if model_cfg := dry_run.known_config(cfg):  # all that can be refused is, before anything takes time
             dry_run.check(model_cfg, cfg, world_size)

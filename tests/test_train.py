@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,19 @@ def test_bad_input_ends_the_program_before_anything_starts(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
     assert done.stderr == "train_cispo.py: error: --temperature 0.0: must be above 0; greedy samples have no ratio\n"
+
+
+@pytest.mark.parametrize("of", ["TMPDIR", "TORCHINDUCTOR_CACHE_DIR", ".venv"])
+def test_a_path_that_the_compiler_cannot_take_is_named_at_the_start(of, tmp_path):
+    """torch gives it to the C++ compiler without quotes, which shows as a page of errors after minutes."""
+    (bad := tmp_path / "a path").mkdir()
+    (bad / "venv").symlink_to(sys.prefix)
+    env, python = os.environ | ({} if of == ".venv" else {of: str(bad)}), sys.executable
+    python = str(bad / "venv/bin/python") if of == ".venv" else python
+    command = [python, str(REPO / "train_cispo.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("train_cispo.py: error: --compile: ") and str(bad) in done.stderr, done.stderr
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path, tiny_checkpoint, capsys, monkeypatch):
