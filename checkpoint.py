@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from blake3 import blake3
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from model import ModelConfig, Qwen3MoE
@@ -40,12 +40,13 @@ from waits import Wait, await_keys
 from weights import (
     WeightsError,
     check,
-    checkpoint_files,
     describe,
     digest,
     fsync,
     layer_order,
     model_card,
+    read_tensors,
+    tensor_bytes,
     write_safetensors,
     write_share,
     write_static,
@@ -272,16 +273,17 @@ def choose(paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tuple[P
 
 
 def model_digest(path: Path) -> str:
-    """Of a starting checkpoint: its config.json and weight files, of which large ones count with name, size and 256
-    pieces, evenly spaced. No training leaves all of these as they were."""
-    parts = [digest(file.read_bytes()) for file in (path / "config.json",) if file.exists()]
-    for file in checkpoint_files(path):
-        size, hasher = file.stat().st_size if file.exists() else -1, blake3()
-        for at in range(0, size, max(1 << 16, size >> 8)):
-            with open(file, "rb") as f:
-                f.seek(at)
-                hasher.update(f.read(1 << 16))
-        parts.append(f"{file.name} {size} {hasher.hexdigest()}")
+    """Of a starting checkpoint: its architecture, and its tensors by name, in whatever files they lie. Of large ones
+    four pieces of 16 KiB count; no training leaves all of these as they were."""
+    parts = []
+    with contextlib.suppress(OSError, ValueError, SafetensorError):  # what is missing or damaged makes it another one
+        parts.append(repr(ModelConfig.from_dir(path)))
+        for name, tensor in read_tensors(path):
+            data, hasher = tensor_bytes(tensor), blake3()
+            stride, piece = (len(data), len(data)) if len(data) <= 1 << 16 else (len(data) // 4, 1 << 14)
+            for at in range(0, len(data), stride):
+                hasher.update(data[at : at + piece])
+            parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {hasher.hexdigest()}")
     return digest("\n".join(parts).encode())
 
 
