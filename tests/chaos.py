@@ -8,6 +8,7 @@ At the end of a run its log of ordinals, which is what the optimizer saw, is com
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -25,12 +26,29 @@ from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from workers import with_parent
+
 REPO = Path(__file__).resolve().parent.parent
 LOG = "runs/tiny/rollout.log"
-VLLM = ("hang", "crash", "crash_update", "stall_update", "drop", "nan", "null", "empty", "long", "twice", "oom")
+VLLM = (
+    "hang",
+    "crash",
+    "crash_update",
+    "crash_checksum",
+    "stall_update",
+    "drop",
+    "nan",
+    "null",
+    "empty",
+    "long",
+    "twice",
+    "oom",
+)
 REWARD = ("raise", "nan", "exit", "hang")
 PARTS = ("kill -9 vllm", "kill -9 rollout", "stop rollout 8 s", "kill -9 trainer", "SIGTERM trainer")
-FAULTS = [*(f"vllm {kind}" for kind in VLLM), *(f"reward {kind}" for kind in REWARD), *PARTS]
+SECOND = "a second node, and weights that one refuses"
+FAULTS = [*(f"vllm {kind}" for kind in VLLM), *(f"reward {kind}" for kind in REWARD), *PARTS, SECOND]
 IN_PAUSE = "kill -9 vllm between /pause and /resume"  # the fake one has crash_update and stall_update for that
 REAL_FAULTS = [*PARTS, IN_PAUSE]
 REWARD_FILE = """
@@ -64,22 +82,47 @@ class Run:
     def __init__(self, root: Path, real: bool, steps: int):
         self.root, self.steps = root, steps
         (root / "my.py").write_text(REWARD_FILE)
-        rollout = "--stall-timeout-s 4 --load-timeout-s 6 --reward-timeout-s 4 --beat-s 0.5"
+        self.second = None  # rollout node, which ends with the trainer
+        self.rollout_flags = rollout = "--stall-timeout-s 4 --load-timeout-s 6 --reward-timeout-s 4 --beat-s 0.5"
         if not real:
             fake = Path(__file__).with_name("fake_vllm.py")
-            rollout += " --vllm-command " + shlex.quote(f"{sys.executable} {fake}")
+            self.rollout_flags = rollout = f"{rollout} --vllm-command " + shlex.quote(f"{sys.executable} {fake}")
         else:
             rollout = rollout.replace("--stall-timeout-s 4 --load-timeout-s 6", "--stall-timeout-s 20")
         self.command = [
             sys.executable, str(REPO / "train_cispo.py"), "--use-cispo", "--no-compile", "--max-num-steps", str(steps),
             "--checkpoint-every-steps", "5", "--resume", "auto", "--reward", f"{root / 'my.py'}:score",
-            f"--rollout-args={rollout}",
+            "--full-version-every", "2", f"--rollout-args={rollout}",
         ]  # fmt: skip
         self.start()
 
     def start(self):
         with open(self.root / "out", "a") as out:
-            self.process = subprocess.Popen(self.command, cwd=self.root, stdout=out, stderr=out)
+            env = {**os.environ, "CISPO_TOKEN": "chaos"}
+            self.process = subprocess.Popen(self.command, cwd=self.root, stdout=out, stderr=out, env=env)
+
+    def end_second(self):
+        if self.second is not None:
+            self.second.kill()  # its vLLM and workers die with it
+            self.second.wait()
+            self.second = None
+
+    def start_second(self):
+        """Another rollout node, to which the newest weights on the trainer's disk are damaged, each file by one bit. It
+        refuses them, they are published once more, and the first goes on with what it has."""
+        self.end_second()
+        newest = max(self.root.glob("runs/tiny/weights/v*"), key=lambda v: int(v.name[1:].split(".")[0]))
+        for file in newest.glob("model-*"):
+            with contextlib.suppress(FileNotFoundError), open(file, "r+b") as f:
+                f.seek(-5, os.SEEK_END)
+                last = f.read(1)[0]
+                f.seek(-5, os.SEEK_END)
+                f.write(bytes([last ^ 1]))
+        url = re.findall(r"hub at (http://\S+),", (self.root / "out").read_text())[-1]
+        command = [sys.executable, str(REPO / "rollout.py"), url, "--dir", str(self.root / "second")]
+        with open(self.root / "second.log", "a") as out:
+            self.second = subprocess.Popen(with_parent([*command, *shlex.split(self.rollout_flags)]), stdout=out,
+                                           stderr=out, env={**os.environ, "CISPO_TOKEN": "chaos"})  # fmt: skip
 
     def steps_done(self) -> int:
         """Steps ever trained, those made again after a restart included."""
@@ -122,7 +165,10 @@ class Run:
                 os.killpg(int(up[-1][0]), signal.SIGKILL)
             except ProcessLookupError:
                 pass
+        elif fault == SECOND:
+            self.start_second()
         elif fault.endswith("trainer"):
+            self.end_second()
             self.process.send_signal(signal.SIGKILL if "-9" in fault else signal.SIGTERM)
             status = self.process.wait(90)
             assert status == (-9 if "-9" in fault else 0), f"status {status}"
@@ -146,6 +192,7 @@ class Run:
         clock = [60 * (60 * int(h) + int(m)) + int(s) for h, m, s in stamps]
         return {
             "lost": len(lost) - hub["set_aside"], "set_aside": hub["set_aside"],
+            "refused": hub["counts"].get("updates_refused", 0),
             "twice": sum(n > 1 for n in trained.values()),
             "too_old": sum(r["train/max_trajectory_age"] > 1 for r in records),
             "reward": sum(r["train/reward"] for r in records[-5:]) / 5,
@@ -181,6 +228,7 @@ def chaos(seed: int, faults: int, real: bool = False, per_run: int = 40, steps: 
                 verdicts.append(run.verdict())
                 print(f"run {number}: {verdicts[-1]}", flush=True)
             finally:
+                run.end_second()
                 if run.process.poll() is None:
                     run.process.terminate()
                     run.process.wait(90)
