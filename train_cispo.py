@@ -62,7 +62,7 @@ from parallel import Mesh, ShardedAdamW, all_reduce, broadcast_bytes, join_ranks
 from report import Clock, fetch, log_step, merge, rollout_metrics, say, say_something, sum_up, update_metrics
 from rewards import check_answers, reward_digest, reward_sources
 from rollout import RolloutConfig
-from validation import Validation, read_scores
+from validation import Validation, due_at_start, read_scores
 from waits import Signals, Wait, agree, stop_word
 from weights import INDEX, STATIC_FILES, Publisher, WeightsError, checkpoint_files, digest, load_hf, stored_tensors
 from workers import LocalRollout, check_reward
@@ -706,7 +706,7 @@ def wait_for_validation(hub: Hub, cfg: Config, rollout: LocalRollout | None) -> 
 
 def about(cfg: Config, hub: Hub, scores: dict[int, float], origin: dict) -> dict:
     """Rank 0's part of a checkpoint. The scores, of validation or else of training, say which checkpoint is best."""
-    unscored = [r["version"] for r in hub.status()["validation"]["rounds"]]
+    unscored = [version for version in hub.validation.begun if version not in scores]
     return {"ledger": hub.ledger_state(), "config": dataclasses.asdict(cfg), "scores": scores, "unscored": unscored,
             "origin": origin}  # fmt: skip
 
@@ -786,8 +786,10 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
             scores = {v: score for v, score in scores.items() if v >= origin["scored_since"]}
             scores = scores if validating else {int(at): score for at, score in saved["scores"].items()}
             say(f"going on from {resume}: step {start}, {saved['ledger']['taken']} prompts trained")
-        if validating and start not in scores:
-            hub.begin_validation(start)
+        anew = not resume or resume.parent.parent.resolve() != cfg.run_dir.resolve() or start == origin["scored_since"]
+        due = due_at_start(start, cfg.validates(start), anew, saved.get("unscored", []), scores)
+        for version in due if validating else []:
+            hub.begin_validation(version)
         if cfg.local_rollout:
             rollout = LocalRollout(hub, cfg.run_dir / "rollout", cfg.rollout_args, cfg.run_dir / "rollout.log")
         num_parameters = sum(shape.numel() for shape in model.checkpoint_shapes().values())

@@ -42,11 +42,13 @@ class Validation(Books):
         self.pass_threshold = pass_threshold
         self.examples, self.num_samples, self.max_failures = examples, num_samples, max_failures
         self.rounds: dict[int, Round] = {}  # by version, oldest first
+        self.begun: list[int] = []  # versions of all rounds that were ever asked for
         self.finished: list[Round] = []  # until the trainer takes them
         self.failures: Counter[tuple[int, int]] = Counter()
         self.leases_made = self.answered = 0
 
     def begin(self, version: int) -> None:
+        self.begun.append(version)
         self.rounds[version] = Round(version, list(range(len(self.examples))), time.monotonic())
 
     def grant(self, node: str, node_version: int, now: float) -> Lease | None:
@@ -90,6 +92,14 @@ class Validation(Books):
         rounds = [{"version": r.version, "answered": len(r.groups), "of": len(self.examples)}
                   for r in self.rounds.values()]  # fmt: skip
         return {"rounds": rounds, "answered": self.answered, "counts": dict(self.counts)}
+
+
+def due_at_start(start: int, validates: bool, anew: bool, unscored: list[int], scores: dict) -> list[int]:
+    """The versions whose rounds a run asks for as it starts. One that goes on, after a kill too, asks again for those
+    that were open at its checkpoint, and never for one whose score is there. anew: the run, or its scores, start here.
+    """
+    begun = {start} if anew else {*unscored, *([start] if validates else [])}
+    return sorted(begun - scores.keys())
 
 
 # ---- scores --------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ import weights
 from hub import Hub
 from ledger import Group, Ledger
 from task import held_out_examples, task_examples
-from train_cispo import load_held_out, parse_config
-from validation import Round, Validation, samples, score
+from train_cispo import Config, about, load_held_out, parse_config
+from validation import Round, Validation, due_at_start, samples, score
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -191,6 +191,35 @@ def wait_for(cwd, condition, process, within_s=120):
         time.sleep(0.05)  # polling what other programs write
 
 
+@pytest.mark.parametrize("kill", range(3, 13))
+def test_the_validations_of_an_interrupted_run_are_those_of_an_uninterrupted_one(kill, tmp_path):
+    """Every 4 steps a round, every 3 a checkpoint; the trainer is killed after any step while the newest round is open
+    or its score is just written. `about` says what a checkpoint keeps, `due_at_start` what is asked for after it."""
+    cfg = Config(val_every_steps=4, max_num_steps=12, checkpoint_every_steps=3)
+
+    class Books:  # what a hub answers with
+        def __init__(self):
+            self.validation = Validation([{}], lease_timeout_s=1.0)
+            self.ledger_state = dict  # of no matter here
+
+    for written in (False, True):
+        hub, scores, saved = Books(), {}, None
+        hub.validation.begin(0)
+        for step in range(1, kill + 1):
+            scores |= {v: 1.0 for v in hub.validation.begun if v < step - 1}  # each takes more than a step
+            if cfg.validates(step):
+                hub.validation.begin(step)
+            if step % 3 == 0 or cfg.validates(step):
+                saved = {"step": step, **about(cfg, hub, dict(scores), {})}
+        scores |= dict.fromkeys(hub.validation.begun, 1.0) if written else {}
+        finished = [v for v in scores if v <= saved["step"]]  # begin_run_dir keeps these records
+        start = saved["step"]
+        asked = due_at_start(start, cfg.validates(start), False, saved["unscored"], dict.fromkeys(finished))
+        asked += [v for v in range(start + 1, 13) if cfg.validates(v)]
+        assert sorted(finished + asked) == [0, 4, 8, 12], (kill, written)
+    assert due_at_start(3, False, True, [0], {}) == [3]  # another run's checkpoint: this one is scored at its start
+
+
 @pytest.mark.slow
 def test_a_node_killed_and_a_trainer_killed_in_mid_validation_lose_no_score(
     tmp_path, tiny_checkpoint, fake_vllm_command
@@ -252,7 +281,8 @@ def test_a_node_killed_and_a_trainer_killed_in_mid_validation_lose_no_score(
             process.kill()
     (resumed,) = re.findall(r"going on from runs/tiny/checkpoints/step-0+(\d+)", out.read_text())
     found = {r["version"]: r for r in records(run / "validation.jsonl")}
-    assert found.keys() == {0, int(resumed), 4, 8, 12}  # at its start a run is validated, unless it was already
+    assert found.keys() == {0, 4, 8, 12} and int(resumed) in (3, 4)  # as without the interruption
+    assert len(records(run / "validation.jsonl")) == 4
     for version, r in found.items():
         rows = records(run / f"validation/v{version}.jsonl")
         assert [row["prompt"] for row in rows] == [e["prompt"] for e in held_out]
