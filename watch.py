@@ -230,7 +230,8 @@ def plot(run_dir: Path) -> Path:
         points = [(r["version"], r[name]) for r in validations if name in r]
         axes.flat[0].plot(*zip(*points), "o--", color=color, label=name.replace("/", " "))
     for ax in axes.flat:
-        ax.legend()
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend()
     axes.flat[0].set_ylim(-0.02, 1.02)
     # The first step holds vLLM's start and the compilation; it must not flatten all others.
     seconds = sorted(r["timing/train/total_step_time"] for r in records) or [1.0]
