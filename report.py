@@ -30,7 +30,8 @@ from weights import checkpoint_files
 
 # ---- console -------------------------------------------------------------------------------------------------
 def say(message: str) -> None:
-    tqdm.write(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stdout)
+    text = message.encode(errors="backslashreplace").decode()  # half of a character, which UTF-8 lacks
+    tqdm.write(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stdout)
     sys.stdout.flush()
     say.last = time.monotonic()
 

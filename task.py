@@ -109,7 +109,7 @@ class Lines:
         try:
             row = json.loads(self.line(i))
         except ValueError as e:
-            raise ValueError(f"{self.where(i)}: not JSON ({e})") from None
+            raise ValueError(f"{self.where(i)}: not JSON ({e}); a row is an object on a line of its own") from None
         if not isinstance(row, dict):
             raise ValueError(f"{self.where(i)}: not a JSON object")
         return row
@@ -453,7 +453,10 @@ class Codec:
         self.path = Path(checkpoint)
         if not (self.path / "tokenizer.json").is_file():
             raise ValueError(f"{checkpoint} has no tokenizer.json")
-        self.tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        except Exception as e:  # the library raises nothing more special
+            raise ValueError(f"{checkpoint}: tokenizer.json cannot be read: {e}") from None
         # What a script had switched on for its training comes with the file.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

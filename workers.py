@@ -32,7 +32,8 @@ REPO = Path(__file__).resolve().parent
 
 
 def log(message: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] rollout: {message}", flush=True)
+    text = message.encode(errors="backslashreplace").decode()  # half of a character, in what a reward raised
+    print(f"[{time.strftime('%H:%M:%S')}] rollout: {text}", flush=True)
 
 
 def node_name(pid: int, mark: str) -> str:

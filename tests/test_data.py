@@ -146,6 +146,12 @@ def test_a_template_that_raises_or_drops_a_message_is_one_line_before_the_model_
     assert "loses its system message 'be good'" in refusal(path, checkpoint, system_prompt="be good")
 
 
+def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, checkpoint):
+    (checkpoint / "tokenizer.json").write_text('{"version": "1.0"')
+    path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}])
+    assert f"{checkpoint}: tokenizer.json cannot be read: EOF while" in refusal(path, checkpoint)
+
+
 def test_a_checkpoint_without_an_end_token_is_refused_before_the_model_is_loaded(tmp_path, checkpoint):
     path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}])
     (checkpoint / "config.json").write_text("{}")
@@ -210,6 +216,15 @@ def test_what_utf_8_lacks_never_stops_the_writing_of_samples(tmp_path):
     report.log_samples([group], 0, {0: {"answer": "x\ud83d é"}}, lambda ids: "ü\ude00", tmp_path)
     sample = json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8"))
     assert (sample["answer"], sample["completion"]) == ("x\ud83d é", "ü\ude00")
+
+
+def test_what_utf_8_lacks_never_stops_a_line_of_the_log(capsys):
+    import report
+    import workers
+
+    report.say("a judge said é\ud83d")
+    workers.log("a judge said é\ud83d")
+    assert capsys.readouterr().out.count("a judge said é\\ud83d\n") == 2
 
 
 def test_a_prompt_that_cannot_be_sent_is_given_back_and_set_aside_while_others_go_on(hub):
