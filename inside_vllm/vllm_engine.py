@@ -13,6 +13,7 @@ Two ways to corrupt a live model without any error, both of which happened to ot
 rollout.py proves at start, and tests/test_vllm.py for good, that reloading the same weights changes no checksum.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 def tensors_by_layer(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a verified directory, in the order of the numbers in the names: vLLM converts a layer when all
     of it has come, and holds back what has come of the others."""
-    files = [safe_open(file, framework="pt") for file in path.glob("*.safetensors")]
+    index = path / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    files = [safe_open(path / file, framework="pt") for file in named]  # one that is missing is an error
     where = {name: file for file in files for name in file.keys()}
     for name in sorted(where, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]):
         yield name, where[name].get_tensor(name)
