@@ -71,7 +71,7 @@ class CountingFile:
 
 class CountingSlice:
     def __init__(self, stored):
-        self.stored, self.get_shape = stored, stored.get_shape
+        self.stored, self.get_shape, self.get_dtype = stored, stored.get_shape, stored.get_dtype
 
     def __getitem__(self, index):
         part = self.stored[index]
