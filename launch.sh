@@ -267,6 +267,10 @@ by_slurm() {
   if [ "$code" -ne 0 ]; then say "rollout node ended with status $code"; fi # no bad exit: training goes on
 }
 
+# torchrun passes SIGTERM on to its ranks, and kills them so many seconds later: time to end a step and save.
+if [ -n "${CISPO_LEASH:-}" ]; then shutdown_s=80; else shutdown_s=600; fi # `run` kills after 90 s
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$shutdown_s}
+
 print="" python=$here/.venv/bin/python
 if [ "${1:-}" = --print ]; then print=1; shift; fi
 for name in NPROC NNODES NODE_RANK ROLLOUT_NODES HUB_PORT MASTER_PORT; do

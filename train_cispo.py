@@ -876,7 +876,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
                     scores[step + 1], rewards = sum(rewards) / len(rewards), []
                 saver.save(step + 1, model, optimizer, about(cfg, hub, scores, origin) if rank == 0 else None)
         if word.startswith("SIGTERM"):
-            saver.deadline_s = 20.0  # torchrun, whose signal it may be since another rank has died, kills after 30
+            saver.deadline_s = min(saver.deadline_s, Signals.save_within_s())
         if word != "train" and saver.newest_step != step:  # asked to stop before this step: all before it is whole
             saver.save(step, model, optimizer, about(cfg, hub, scores, origin) if rank == 0 else None)
         saver.wait()
@@ -894,7 +894,9 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
                 state = state if whole(saver.root) else "before any was trained, so there is no state to go on from"
                 say(f"stopped at step {step}, {state}: {word}")
         if finished:  # every node's files are served until rank 0 needs no more answers from the rollout nodes
-            agree(cfg.max_num_steps, "over", rank, cfg.val_timeout_s + 60, stop=lambda: Signals.stop)
+            # Rank 0 may be as late as its own waits since the last step allow, one after the other.
+            rank_0_may_take = saver.deadline_s + publisher.deadline_s + cfg.val_timeout_s + 60
+            agree(cfg.max_num_steps, "over", rank, rank_0_may_take, stop=lambda: Signals.stop)
         if not word.startswith(("train", "SIGTERM")):
             raise SystemExit(f"train_cispo.py: rank {rank}: stopped at step {step}: {word}")
     finally:

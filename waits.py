@@ -5,6 +5,7 @@
 known of the other side.
 """
 
+import math
 import os
 import signal
 import sys
@@ -113,7 +114,7 @@ class Signals:
     """SIGTERM, as preemption sends it, asks the loop to stop where its state is whole; a second one, SIGINT, or any
     before the loop runs ends the process as an exception, so that what was started is ended."""
 
-    stop = ""  # the word that asks for it
+    stop, since = "", 0.0  # the word that asks for it, and when it came
     in_loop = False
 
     @classmethod
@@ -127,4 +128,14 @@ class Signals:
             if number == signal.SIGINT:  # written past Python's buffers, whose lock may be held by what it interrupts
                 os.write(2, b"\ninterrupted: ending what was started (SIGTERM would save the state first)\n")
             sys.exit(128 + number)
-        cls.stop = "SIGTERM"
+        cls.stop, cls.since = "SIGTERM", time.monotonic()
+
+    @classmethod
+    def save_within_s(cls) -> float:
+        """How long a save may take once SIGTERM has come. torchrun passes it on to its ranks, and kills them after
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s; launch.sh sets more), of which the step in progress has taken its part; a
+        third is left for the ending. Without torchrun there is no such limit."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return math.inf
+        limit_s = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+        return max(1.0, limit_s * 2 / 3 - (time.monotonic() - cls.since if cls.since else 0.0))

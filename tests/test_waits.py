@@ -22,7 +22,7 @@ from model import ModelConfig, Qwen3MoE
 from parallel import ShardedAdamW
 from rollout import RolloutConfig, ask
 from train_cispo import Config, wait_for_batch, wait_for_validation
-from waits import WAITS, Wait, WaitOver, agree
+from waits import WAITS, Signals, Wait, WaitOver, agree
 from weights import digest
 from workers import VLLM, LocalRollout, RewardWorkers
 
@@ -103,6 +103,15 @@ def test_hub_thread(hub):
     with pytest.raises(WaitOver) as e:
         hub._call(asyncio.sleep(5), 0.1)
     assert says(str(e.value), "hub thread", "trainer rank 0", "the hub's thread")
+
+
+def test_a_save_after_sigterm_ends_before_torchrun_kills(monkeypatch):
+    assert Signals.save_within_s() == float("inf")  # nobody kills
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert Signals.save_within_s() == 20.0
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    monkeypatch.setattr(Signals, "since", time.monotonic() - 100)  # the step has taken its part
+    assert 299 < Signals.save_within_s() <= 300
 
 
 def test_rollout_end(capfd):
