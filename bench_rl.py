@@ -26,7 +26,7 @@ import task
 from model import ModelConfig, Qwen3MoE
 from rewards import load_reward
 from train_cispo import Config
-from weights import write_safetensors
+from weights import cores, write_safetensors
 
 REPO = Path(__file__).resolve().parent
 UPDATES, GENERATIONS, CLIP_HIGH = 4, 16, 5.0  # TRL's epsilon_high is the bound itself, ours an offset from 1
@@ -77,8 +77,7 @@ def our_command(size: str, root: Path, checkpoint: Path, synchronous: bool) -> l
     if size != "tiny":
         flags["reward"] = f"{root / 'reward.py'}:score"
     if synchronous:
-        cores = os.cpu_count()
-        flags |= {"max-trajectory-age-steps": 0, "cpu-threads": cores, "rollout-args": f"--vllm-threads {cores}"}
+        flags |= {"max-trajectory-age-steps": 0, "cpu-threads": cores(), "rollout-args": f"--vllm-threads {cores()}"}
     return [sys.executable, str(REPO / "train_cispo.py"), *(f"--{name}={value}" for name, value in flags.items())]
 
 
@@ -89,7 +88,7 @@ def train_with_trl(size: str, root: Path, checkpoint: Path, out: Path) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     prompts, new_tokens, lr, steps, *_ = SIZES[size]
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(cores())
     reward = load_reward("exact" if size == "tiny" else f"{root / 'reward.py'}:score")
     now = {"start": time.perf_counter(), "generate": 0.0, "rewards": []}
 

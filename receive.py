@@ -33,6 +33,7 @@ from weights import (
     STATIC_FILES,
     SUFFIX,
     WeightsError,
+    cores,
     describe,
     digest,
     read_tensors,
@@ -187,7 +188,7 @@ def receive(manifest: dict, root: Path, have: Path | None, source: Source) -> tu
                 for fd in fds:
                     os.close(fd)
         fetched = time.perf_counter()
-        threads = max(1, min(8, os.cpu_count() // 8))  # vLLM's share of the machine is the larger one
+        threads = max(1, min(8, cores() // 8))  # vLLM's share of the machine is the larger one
         with ThreadPoolExecutor(threads) as workers:
             list(workers.map(lambda shard: patch(shard, paths[shard["name"]], manifest, tmp, have), manifest["shards"]))
             write_index(tmp, manifest["shards"])

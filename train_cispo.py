@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import dry_run
@@ -63,8 +64,18 @@ from report import Clock, fetch, log_step, merge, rollout_metrics, say, say_some
 from rewards import check_answers, reward_digest, reward_sources
 from rollout import RolloutConfig
 from validation import Validation, due_at_start, read_scores
-from waits import Signals, Wait, agree, stop_word
-from weights import INDEX, STATIC_FILES, Publisher, WeightsError, checkpoint_files, digest, load_hf, stored_tensors
+from waits import Signals, Wait, WaitOver, agree, stop_word
+from weights import (
+    INDEX,
+    STATIC_FILES,
+    Publisher,
+    WeightsError,
+    checkpoint_files,
+    cores,
+    digest,
+    load_hf,
+    stored_tensors,
+)
 from workers import LocalRollout, check_reward
 
 # ---- config --------------------------------------------------------------------------------------------------
@@ -806,7 +817,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
     # ---- loop
     step, clock, done, word, rewards, silent = start, Clock(), threading.Event(), "train", [], 0
     skipped, stuck = 0, ""  # updates in a row, on rank 0, and why they are too many
-    Signals.in_loop = True  # from here on SIGTERM is a word, not an exception
+    Signals.in_loop = True  # from here on the first signal is a word, not an exception
     if rank == 0:
         here = lambda: (f": {len(hub.ledger.buffer)} of {cfg.num_prompts_per_step} prompts, {len(hub.nodes)} rollout "
                         "node(s)" if clock.doing == "exposed_generation" else "")  # fmt: skip
@@ -875,7 +886,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
                 if rank == 0 and not validating:  # without validation: the mean reward since the one before
                     scores[step + 1], rewards = sum(rewards) / len(rewards), []
                 saver.save(step + 1, model, optimizer, about(cfg, hub, scores, origin) if rank == 0 else None)
-        if word.startswith("SIGTERM"):
+        if Signals.asked(word):
             saver.deadline_s = min(saver.deadline_s, Signals.save_within_s())
         if word != "train" and saver.newest_step != step:  # asked to stop before this step: all before it is whole
             saver.save(step, model, optimizer, about(cfg, hub, scores, origin) if rank == 0 else None)
@@ -897,7 +908,7 @@ def train(cfg: Config, checkpoint: Path, data: tuple[task.Prompts, task.Codec, l
             # Rank 0 may be as late as its own waits since the last step allow, one after the other.
             rank_0_may_take = saver.deadline_s + publisher.deadline_s + cfg.val_timeout_s + 60
             agree(cfg.max_num_steps, "over", rank, rank_0_may_take, stop=lambda: Signals.stop)
-        if not word.startswith(("train", "SIGTERM")):
+        if word != "train" and not Signals.asked(word):
             raise SystemExit(f"train_cispo.py: rank {rank}: stopped at step {step}: {word}")
     finally:
         done.set()
@@ -934,7 +945,7 @@ def main() -> None:
             if cfg.compile and (path := uncompilable_path()):
                 raise ValueError(f"--compile: torch's compiler cannot use {path!r}, for the space or quote in it; use "
                                  "--no-compile, or other places (.venv, TORCHINDUCTOR_CACHE_DIR, TMPDIR)")  # fmt: skip
-            torch.set_num_threads(cfg.cpu_threads or max(1, os.cpu_count() // (2 * of_torchrun("LOCAL_WORLD_SIZE", 1))))
+            torch.set_num_threads(cfg.cpu_threads or max(1, cores() // (2 * of_torchrun("LOCAL_WORLD_SIZE", 1))))
         if model_cfg := dry_run.known_config(cfg):  # all that can be refused is, before anything takes time
             dry_run.check(model_cfg, cfg, world_size)
         if rank == 0:
@@ -968,7 +979,16 @@ def main() -> None:
         print(textwrap.fill(values, 120, break_long_words=False, break_on_hyphens=False))
         for warning in cfg.warnings():
             say(f"warning: {warning}")
-    train(cfg, checkpoint, data, checkpoints, origin)
+    try:
+        train(cfg, checkpoint, data, checkpoints, origin)
+    except (CheckpointError, WeightsError, WaitOver, OSError, torch.OutOfMemoryError, dist.DistError) as e:
+        # What a machine, a disk or another process can do; anything else is ours, and shows where it comes from.
+        advice = {OSError: "", torch.OutOfMemoryError: "; lower --max-tokens-per-micro-batch, or see --dry-run",
+                  dist.DistError: "; another rank has ended or cannot be reached: its own error says why"}  # fmt: skip
+        text = " ".join(str(e).split())[:600] + next((a for kind, a in advice.items() if isinstance(e, kind)), "")
+        raise SystemExit(f"train_cispo.py: error: rank {rank} on {socket.gethostname()}: {text}") from None
+    if Signals.stop == "Ctrl-C":
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -111,28 +111,38 @@ def stop_word() -> str:
 
 
 class Signals:
-    """SIGTERM, as preemption sends it, asks the loop to stop where its state is whole; a second one, SIGINT, or any
-    before the loop runs ends the process as an exception, so that what was started is ended."""
+    """SIGTERM, as preemption sends it, Ctrl-C and a closed terminal ask the loop to stop where its state is whole and
+    saved. A second one, or any before the loop runs, ends the process as an exception, so that what was started is
+    ended."""
 
+    NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}  # noqa: RUF012 - constant
     stop, since = "", 0.0  # the word that asks for it, and when it came
     in_loop = False
 
     @classmethod
     def install(cls) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, cls._handle)
+        for number in cls.NAMES:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's word counts
+                signal.signal(number, cls._handle)
+
+    @classmethod
+    def asked(cls, word: str) -> bool:
+        """Whether the run stops at this word because a signal asked for it, on whatever rank."""
+        return word.startswith(tuple(cls.NAMES.values()))
 
     @classmethod
     def _handle(cls, number, frame) -> None:
-        if number != signal.SIGTERM or cls.stop or not cls.in_loop:
-            if number == signal.SIGINT:  # written past Python's buffers, whose lock may be held by what it interrupts
-                os.write(2, b"\ninterrupted: ending what was started (SIGTERM would save the state first)\n")
+        if first := cls.in_loop and not cls.stop:
+            cls.stop, cls.since = cls.NAMES[number], time.monotonic()
+        if number == signal.SIGINT:  # written past Python's buffers, whose lock may be held by what it interrupts
+            os.write(2, b"\ninterrupted: the run stops after this step, its state saved; once more ends it at once\n"
+                     if first else b"\ninterrupted: ending what was started\n")  # fmt: skip
+        if not first:
             sys.exit(128 + number)
-        cls.stop, cls.since = "SIGTERM", time.monotonic()
 
     @classmethod
     def save_within_s(cls) -> float:
-        """How long a save may take once SIGTERM has come. torchrun passes it on to its ranks, and kills them after
+        """How long a save may take once a signal has come. torchrun passes it on to its ranks, and kills them after
         TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s; launch.sh sets more), of which the step in progress has taken its part; a
         third is left for the ending. Without torchrun there is no such limit."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:

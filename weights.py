@@ -59,6 +59,16 @@ class WeightsError(RuntimeError):
     """Weights that are incomplete, damaged or not the ones expected. The message names the file or tensor."""
 
 
+def cores() -> int:
+    """The cores that this process may use: by its affinity, and by its cgroup's quota, as a container has one."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # none, or "max"
+        return allowed
+
+
 # ---- safetensors ---------------------------------------------------------------------------------------------
 def tensor_bytes(tensor: torch.Tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -511,7 +521,7 @@ class Publisher:
             return code, self.described[name] if code == b"" else describe(views[name])
 
         # Codec and hash leave Python's lock alone. The cores are shared with the other ranks of this node.
-        threads = max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        threads = max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         with ThreadPoolExecutor(threads) as workers:
             found = dict(zip(views, workers.map(encode, views)))
         codes = None if first else {name: code for name, (code, _) in found.items()}

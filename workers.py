@@ -27,6 +27,7 @@ import torch
 
 from rewards import KEPT, reward_sources
 from waits import Wait, WaitOver
+from weights import cores
 
 REPO = Path(__file__).resolve().parent
 
@@ -186,7 +187,7 @@ class VLLM:
                "VLLM_SERVER_DEV_MODE": "1"}  # dev mode opens the weight update routes  # fmt: skip
         env.pop("CISPO_TOKEN", None)
         if not torch.cuda.is_available():
-            threads = self.cfg.vllm_threads or max(1, os.cpu_count() // 2)
+            threads = self.cfg.vllm_threads or max(1, cores() // 2)
             env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                     "OMP_NUM_THREADS": str(threads)}  # fmt: skip
             command.append("--enforce-eager")
