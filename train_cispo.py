@@ -119,7 +119,7 @@ class Config:
     num_prompts_per_step: int = 16  # prompts in a step
     num_generations_per_prompt: int = 16  # samples of each
     max_new_tokens: int = 8  # of a sample
-    max_total_sequence_length: int = 64  # prompt and sample; vLLM's --max-model-len
+    max_total_sequence_length: int = 64  # prompt and sample, as vLLM's --max-model-len; if unset, max_new_tokens adds
     temperature: float = 1.0  # of sampling; the trainer's log-probs are taken at it too
     max_trajectory_age_steps: int = 1  # no token trained is from weights older than this; 0 is synchronous
     recompute_kv_cache_after_weight_updates: bool = True  # of what is in flight; off: old keys and values stay
@@ -219,6 +219,14 @@ class Config:
         return room - self.max_new_tokens if most is None else min(most, room - 1)
 
     @property
+    def real_model(self) -> bool:
+        """Whether --model is one of the Hub, or has more than 50 M parameters by its config.json."""
+        if not Path(self.model).is_dir():
+            return "/" in self.model
+        shapes = dry_run.parameter_classes(ModelConfig.from_dir(self.model), 1, 1, 1) if self.model else []
+        return sum(c.numel for c in shapes) > 50e6
+
+    @property
     def run_dir(self) -> Path:
         return Path("runs") / self.name
 
@@ -244,6 +252,9 @@ class Config:
                          "its own are --ratio-clip-min 1 --ratio-clip-max 5")  # fmt: skip
         if self.val_every_steps and self.data and not self.val_data:
             found.append("--data without --val-data: there is no validation; the reward names the best checkpoint")
+        if self.lr > 1e-5 and self.real_model:
+            found.append(f"--lr {self.lr:g} is far above what a model of this size takes, about 1e-6; "
+                         f"{self.model} may soon answer worse than it did")  # fmt: skip
         return found
 
     def validate(self) -> None:
@@ -442,6 +453,16 @@ def parse_config(argv: list[str]) -> Config:
         print(help_text(defaults, PRESET_NOTES, resolved))
         sys.exit(0)
     cfg = parse_flags(Config, argv, defaults)
+    given = {flag.split("=", 1)[0].replace("_", "-") for flag in argv}
+    own = set()  # of a preset's data, whose split, columns and template another data set has not
+    if "--data" in given and cfg.data != defaults.data:
+        own = {"data_split", "prompt_column", "answer_column", "val_data", "val_data_split"}
+        own |= {"prompt_template"} if cfg.reward != defaults.reward else set()
+    own = {name for name in own if f"--{name.replace('_', '-')}" not in given}
+    cfg = dataclasses.replace(cfg, **{name: getattr(PRESETS["tiny"], name) for name in own})
+    if "--max-total-sequence-length" not in given and cfg.max_new_tokens > defaults.max_new_tokens:
+        room = defaults.max_total_sequence_length + cfg.max_new_tokens - defaults.max_new_tokens
+        cfg = dataclasses.replace(cfg, max_total_sequence_length=room)  # prompts keep theirs
     cfg.validate()
     try:
         parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
@@ -458,6 +479,11 @@ def parse_config(argv: list[str]) -> Config:
             ModelConfig.from_dir(cfg.model)
         except (ValueError, OSError) as e:
             raise ValueError(f"--model {cfg.model}: {e}") from None
+    bare = cfg.preset in ("tiny", "add") and not {"--lr", "--max-new-tokens"} <= given
+    if bare and not cfg.dry_run and cfg.real_model:
+        raise ValueError(f"--model {cfg.model}: --preset {cfg.preset} has a tiny model's --lr {cfg.lr:g} and "
+                         f"--max-new-tokens {cfg.max_new_tokens}; begin with --preset qwen3-0.6b or qwen3-30b-a3b, "
+                         "whose lr, lengths and recompute fit a real model (your flags win), or give both")  # fmt: skip
     return cfg
 
 

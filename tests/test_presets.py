@@ -155,3 +155,40 @@ def test_flags_that_hold_flags_reach_vllm_as_they_are_written():
     for text, reached in given.items():
         assert parse_flags(RolloutConfig, ["http://h:1", *shlex.split(text)]).vllm_args == reached
     assert parse_config(["--rollout-args", "--vllm-args '--seed 1'"]).rollout_args == "--vllm-args '--seed 1'"
+
+
+@pytest.fixture
+def real_model(tmp_path):
+    """The config.json of a model of 0.6 billion parameters."""
+    (tmp_path / "real").mkdir()
+    cfg = train_cispo.dry_run.KNOWN_MODELS["Qwen/Qwen3-0.6B"]
+    (tmp_path / "real/config.json").write_text(json.dumps(cfg.to_hf(0)))
+    return str(tmp_path / "real")
+
+
+def test_a_real_model_is_not_trained_with_the_tiny_preset_s_values(real_model, tiny_checkpoint):
+    for model in (real_model, "Qwen/Qwen3-0.6B"):
+        for flags in ([], ["--lr", "1e-6"], ["--preset", "add", "--max-new-tokens=32"]):
+            with pytest.raises(ValueError, match=r"begin with --preset qwen3-0\.6b or qwen3-30b-a3b"):
+                parse_config(["--model", model, *flags])
+        assert not parse_config(["--model", model, "--lr=1e-6", "--max-new-tokens", "32"]).warnings()
+        for flags in (["--preset", "qwen3-0.6b", "--lr", "2e-05"], ["--lr", "0.0001", "--max_new_tokens", "8"]):
+            (warning,) = parse_config(["--model", model, *flags]).warnings()
+            assert warning.startswith(f"--lr {flags[flags.index('--lr') + 1]} is far above")
+    assert not parse_config(["--model", str(tiny_checkpoint)]).warnings()
+
+
+def test_the_length_limit_grows_with_the_answers_where_it_is_not_given():
+    total = lambda *flags: json.loads(parse_config([*flags]).text)["max_total_sequence_length"]
+    assert [total("--max-new-tokens", n) for n in ("4", "8", "64")] == [64, 64, 120]
+    assert total("--max-new-tokens", "64", "--max-total-sequence-length", "100") == 100
+    assert total("--preset", "qwen3-0.6b", "--max-new-tokens", "1024") == 4096
+    assert total("--preset", "qwen3-0.6b", "--max-new-tokens", "4096") == 5120
+
+
+def test_own_data_has_not_the_preset_s_columns_and_validation():
+    cfg = parse_config(["--preset", "qwen3-0.6b", "--data", "mine.jsonl"])
+    found = (cfg.data_split, cfg.prompt_column, cfg.answer_column, cfg.val_data, cfg.val_data_split)
+    assert found == ("train", "", "", "", "train") and cfg.prompt_template == train_cispo.MATH_PROMPT
+    cfg = parse_config(["--preset", "qwen3-0.6b", "--data=mine.jsonl", "--data-split", "dev", "--reward", "exact"])
+    assert (cfg.data_split, cfg.prompt_template, cfg.lr) == ("dev", "{problem}", 1e-6)

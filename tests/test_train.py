@@ -109,7 +109,7 @@ TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type
     (["--max-trajectory-age-steps", "-1"], "--max-trajectory-age-steps -1: must be at least 0"),
     (["--train-global-batch-size", "96"], "--train-global-batch-size 96 does not divide"),
     (["--train-global-batch-size", "0"], "must be at least 1"),
-    (["--max-new-tokens", "64"], "--max-new-tokens 64 leaves no room"),
+    (["--max-new-tokens", "64", "--max-total-sequence-length", "64"], "--max-new-tokens 64 leaves no room"),
     (["--max-tokens-per-micro-batch", "10"], "--max-tokens-per-micro-batch 10 is below"),
     (["--model", llama_dir], "'LlamaForCausalLM' is not Qwen3ForCausalLM"),
     (["--model", "./nowhere"], "--model './nowhere': no such directory"),
@@ -118,8 +118,9 @@ TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type
     (["--prompt-template", "Solve it."], "--prompt-template 'Solve it.': expected {problem}, or a lone {}, once"),
     (["--prompt-template", "{} in \\boxed{}"], "expected {problem}, or a lone {}, once"),
     (["--max-input-seq-length", "0"], "leaves no room for a prompt"),
-    (["--max-new-tokens", "65"], "leaves no room for a prompt"),
-    (["--max-new-tokens", "65", "--max-input-seq-length", "9"], "65 is above --max-total-sequence-length 64"),
+    (["--max-new-tokens", "65", "--max-total-sequence-length", "64"], "leaves no room for a prompt"),
+    (["--max-new-tokens", "65", "--max-input-seq-length", "9", "--max-total-sequence-length", "64"],
+     "65 is above --max-total-sequence-length 64"),
     (["--no-resampling-pass-rate", "0"], "--no-resampling-pass-rate 0.0: must be above 0"),
     (["--overlong-buffer-tokens", "9"], "--overlong-buffer-tokens 9: must be in 0..--max-new-tokens 8"),
     (["--overlong-penalty", "0"], "--overlong-penalty 0.0: must be above 0"),
@@ -179,6 +180,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path, tiny_check
     assert "4 of 5 prompts are left out: they have more than 2 tokens, --max-input-seq" in capsys.readouterr().out
     assert load(max_input_seq_length=60) == set() and not capsys.readouterr().out
     flags = ["--data", str(tmp_path / "d.jsonl"), "--model", str(tiny_checkpoint), "--max-new-tokens", "63"]
+    flags += ["--max-total-sequence-length", "64"]
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "ab>" * 20, "answer": "b"}) + "\n")
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", *flags])
     with pytest.raises(SystemExit) as stopped:
