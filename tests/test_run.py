@@ -10,6 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from model import ModelConfig, Qwen3MoE
+from weights import check
 
 REPO = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -127,3 +133,41 @@ def test_interrupting_the_launcher_ends_every_process_it_started(tmp_path):
         assert run.process.wait(30) == 130
         _, alive = psutil.wait_procs(started[1:], timeout=30)
         assert not alive, [p.cmdline() for p in alive]
+
+
+def test_the_preset_qwen3_0_6b_trains_a_tied_checkpoint_that_stores_its_head_too(tmp_path):
+    """As Qwen/Qwen3-0.6B is published: dense, tied, bf16, with lm_head.weight. Two layers of small widths, a ChatML
+    tokenizer of bytes; a reward that differs between samples, so that there is a gradient."""
+    cfg = ModelConfig(
+        vocab_size=264, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, intermediate_size=256, max_position_embeddings=40960, tie_word_embeddings=True,
+    )  # fmt: skip
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({**cfg.to_hf(256), "torch_dtype": "bfloat16"}))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    turn = "'<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n'"
+    template = f"{{% for m in messages %}}{{{{ {turn} }}}}{{% endfor %}}{{{{ '<|im_start|>assistant\\n' }}}}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    model = Qwen3MoE(cfg)
+    model.init_weights(torch.Generator().manual_seed(0))
+    tensors = {name: t.bfloat16() for name, t in model.hf_tensors()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors")
+    rows = [{"problem": f"What is {n} + {n}?", "expected_answer": str(2 * n)} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my.py").write_text("def score(completion, example):\n    return len(completion) % 7 / 7\n")
+    flags = (f"--preset qwen3-0.6b --name tiny --model {path} --data {tmp_path}/rows.jsonl --data-split train "
+             f"--reward {tmp_path}/my.py:score --val-every-steps 0 --max-num-steps 2 --num-prompts-per-step 4 "
+             "--num-generations-per-prompt 4 --train-global-batch-size 8 --max-total-sequence-length 256 "
+             "--max-input-seq-length 224 --max-new-tokens 16 --no-compile")  # fmt: skip
+    with Run(tmp_path, ["bash", str(REPO / "launch.sh"), *flags.split()]) as run:
+        first, _ = run.finish()
+    assert first["train/grad_norm"] > 0 and first["train/gen_kl_error"] < 1e-6
+    assert "whole, 24 tensors" in check(tmp_path / "runs/tiny/weights/v2")
