@@ -68,6 +68,7 @@ def test_ctrl_c_saves_the_state_and_ends_every_process_with_status_130(
 def signals(monkeypatch):
     kept = {number: signal.getsignal(number) for number in Signals.NAMES}
     monkeypatch.setattr(Signals, "stop", "")
+    monkeypatch.setattr(Signals, "since", 0.0)
     monkeypatch.setattr(Signals, "in_loop", False)
     yield
     for number, handler in kept.items():

@@ -22,6 +22,7 @@ from model import ModelConfig, Qwen3MoE
 from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from task import Codec
 from train_cispo import Config, learning_rate, load_examples, load_prompts, main, micro_batch_logprobs, train_update
+from validation import Validation
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -353,12 +354,13 @@ def test_micro_batches_are_invisible_in_the_update(algorithm):
 class Standby:
     """In place of hub and publisher: the loop runs, and nothing is served."""
 
-    url, stats, error = "nowhere", {}, None
+    url, stats, error, deadline_s = "nowhere", {}, None, 1.0
     publish = close = lambda *args, **kwargs: None
     take_timing = ledger_state = lambda self: {}
     take_validations = lambda self: []
     begin_validation = lambda self, version: None
     status = lambda self: {"validation": {"rounds": []}}
+    validation = Validation()
 
 
 @pytest.mark.parametrize("flags", [
