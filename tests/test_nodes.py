@@ -68,12 +68,14 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(tmp_path
             await until(lambda: "first" in hub.nodes)
             publisher.publish(1)
             await loading.wait()
+            given = hub.manifest
             file = next((hub.weights_dir / "v1").glob("model-*.safetensors"))
             whole = bytearray(file.read_bytes())
             whole[-5] ^= 1
             file.write_bytes(whole)
             tasks.append(asyncio.create_task(nodes["second"].follow_weights()))
             await until(lambda: hub.nodes.get("second", {}).get("version") == 1)
+            await until(lambda: hub.manifest != given)  # the second may have met the mended file a moment earlier
             go_on.set()
             await until(lambda: hub.nodes["first"]["version"] == 1 or not fine())
             found = [task.exception() for task in tasks if task.done()]
@@ -84,9 +86,8 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(tmp_path
 
     try:
         assert asyncio.run(run()) == []
-        assert (
-            hub.ledger.counts["updates_refused"] == 1 and hub.nodes["first"]["digest"] != hub.nodes["second"]["digest"]
-        )
+        assert hub.ledger.counts["updates_refused"] >= 1  # it may ask again before the version is mended
+        assert hub.nodes["first"]["digest"] != weights.digest(hub.manifest)
     finally:
         publisher.close()
         hub.close(patience_s=0.0)
