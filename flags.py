@@ -11,11 +11,24 @@ import difflib
 import inspect
 import io
 import itertools
+import os
 import re
+import sys
 import types
 import typing
 
 import tyro
+
+
+@contextlib.contextmanager
+def piped():
+    """What is printed here may go to a reader that leaves when it has seen enough, as `head` does: that is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        raise SystemExit(0) from None
 
 
 def parse_flags(cls, argv: list[str], default=None):
@@ -27,7 +40,7 @@ def parse_flags(cls, argv: list[str], default=None):
         joined.append(flag if value is None else f"{flag}={value}")
     said, given = io.StringIO(), {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), piped():
             cfg, unknown = tyro.cli(cls, args=joined, return_unknown_args=True, **given)
     except SystemExit as e:
         if e.code == 0:

@@ -54,7 +54,7 @@ from checkpoint import (
     share_model,
     whole,
 )
-from flags import help_text, parse_flags
+from flags import help_text, parse_flags, piped
 from hub import Hub, check_address
 from ledger import Group, Ledger
 from metrics import LOG_RATIO_MAX, expert_load, expert_tokens
@@ -450,7 +450,8 @@ def parse_config(argv: list[str]) -> Config:
     defaults = PRESETS.get(chosen[-1] if chosen else "tiny", PRESETS["tiny"])  # tyro refuses an unknown one
     if {"-h", "--help"} & set(argv):
         resolved = {**dataclasses.asdict(defaults.algorithm), "max_input_seq_length": defaults.max_prompt_tokens}
-        print(help_text(defaults, PRESET_NOTES, resolved))
+        with piped():
+            print(help_text(defaults, PRESET_NOTES, resolved))
         sys.exit(0)
     cfg = parse_flags(Config, argv, defaults)
     given = {flag.split("=", 1)[0].replace("_", "-") for flag in argv}
@@ -962,7 +963,8 @@ def main() -> None:
         cfg = parse_config(sys.argv[1:])
         if cfg.dry_run:
             if rank == 0:  # one process plans for others
-                dry_run.print_report(cfg, world_size if world_size > 1 else cfg.dry_run_ranks)
+                with piped():
+                    dry_run.print_report(cfg, world_size if world_size > 1 else cfg.dry_run_ranks)
             return
         if not torch.cuda.is_available():
             if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():  # a directory may hold a small one

@@ -192,3 +192,15 @@ def test_own_data_has_not_the_preset_s_columns_and_validation():
     assert found == ("train", "", "", "", "train") and cfg.prompt_template == train_cispo.MATH_PROMPT
     cfg = parse_config(["--preset", "qwen3-0.6b", "--data=mine.jsonl", "--data-split", "dev", "--reward", "exact"])
     assert (cfg.data_split, cfg.prompt_template, cfg.lr) == ("dev", "{problem}", 1e-6)
+
+
+@pytest.mark.parametrize("command", [
+    "train_cispo.py --help", "train_cispo.py --dry-run --preset qwen3-30b-a3b", "rollout.py --help",
+])  # fmt: skip
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    """As in `python train_cispo.py --help | head -3`."""
+    ends, given = os.pipe()
+    os.close(ends)
+    done = subprocess.run([sys.executable, *command.split()], cwd=REPO, stdout=given, stderr=subprocess.PIPE, text=True)
+    os.close(given)
+    assert (done.returncode, done.stderr) == (0, "")
