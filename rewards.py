@@ -385,7 +385,14 @@ def load_reward(spec: str, sources: dict[str, bytes] | None = None) -> Callable[
         raise ValueError(f"--reward {spec!r}: {file} cannot be imported: {told(e)}") from e
     if not callable(getattr(module, function, None)):
         raise ValueError(f"--reward {spec!r}: {file} has no function {function!r}")
-    return getattr(module, function)
+    reward = getattr(module, function)
+    try:
+        inspect.signature(reward).bind("completion", {})
+    except TypeError as e:
+        raise ValueError(f"--reward {spec!r}: it is called with (completion, example): {e}") from None
+    except ValueError:  # a builtin may not tell
+        pass
+    return reward
 
 
 # ---- the worker ----------------------------------------------------------------------------------------------

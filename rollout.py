@@ -548,7 +548,9 @@ async def main(cfg: RolloutConfig) -> None:
         node = Node(cfg, hub)
         loop = asyncio.get_running_loop()
         me = asyncio.current_task()
-        for sig in (signal.SIGTERM, signal.SIGINT):  # once: the next, a launcher's say, must not break off the ending
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+        for sig in (signal.SIGTERM, signal.SIGINT, *(() if ignored else (signal.SIGHUP,))):
+            # once: the next, a launcher's say, must not break off the ending
             loop.add_signal_handler(sig, lambda: me.cancelling() or me.cancel())
         try:
             while True:

@@ -83,6 +83,17 @@ Preset = Literal["tiny", "add", "qwen3-0.6b", "qwen3-30b-a3b", "scalerl"]
 Truncation = Literal["tis", "icepop", "seq-mask-tis"]
 
 
+TINIEST = 1e-30  # of what must be above 0
+BOUNDS = {  # of numbers that have no other rule in Config.validate
+    "hub_port": (0, 65_535), "lr": (0, 1e30), "lr_warmup_steps": (0, math.inf), "weight_decay": (0, 1e30),
+    "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9), "adam_eps": (TINIEST, 1e30),
+    "max_grad_norm": (TINIEST, math.inf), "checkpoint_every_steps": (0, math.inf), "cpu_threads": (0, 4096),
+    "warm_start_accuracy": (0, 0.99), "temperature": (-math.inf, 1e30), "val_temperature": (-math.inf, 1e30),
+    "gpu_memory_gib": (TINIEST, math.inf),
+    **dict.fromkeys(("lease_timeout_s", "batch_timeout_s", "collective_timeout_s", "val_timeout_s"), (1e-3, 1e9)),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Config:
     """Every flag. `--preset` gives the values below; other flags override it."""
@@ -259,6 +270,12 @@ class Config:
 
     def validate(self) -> None:
         """Raises: ValueError with one line that names the value, the limit and the flag."""
+        for name, value in dataclasses.asdict(self).items():
+            low, high = BOUNDS.get(name, (-math.inf, math.inf))
+            if isinstance(value, int | float) and not low <= value <= high:  # nor is nan between them
+                least = "above 0" if low == TINIEST else f"at least {low:g}" if low > -math.inf else "a number"
+                most = f" and at most {high:g}" if high < math.inf else ""
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {least}{most}")
         batch, alg = self.train_global_batch_size, self.algorithm
         kind = self.truncated_importance_sampling_type
         low, high = self.truncated_importance_sampling_ratio_min, self.truncated_importance_sampling_ratio
@@ -559,7 +576,10 @@ def load_prompts(cfg: Config, checkpoint: Path, examples: task.Examples, held_ou
     set is short enough to be answered, or the checkpoint's tokenizer or its template cannot do it."""
     template = examples.template(task.text_of(cfg.prompt_template))
     codec = task.Codec(checkpoint, task.text_of(cfg.system_prompt), template, cfg.chat_template)
-    task.eos_token_ids(checkpoint)  # raises
+    vocab_size = ModelConfig.from_dir(checkpoint).vocab_size
+    if outside := [i for i in task.eos_token_ids(checkpoint) if not 0 <= i < vocab_size]:
+        raise ValueError(f"{checkpoint}: eos_token_id {outside[0]} is outside the vocabulary of {vocab_size}: no "
+                         "sample would end by it; mend generation_config.json or config.json")  # fmt: skip
     for rows in filter(None, (examples, held_out)):
         for note in rows.notes:
             say(note)

@@ -22,7 +22,7 @@ import torch
 import rewards
 from checkpoint import begin_run_dir
 from train_cispo import Config, parse_config
-from workers import RewardWorkers
+from workers import RewardWorkers, check_reward
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -386,3 +386,14 @@ def test_the_token_of_the_run_is_not_in_the_environment_of_a_reward(tmp_path, mo
     spec = write(tmp_path / "my.py", "import os\ndef score(completion, example):\n"
                  "    return float('secret' in ' '.join(os.environ.values()))\n")  # fmt: skip
     assert score(spec, ["a"]) == [0.0]
+
+
+def test_a_function_that_cannot_be_called_as_a_reward_is_refused_when_it_is_loaded(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "def one(completion): return 1.0\ndef both(completion, example, scale=2): return 1.0\n"
+    )
+    check_reward(f"{tmp_path}/r.py:both", 60.0, 60.0)
+    with pytest.raises(
+        ValueError, match=r"r.py:one'.*called with \(completion, example\): too many positional arguments"
+    ):
+        check_reward(f"{tmp_path}/r.py:one", 60.0, 60.0)

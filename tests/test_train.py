@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,12 @@ TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
+    (["--lr", "-1"], "--lr -1.0: must be at least 0"), (["--lr", "nan"], "--lr nan: must be at least 0"),
+    (["--hub-port", "99999"], "--hub-port 99999: must be at least 0 and at most 65535"),
+    (["--ratio-clip-max", "nan"], "--ratio-clip-max nan: must be a number"),
+    (["--adam-beta2", "1"], "--adam-beta2 1.0: must be at least 0 and at most 1"),
+    (["--max-grad-norm", "0"], "--max-grad-norm 0.0: must be above 0"),
+    (["--lease-timeout-s", "0"], "--lease-timeout-s 0.0: must be at least 0.001"),
     (["--use-cispo", "--ratio-clip-c", "3"], "--ratio-clip-c 3.0: CISPO has no dual clip"),
     (["--no-token-level-loss"], "--no-token-level-loss: CISPO's loss is a mean over tokens"),
     (["--ratio-clip-min", "1.5"], "--ratio-clip-min 1.5: must be in 0..1"),
@@ -144,6 +151,16 @@ def test_bad_input_is_one_clear_line_and_status_2(flags, reason, capsys, tmp_pat
         main()
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and reason in lines[0], lines
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [1, 99999]}')
+    examples = task.Examples([{"prompt": "abc>", "answer": "cba"}])
+    with pytest.raises(
+        ValueError, match="eos_token_id 99999 is outside the vocabulary of 32: no sample would end by it"
+    ):
+        load_prompts(Config(), tmp_path / "model", examples)
 
 
 def test_bad_input_ends_the_program_before_anything_starts(tmp_path):
