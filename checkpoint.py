@@ -175,6 +175,9 @@ def read_manifest(path: Path) -> dict:
     """Raises: CheckpointError when there is none."""
     try:
         return json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is incomplete: no {MANIFEST} in it; the directory of a checkpoint is like "
+                              "runs/NAME/checkpoints/step-000040") from None  # fmt: skip
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path} is incomplete: {e!r}") from None
 

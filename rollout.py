@@ -177,9 +177,10 @@ async def ask(hub: aiohttp.ClientSession, method: str, route: str, patience_s: f
                     raise HubRefusal(route, response.status, body.decode(errors="replace"))
                 return body
         except NO_ANSWER as e:
-            wait.check(repr(e))
+            why = f"{type(e).__name__}: {e}"
+            wait.check(why)
             if attempt > 3:
-                log(f"hub does not answer {route}, asking again: {e!r}")
+                log(f"hub does not answer {route}, asking again: {why}")
             await asyncio.sleep(min(backoff_s(attempt, most=5.0), max(0.05, patience_s - wait.waited_s)))
             attempt += 1
 
