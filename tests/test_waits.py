@@ -106,6 +106,7 @@ def test_hub_thread(hub):
 
 
 def test_a_save_after_sigterm_ends_before_torchrun_kills(monkeypatch):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)  # launch.sh sets it
     assert Signals.save_within_s() == float("inf")  # nobody kills
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert Signals.save_within_s() == 20.0
