@@ -90,6 +90,8 @@ BOUNDS = {  # of numbers that have no other rule in Config.validate
     "max_grad_norm": (TINIEST, math.inf), "checkpoint_every_steps": (0, math.inf), "cpu_threads": (0, 4096),
     "warm_start_accuracy": (0, 0.99), "temperature": (-math.inf, 1e30), "val_temperature": (-math.inf, 1e30),
     "gpu_memory_gib": (TINIEST, math.inf),
+    **dict.fromkeys(("max_num_steps", "num_prompts_per_step", "train_global_batch_size", "max_new_tokens",
+                     "keep_versions", "full_version_every", "keep_checkpoints", "max_prompt_failures"), (1, math.inf)),
     **dict.fromkeys(("lease_timeout_s", "batch_timeout_s", "collective_timeout_s", "val_timeout_s"), (1e-3, 1e9)),
 }  # fmt: skip
 
@@ -343,10 +345,6 @@ class Config:
             (self.temperature <= 0, f"--temperature {self.temperature}: must be above 0; greedy samples have no ratio"),
             (self.max_trajectory_age_steps < 0,
              f"--max-trajectory-age-steps {self.max_trajectory_age_steps}: must be at least 0"),
-            (min(self.max_num_steps, self.num_prompts_per_step, batch, self.max_new_tokens, self.keep_versions,
-                 self.full_version_every, self.keep_checkpoints, self.max_prompt_failures) < 1,
-             "--max-num-steps, --num-prompts-per-step, --train-global-batch-size, --max-new-tokens, "
-             "--keep-versions, --full-version-every, --keep-checkpoints and --max-prompt-failures must be at least 1"),
             (min(self.val_every_steps, self.val_temperature) < 0 or self.val_samples < 1,
              f"--val-every-steps {self.val_every_steps}, --val-temperature {self.val_temperature} and --val-samples "
              f"{self.val_samples}: must be at least 0, 0 and 1"),
@@ -514,7 +512,8 @@ def fetch_model(name: str, files: list[str]) -> Path:
     try:
         path = Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as e:
-        raise task.hub_error(f"--model {name!r}", e) from None
+        where = f"--model {name!r}: no directory {Path(name).absolute()}, nor to be had from the Hub"
+        raise task.hub_error(where, e) from None
     if not (path / "config.json").exists():
         raise ValueError(f"--model {name!r}: the repository has no config.json")
     return path

@@ -60,6 +60,8 @@ TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
+    (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+    (["--model", "nowhere"], "--model 'nowhere': no directory "),
     (["--lr", "-1"], "--lr -1.0: must be at least 0"), (["--lr", "nan"], "--lr nan: must be at least 0"),
     (["--hub-port", "99999"], "--hub-port 99999: must be at least 0 and at most 65535"),
     (["--ratio-clip-max", "nan"], "--ratio-clip-max nan: must be a number"),
