@@ -269,6 +269,7 @@ def test_a_node_killed_and_a_trainer_killed_in_mid_validation_lose_no_score(
         first.send_signal(signal.SIGKILL)
         first.wait()
         start(node)
+        wait_for(tmp_path, (run / "validation.jsonl").exists, trainer)  # the score of v0, written with a step's record
         wait_for(tmp_path, lambda: answered(4) >= 5, trainer)
         trainer.send_signal(signal.SIGKILL)
         trainer.wait()
