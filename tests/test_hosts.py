@@ -248,8 +248,8 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
         environment = {**os.environ, "CISPO_TOKEN": token, "MASTER_ADDR": "host0", "HOME": "/mnt/home",
                        "FAKE_VLLM_FAULT": slow, "ROLLOUT_ARGS": f"--vllm-command '{fake_vllm_command}'"}  # fmt: skip
         with open(tmp_path / "joiner", "w") as out:
-            joiner = subprocess.Popen([*hosts[3].enter, "bash", "/mnt/cispo/launch.sh", "rollout"], stdout=out,
-                                      stderr=out, env=environment)  # fmt: skip
+            by_hand = "cd /mnt/cispo && exec bash launch.sh rollout"  # elsewhere a host's disk cannot be written to
+            joiner = subprocess.Popen([*hosts[3].enter, "bash", "-c", by_hand], stdout=out, stderr=out, env=environment)
         deadline = time.monotonic() + 120
         while groups(records()[-1]) < 32:
             assert time.monotonic() < deadline and joiner.poll() is None, (tmp_path / "joiner").read_text()[-3000:]
