@@ -195,8 +195,10 @@ def _message(message) -> dict:
 
 def prompt_of(value) -> str | list[dict]:
     """A prompt, text or a chat. Raises: ValueError."""
-    if not value or not isinstance(value, str | list):
+    if not value or not isinstance(value, str | list) or (isinstance(value, str) and not value.strip()):
         raise ValueError("must be a text or chat messages, not empty")
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:", value):
+        raise ValueError(f"is a chat written as one text, {value.strip()[:40]!r}...: a list of messages is wanted")
     check_text(value)
     return value if isinstance(value, str) else chat_of(value)
 
@@ -497,11 +499,10 @@ class Codec:
 
     def _text(self, example: dict) -> str:
         prompt = example["prompt"]
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": self._filled(example)}]
-            if not self.chat:
-                return prompt[0]["content"]
-        return self._chat(chat_of(prompt))
+        if not isinstance(prompt, str):
+            return self._chat(chat_of(prompt))
+        text = self._filled(example)
+        return self._chat([{"role": "user", "content": text}]) if self.chat else text
 
     def _chat(self, chat: list[dict]) -> str:
         import jinja2

@@ -195,6 +195,17 @@ def test_values_of_a_forked_data_set_are_checked_when_it_is_read():
         task.Examples([{**good, "answer": float("nan")}])
 
 
+@pytest.mark.parametrize(("prompt", "why"), [
+    (" \n", "'prompt' must be a text or chat messages, not empty"), (str([USER]), "a chat written as one text"),
+    (json.dumps([{"from": "human", "value": "a"}], indent=1), "a chat written as one text"),
+])  # fmt: skip
+def test_a_text_that_is_none_is_refused_with_its_row(tmp_path, checkpoint, prompt, why):
+    """As CSV has chats: their list as JSON, or as Python shows it."""
+    path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": prompt, "answer": "b"}])
+    said = refusal(path, checkpoint)
+    assert "d.jsonl line 2: 'prompt' " in said and why in said
+
+
 @pytest.mark.parametrize("row", [{"prompt": "ab\ud83d", "answer": "x"}, {"prompt": "a", "answer": ["x\ud83d"]}])
 def test_half_a_character_in_a_prompt_or_an_answer_is_refused_with_its_row(tmp_path, row):
     with pytest.raises(ValueError, match=r"--val-data .*line 2: '(prompt|answer)' holds half of a character"):
