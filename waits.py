@@ -91,7 +91,7 @@ def agree(step: int, word: str | None, rank: int, deadline_s: float, stop: Calla
     """
     store = dist.distributed_c10d._get_default_store()
     if rank == 0:
-        store.set(f"word/{step}", word)
+        store.set(f"word/{step}", word.encode(errors="backslashreplace").decode())  # half of a character: of a reward's
         if step >= 2:  # nobody is two steps behind: a step has collectives
             store.delete_key(f"word/{step - 2}")
         return word

@@ -42,7 +42,7 @@ def checkpoint(tmp_path):
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     (path / "chat_template.jinja").write_text(CHAT)
-    (path / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    (path / "config.json").write_text(json.dumps(task.tiny_config("reverse").to_hf(1)))
     return path
 
 
@@ -154,7 +154,8 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, checkpoint):
 
 def test_a_checkpoint_without_an_end_token_is_refused_before_the_model_is_loaded(tmp_path, checkpoint):
     path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}])
-    (checkpoint / "config.json").write_text("{}")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
     assert "neither generation_config.json nor config.json names an eos_token_id" in refusal(path, checkpoint)
 
 

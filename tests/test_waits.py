@@ -97,6 +97,8 @@ def test_a_signal_at_one_rank_becomes_the_word_of_all(hub, process_group):
         agree(0, None, rank=1, deadline_s=0.1, stop=lambda: "SIGTERM")
     assert wait_for_batch(hub, 0, Config(), None) == (None, "SIGTERM on rank 1")
     assert agree(0, "SIGTERM on rank 1", 0, 1.0, lambda: "") == agree(0, None, 1, 1.0, lambda: "")
+    agree(1, "a judge said é\ud83d", 0, 1.0, lambda: "")  # half of a character, which UTF-8 lacks
+    assert agree(1, None, 1, 1.0, lambda: "") == "a judge said é\\ud83d"
 
 
 def test_hub_thread(hub):
