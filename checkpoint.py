@@ -171,13 +171,15 @@ def whole(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step-*") if not p.suffix), reverse=True)
 
 
+NO_MANIFEST = f"no {MANIFEST} in it; the directory of a checkpoint is like runs/NAME/checkpoints/step-000040"
+
+
 def read_manifest(path: Path) -> dict:
     """Raises: CheckpointError when there is none."""
     try:
         return json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is incomplete: no {MANIFEST} in it; the directory of a checkpoint is like "
-                              "runs/NAME/checkpoints/step-000040") from None  # fmt: skip
+        raise CheckpointError(f"{path} is incomplete: {NO_MANIFEST}") from None
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path} is incomplete: {e!r}") from None
 
@@ -210,8 +212,7 @@ def checkpoints_to_try(cfg, origin: dict) -> list[Path]:
     if cfg.resume not in ("auto", "off"):
         found.append(Path(cfg.resume).resolve())  # may be a link or lie in what is moved aside
         if not (found[-1] / MANIFEST).exists():
-            raise CheckpointError(f"--resume {cfg.resume}: no {MANIFEST} in it; the directory of a checkpoint is like "
-                                  "runs/NAME/checkpoints/step-000040")  # fmt: skip
+            raise CheckpointError(f"--resume {cfg.resume}: {NO_MANIFEST}")
     for path in found:
         try:
             manifest = read_manifest(path)

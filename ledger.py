@@ -48,11 +48,16 @@ class Lease:
 class Books:
     """Leases, and what became of them. Ledger has those of training, validation.Validation the others."""
 
-    def __init__(self, lease_timeout_s: float):
-        self.lease_timeout_s = lease_timeout_s
+    def __init__(self, lease_timeout_s: float, max_failures: int):
+        self.lease_timeout_s, self.max_failures = lease_timeout_s, max_failures
         self.leases: dict[str, Lease] = {}
         self.counts: Counter[str] = Counter()  # of everything that did not go straight through
         self.news: list[str] = []  # what the log should say, until the trainer takes it
+
+    def give_up(self, failures: int, by_reward: bool) -> bool:
+        """Whether a prompt that failed so often is not tried again. by_reward: the last time the reward function had no
+        reward for any sample, which one more try may change, and hardly four."""
+        return failures >= (min(2, self.max_failures) if by_reward else self.max_failures)
 
     def held_by(self, node: str) -> list[Lease]:
         return [lease for lease in self.leases.values() if lease.node == node]
@@ -84,9 +89,9 @@ class Ledger(Books):
 
     def __init__(self, prompts_per_step: int, max_age: int, num_steps: int, lease_timeout_s: float,
                  max_failures: int = 5, prompts=None, pass_rate: float | None = None):  # fmt: skip
-        super().__init__(lease_timeout_s)
+        super().__init__(lease_timeout_s, max_failures)
         self.prompts_per_step, self.max_age, self.num_steps = prompts_per_step, max_age, num_steps
-        self.max_failures, self.prompts, self.pass_rate = max_failures, prompts, pass_rate
+        self.prompts, self.pass_rate = prompts, pass_rate
         self.solved: set[int] = set()  # rows of the data set
         self.num_skipped = 0
         self.buffer: list[Group] = []
@@ -131,13 +136,12 @@ class Ledger(Books):
         return len(self.solved | self.prompts.skip) >= len(self.prompts.examples)  # with another limit some are both
 
     def give_back(self, lease_id: str, count: str, failure: str = "", by_reward: bool = False) -> None:
-        """A lease that ends without a group: its prompt is leased again, unless this was one failure too many.
-        by_reward: the reward function had no reward for any sample, which one more try may change, and hardly four."""
+        """A lease that ends without a group: its prompt is leased again, unless this was one failure too many."""
         lease = self.leases.pop(lease_id)
         self.counts[count] += 1
         failures = self.failures.setdefault(lease.ordinal, [])
         failures += [failure] if failure else []
-        if len(failures) < (min(2, self.max_failures) if by_reward else self.max_failures):
+        if not self.give_up(len(failures), by_reward):
             insort(self.returned, lease.ordinal)
             return
         self.set_aside[lease.ordinal] = "; ".join(dict.fromkeys(failures))  # each reason once

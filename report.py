@@ -25,13 +25,13 @@ from checkpoint import best_step
 from ledger import NOT_SAMPLED, Group
 from metrics import ratio_quantile
 from validation import Round, Validation, readable, samples, score
+from waits import in_utf8
 from weights import checkpoint_files
 
 
 # ---- console -------------------------------------------------------------------------------------------------
 def say(message: str) -> None:
-    text = message.encode(errors="backslashreplace").decode()  # half of a character, which UTF-8 lacks
-    tqdm.write(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stdout)
+    tqdm.write(f"[{time.strftime('%H:%M:%S')}] {in_utf8(message)}", file=sys.stdout)
     sys.stdout.flush()
     say.last = time.monotonic()
 

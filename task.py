@@ -222,6 +222,7 @@ class Examples:
         if not len(rows):
             raise ValueError(f"{name}: holds no example")
         self.rows, self.name, self.notes, self.num_chats = rows, name, [], 0
+        self.templates: dict[str, str] = {}  # those that `template` has compared with every row
         without = []
         if hasattr(rows, "features"):
             without = [field.name for field in rows.features.arrow_schema if holds_bytes(field.type)]
@@ -296,6 +297,11 @@ class Examples:
 
         Raises: ValueError for a name that is no column, or a row that has no text for it.
         """
+        if text not in self.templates:
+            self.templates[text] = self._checked(text)
+        return self.templates[text]
+
+    def _checked(self, text: str) -> str:
         text = PLACE.sub(lambda m: "{problem}" if m[1] in ("prompt", self.prompt_column) else m[0], text)
         names, there = split_template(text)[1::2], list(self.rows[0])
         names = [name for name in names if name != "problem"]
@@ -612,6 +618,13 @@ def tiny_config(task: str):
     )  # fmt: skip
 
 
+def check_alphabet(task: str, seed: int) -> None:
+    """Raises: ValueError for an example with a character that the task's entry does not name."""
+    for example in task_examples(task, 1000, seed):
+        if unknown := set(example["prompt"] + example["answer"]) - set(TASKS[task][1]):
+            raise ValueError(f"--task {task}: {example} has {min(unknown)!r}, which is not among the task's characters")
+
+
 def warm_start(path: Path, task: str, seed: int, until: float, progress: Callable[[str], None]) -> None:
     """Write a tiny Qwen3-MoE (0.5 M parameters) that has half learned the task.
 
@@ -627,10 +640,8 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
     from model import Qwen3MoE
     from weights import write_safetensors
 
+    check_alphabet(task, seed)
     make, alphabet = TASKS[task]
-    for example in task_examples(task, 1000, seed):
-        if unknown := set(example["prompt"] + example["answer"]) - set(alphabet):
-            raise ValueError(f"--task {task}: {example} has {min(unknown)!r}, which is not among the task's characters")
     # Renamed as a whole, so that an interrupted warm start leaves no checkpoint.
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     vocab, cfg = write_char_tokenizer(scratch, alphabet), tiny_config(task)

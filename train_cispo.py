@@ -277,6 +277,7 @@ class Config:
             if isinstance(value, int | float) and not low <= value <= high:  # nor is nan between them
                 least = "above 0" if low == TINIEST else f"at least {low:g}" if low > -math.inf else "a number"
                 most = f" and at most {high:g}" if high < math.inf else ""
+                most += " (exclusive)" if high < math.inf and high < float(f"{high:g}") else ""
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be {least}{most}")
         batch, alg = self.train_global_batch_size, self.algorithm
         kind = self.truncated_importance_sampling_type
@@ -355,9 +356,6 @@ class Config:
              f"--name {self.name!r}: must be the name of one directory, which will lie in runs/"),
             (self.resume not in ("auto", "off") and not Path(self.resume).is_dir(),
              f"--resume {self.resume!r}: auto, off, or a checkpoint directory"),
-            (self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable()
-             or len(self.name.encode()) > 200,
-             f"--name {self.name!r}: must be the name of one directory, which is made in runs/"),
             (self.logprob_chunk_size < 0, f"--logprob-chunk-size {self.logprob_chunk_size}: must be at least 0"),
             (batch > 0 and self.samples_per_step % batch != 0,
              f"--train-global-batch-size {batch} does not divide the step's {self.num_prompts_per_step} prompts x "
@@ -615,9 +613,6 @@ def interruption(cfg: Config, codec: task.Codec) -> dict:
     return {"interrupt_at": cfg.interrupt_at_tokens, "interrupt_ids": ids}
 
 
-MAX_SKIPPED = 3  # updates in a row
-
-
 # ---- one update ----------------------------------------------------------------------------------------------
 def micro_batch_logprobs(model, mb: MicroBatch, cfg: Config):
     """log pi and entropy of the sampled tokens, (N padded,), and the experts used, (L, t, K)."""
@@ -683,6 +678,9 @@ def train_update(model, optimizer, micro_batches: list[MicroBatch], counts, cfg:
     grad_norm, nothing = optimizer.step(), {"_min": math.inf, "_max": -math.inf}
     counted = grad_norm.isfinite()
     return {n: torch.where(counted, x, nothing.get(n[-4:], 0)) for n, x in metrics.items()}, grad_norm
+
+
+MAX_SKIPPED = 3  # updates in a row
 
 
 def skipped_in_a_row(norms: list[float], step: int, before: int) -> tuple[int, str]:
@@ -974,6 +972,45 @@ def uncompilable_path() -> str:
     return next((path for path in paths if set(path) & set(" \t\n\"'\\")), "")
 
 
+def use_cpu(cfg: Config, local_world_size: int) -> None:
+    """For a machine without a GPU. Raises: ValueError for what it cannot train or compile."""
+    if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():  # a directory may hold a small one
+        raise ValueError(f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
+                         "--dry-run prints the plan")  # fmt: skip
+    if cfg.compile and (path := uncompilable_path()):
+        raise ValueError(f"--compile: torch's compiler cannot use {path!r}, for the space or quote in it; use "
+                         "--no-compile, or other places (.venv, TORCHINDUCTOR_CACHE_DIR, TMPDIR)")  # fmt: skip
+    torch.set_num_threads(cfg.cpu_threads or max(1, cores() // (2 * local_world_size)))
+
+
+def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
+    """What `train` takes beside its flags. All that can be refused is refused here, before ranks meet and before
+    anything that takes long. Raises: ValueError, CheckpointError, WeightsError."""
+    if model_cfg := dry_run.known_config(cfg):
+        dry_run.check(model_cfg, cfg, world_size)
+    if rank == 0:
+        check_address(cfg.hub_host, cfg.hub_port)
+        hold(cfg.run_dir)
+    if rank == 0 and reward_sources(cfg.reward):
+        node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
+        check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
+    examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
+    held_out = load_held_out(cfg, examples) if rank == 0 else None
+    for rows, name in ((examples, "--data"), (held_out, "--val-data")):
+        if rows and (warning := check_answers(cfg.reward, rows, name)):
+            say(f"warning: {warning}")
+    checkpoint = resolve_model(cfg, rank)
+    if model_cfg is None:
+        dry_run.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
+    data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
+    if cfg.model and local_rank == 0:  # raises what loading would; the others of this node have the same files
+        with torch.device("meta"):
+            shapes = Qwen3MoE(ModelConfig.from_dir(checkpoint)).checkpoint_shapes()
+        stored_tensors(checkpoint, shapes)
+    origin = origin_of(cfg, checkpoint, examples, held_out) if rank == 0 else None
+    return checkpoint, data, checkpoints_to_try(cfg, origin) if rank == 0 else [], origin
+
+
 def main() -> None:
     Signals.install()
     of_torchrun = lambda name, default: int(os.environ.get(name, default))
@@ -986,36 +1023,8 @@ def main() -> None:
                     dry_run.print_report(cfg, world_size if world_size > 1 else cfg.dry_run_ranks)
             return
         if not torch.cuda.is_available():
-            if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():  # a directory may hold a small one
-                raise ValueError(f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
-                                 "--dry-run prints the plan")  # fmt: skip
-            if cfg.compile and (path := uncompilable_path()):
-                raise ValueError(f"--compile: torch's compiler cannot use {path!r}, for the space or quote in it; use "
-                                 "--no-compile, or other places (.venv, TORCHINDUCTOR_CACHE_DIR, TMPDIR)")  # fmt: skip
-            torch.set_num_threads(cfg.cpu_threads or max(1, cores() // (2 * of_torchrun("LOCAL_WORLD_SIZE", 1))))
-        if model_cfg := dry_run.known_config(cfg):  # all that can be refused is, before anything takes time
-            dry_run.check(model_cfg, cfg, world_size)
-        if rank == 0:
-            check_address(cfg.hub_host, cfg.hub_port)
-            hold(cfg.run_dir)
-        if rank == 0 and reward_sources(cfg.reward):
-            node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
-            check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
-        examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
-        held_out = load_held_out(cfg, examples) if rank == 0 else None
-        for rows, name in ((examples, "--data"), (held_out, "--val-data")):
-            if rows and (warning := check_answers(cfg.reward, rows, name)):
-                say(f"warning: {warning}")
-        checkpoint = resolve_model(cfg, rank)
-        if model_cfg is None:
-            dry_run.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
-        data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
-        if cfg.model:  # raises what loading would
-            with torch.device("meta"):
-                shapes = Qwen3MoE(ModelConfig.from_dir(checkpoint)).checkpoint_shapes()
-            stored_tensors(checkpoint, shapes)
-        origin = origin_of(cfg, checkpoint, examples, held_out) if rank == 0 else None
-        checkpoints = checkpoints_to_try(cfg, origin) if rank == 0 else []
+            use_cpu(cfg, of_torchrun("LOCAL_WORLD_SIZE", 1))
+        what_to_train = prepare(cfg, rank, world_size, of_torchrun("LOCAL_RANK", 0))
     except (ValueError, CheckpointError, WeightsError) as e:
         if of_torchrun("LOCAL_RANK", 0) == 0:  # once on each node: it may be about this one's disk
             where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
@@ -1027,10 +1036,10 @@ def main() -> None:
         for warning in cfg.warnings():
             say(f"warning: {warning}")
     try:
-        train(cfg, checkpoint, data, checkpoints, origin)
+        train(cfg, *what_to_train)
     except (CheckpointError, WeightsError, WaitOver, OSError, torch.OutOfMemoryError, dist.DistError) as e:
         # What a machine, a disk or another process can do; anything else is ours, and shows where it comes from.
-        advice = {OSError: "", torch.OutOfMemoryError: "; lower --max-tokens-per-micro-batch, or see --dry-run",
+        advice = {torch.OutOfMemoryError: "; lower --max-tokens-per-micro-batch, or see --dry-run",
                   dist.DistError: "; another rank has ended or cannot be reached: its own error says why"}  # fmt: skip
         text = " ".join(str(e).split())[:600] + next((a for kind, a in advice.items() if isinstance(e, kind)), "")
         raise SystemExit(f"train_cispo.py: error: rank {rank} on {socket.gethostname()}: {text}") from None

@@ -38,9 +38,9 @@ class Validation(Books):
 
     def __init__(self, examples=(), num_samples: int = 1, lease_timeout_s: float = 600.0, max_failures: int = 5,
                  pass_threshold: float = 1.0):  # fmt: skip
-        super().__init__(lease_timeout_s)
+        super().__init__(lease_timeout_s, max_failures)
         self.pass_threshold = pass_threshold
-        self.examples, self.num_samples, self.max_failures = examples, num_samples, max_failures
+        self.examples, self.num_samples = examples, num_samples
         self.rounds: dict[int, Round] = {}  # by version, oldest first
         self.begun: list[int] = []  # versions of all rounds that were ever asked for
         self.finished: list[Round] = []  # until the trainer takes them
@@ -68,7 +68,7 @@ class Validation(Books):
         self.counts[count] += 1
         found.repeated += 1
         self.failures[key] += bool(failure)
-        if self.failures[key] < (min(2, self.max_failures) if by_reward else self.max_failures):
+        if not self.give_up(self.failures[key], by_reward):
             insort(found.todo, lease.ordinal)
             return
         found.failed[lease.ordinal] = failure

@@ -39,6 +39,11 @@ WAITS = {  # name: who waits, for whom, and what happens when the deadline passe
 }  # fmt: skip
 
 
+def in_utf8(text: str) -> str:
+    """Half of a character, as a reward function or a cut emoji may bring, has no form in UTF-8: it is spelled out."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class WaitOver(RuntimeError):
     """The deadline of a wait has passed."""
 
@@ -91,7 +96,7 @@ def agree(step: int, word: str | None, rank: int, deadline_s: float, stop: Calla
     """
     store = dist.distributed_c10d._get_default_store()
     if rank == 0:
-        store.set(f"word/{step}", word.encode(errors="backslashreplace").decode())  # half of a character: of a reward's
+        store.set(f"word/{step}", in_utf8(word))
         if step >= 2:  # nobody is two steps behind: a step has collectives
             store.delete_key(f"word/{step - 2}")
         return word

@@ -26,15 +26,14 @@ import aiohttp
 import torch
 
 from rewards import KEPT, reward_sources
-from waits import Wait, WaitOver
+from waits import Wait, WaitOver, in_utf8
 from weights import cores
 
 REPO = Path(__file__).resolve().parent
 
 
 def log(message: str) -> None:
-    text = message.encode(errors="backslashreplace").decode()  # half of a character, in what a reward raised
-    print(f"[{time.strftime('%H:%M:%S')}] rollout: {text}", flush=True)
+    print(f"[{time.strftime('%H:%M:%S')}] rollout: {in_utf8(message)}", flush=True)
 
 
 def node_name(pid: int, mark: str) -> str:
@@ -165,6 +164,40 @@ class VLLM:
         with socket.socket() as s:  # a free port; vLLM binds it a moment later
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
+        command, env = self._command(checkpoint, port)
+        self.session = aiohttp.ClientSession(
+            f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0),
+            # vLLM closes connections that are idle for 5 s; a request may meet that, and POST is not repeated.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
+        )  # fmt: skip
+        with open(self.log_path, "a") as out:
+            begin = out.tell()
+            self.starting = asyncio.create_task(asyncio.create_subprocess_exec(
+                *guarded(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,
+            ))  # fmt: skip
+            try:
+                self.process = await asyncio.shield(self.starting)  # cancelled here, it would be one nobody knows
+            except OSError:
+                self.starting = None
+                await self.session.close()
+                raise
+        wait, said = Wait("vllm start", self.cfg.vllm_start_timeout_s), 0.0
+        while not await self.healthy():
+            if self.process.returncode is not None or wait.over:
+                why = wait.message() if wait.over else f"vLLM ended with status {self.process.returncode}"
+                await self.stop(kill=True)
+                self._give_up(why, begin)
+            if wait.waited_s > said + 5:
+                said = wait.waited_s
+                log(f"vLLM is starting ({said:.0f} s)")
+            await asyncio.sleep(0.25)  # polling another process: there is no event to wait for
+        self.version = await self.probe()
+        self.was_up, self.why = True, ""
+        log(f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}, version {self.version}")
+
+    def _command(self, checkpoint: Path, port: int) -> tuple[list[str], dict[str, str]]:
+        """vLLM's command line and environment."""
         command = [
             *(shlex.split(self.cfg.vllm_command)
               or [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]),
@@ -197,36 +230,7 @@ class VLLM:
                 # environment itself; here that is set above, and the variable makes vLLM accept it.
                 env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
                 command += ["--distributed-executor-backend", "uni"]
-        self.session = aiohttp.ClientSession(
-            f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0),
-            # vLLM closes connections that are idle for 5 s; a request may meet that, and POST is not repeated.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
-        )  # fmt: skip
-        with open(self.log_path, "a") as out:
-            begin = out.tell()
-            self.starting = asyncio.create_task(asyncio.create_subprocess_exec(
-                *guarded(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
-            ))  # fmt: skip
-            try:
-                self.process = await asyncio.shield(self.starting)  # cancelled here, it would be one nobody knows
-            except OSError:
-                self.starting = None
-                await self.session.close()
-                raise
-        wait, said = Wait("vllm start", self.cfg.vllm_start_timeout_s), 0.0
-        while not await self.healthy():
-            if self.process.returncode is not None or wait.over:
-                why = wait.message() if wait.over else f"vLLM ended with status {self.process.returncode}"
-                await self.stop(kill=True)
-                self._give_up(why, begin)
-            if wait.waited_s > said + 5:
-                said = wait.waited_s
-                log(f"vLLM is starting ({said:.0f} s)")
-            await asyncio.sleep(0.25)  # polling another process: there is no event to wait for
-        self.version = await self.probe()
-        self.was_up, self.why = True, ""
-        log(f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}, version {self.version}")
+        return command, env
 
     def _give_up(self, why: str, begin: int) -> None:
         """Raises: VLLMUnfit where the next start would end as this one: vLLM has refused its settings, or has failed
