@@ -184,7 +184,7 @@ part_of() {
 }
 
 over_ssh() {
-  local dir=${CISPO_DIR:-$here} sum="cat ./*.py inside_vllm/*.py ./*.sh pyproject.toml | cksum"
+  local dir=${CISPO_DIR:-$here} sum="cat ./*.py {ranks,bridge,bridge/inside_vllm}/*.py ./*.sh pyproject.toml | cksum"
   local i host part seen code status=0 training tries=0 logs pipes fd
   local -a ssh pids=() leashes=() ended=()
   read -r -a ssh <<<"${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10}"

@@ -12,13 +12,13 @@ Everything below is a function of log-probs. `Algorithm` holds the numbers, `pol
 a fork that wants another loss writes another function like `cispo_loss`.
 """
 
+import bisect
+import itertools
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-
-from metrics import Parts, bounded_exp, mismatch_by_age, sequence_mean, sequence_sum, token_metrics
-from parallel import all_reduce
 
 
 @dataclass(frozen=True)
@@ -145,19 +145,6 @@ def kl_estimate(logprobs, ref_logprobs, alg: Algorithm, weight=None):
     return kl.clamp(-alg.kl_output_clamp_value, alg.kl_output_clamp_value)
 
 
-# ---- the loss of a micro-batch -------------------------------------------------------------------------------
-def row_weights(lengths_R, units_R):
-    """What each token of a row counts for: tokens are averaged within their unit, then the units are averaged.
-
-    A unit is the whole optimizer batch (token mean), a prompt, or a row (sequence mean). Counts are of the optimizer
-    batch on all ranks, so the sum of micro-batch losses over micro-batches and ranks is the loss, and no averaging
-    is needed anywhere. Shapes: all (R,), over all rows of the batch.
-    """
-    units, unit_R = units_R.unique(return_inverse=True)
-    tokens_U = torch.zeros(len(units)).index_add(0, unit_R, lengths_R.float())
-    return 1 / (len(units) * tokens_U[unit_R]).clamp(min=1)
-
-
 def token_loss(
     logprobs, prev, gen, advantages, mask, weights, alg: Algorithm, ref=None, nll_weights=None, sequence=None
 ):
@@ -223,172 +210,121 @@ def policy_loss(
     return loss, {"loss": loss.detach(), **metrics}
 
 
-# ---- log-probs of a large vocabulary -------------------------------------------------------------------------
-# A chunk's logits are the largest tensor of the program, so they live once: one GEMM writes them, an elementwise body
-# turns them into d loss / d logits where they lie, two GEMMs read that. Nothing is recomputed, since the loss of a
-# token gives its gradient as soon as its log-prob is known: 3 GEMMs, 6*D*V FLOPs a token, forward and backward.
-IGNORED = -(2**31)  # target of a padding row; with a sharded vocabulary -1 can be a word of another rank
+LOG_RATIO_MAX = 20.0  # exp(20) = 4.9e8: far outside any clip, far inside fp32
 
 
-def chunk_rows(vocab_rows: int, budget_bytes: int = 2**28) -> int:
-    """Tokens whose fp32 logits fit the budget: a power of two from 16 to 4096, as batches are multiples of such."""
-    return 1 << min(12, max(4, (budget_bytes // (4 * vocab_rows)).bit_length() - 1))
+def bounded_exp(log_ratio):
+    return log_ratio.clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp()
 
 
-def _head_body(logits_Cv, dlogits_Cv, targets_C, aux, token_objective, temperature: float, tp_group):
-    """From a chunk's logits to its loss (0-D), log-probs and entropies; d loss / d logits goes to dlogits_Cv, which
-    may be logits_Cv. Targets count from this rank's first word. Without an objective: no loss, dlogits untouched."""
-    z_Cv = logits_Cv / temperature
-    z_Cv = z_Cv - all_reduce(z_Cv.amax(-1), tp_group, dist.ReduceOp.MAX)[:, None]
-    sum64 = lambda x_Cv: x_Cv.sum(-1, dtype=torch.float64)  # 151,936 terms one by one in fp32 are wrong by 1e-5
-    here_C = (targets_C >= 0) & (targets_C < z_Cv.shape[1])
-    target_C = torch.where(here_C, z_Cv.gather(-1, torch.where(here_C, targets_C, 0)[:, None]).squeeze(-1), 0.0)
-    packed_3C = torch.stack([sum64(z_Cv.exp()), sum64(z_Cv.exp() * z_Cv), target_C.double()])
-    sum_C, weighted_C, target_C = all_reduce(packed_3C, tp_group).unbind()
-    logprobs_C = (target_C - sum_C.log()).to(z_Cv.dtype)
-    entropy_C = (sum_C.log() - weighted_C / sum_C).to(z_Cv.dtype)
-    if token_objective is None:
-        return None, logprobs_C, entropy_C
-
-    def chunk_loss(logprobs_C):
-        loss = token_objective(logprobs_C, *aux)
-        loss = torch.where(targets_C != IGNORED, loss, 0.0).sum() if loss.ndim else loss
-        return loss, loss
-
-    coef_C, loss = torch.func.grad(chunk_loss, has_aux=True)(logprobs_C)
-    coef_C = torch.where(targets_C != IGNORED, coef_C, 0.0) / temperature
-    onehot_Cv = torch.arange(z_Cv.shape[1], device=z_Cv.device, dtype=torch.int32) == targets_C.int()[:, None]
-    softmax_Cv = (z_Cv - sum_C.log().to(z_Cv.dtype)[:, None]).exp()  # another exp: kept, the first would be a buffer
-    dlogits_Cv.copy_(coef_C[:, None] * (onehot_Cv.to(z_Cv.dtype) - softmax_Cv))
-    return loss, logprobs_C, entropy_C
+def sequence_sum(x, sequence):
+    """Sum over each token's sequence, at every token. Shapes: (T,), 0 where masked; sequence (T,) indices below T."""
+    return torch.zeros_like(x).index_add(0, sequence, x)[sequence]
 
 
-_compiled_head_body = torch.compile(_head_body, fullgraph=True)
+def sequence_mean(x, mask, sequence):
+    return sequence_sum(x, sequence) / sequence_sum(mask.to(x.dtype), sequence).clamp(min=1)
 
 
-def _run_head_body(compiled, logits_Cv, dlogits_Cv, targets_C, aux, *rest):
-    """The body, compiled once for any number of rows but one (a compiler takes 1 for a constant)."""
-    if not compiled:
-        return _head_body(logits_Cv, dlogits_Cv, targets_C, aux, *rest)
-    for x in (logits_Cv, dlogits_Cv, targets_C, *aux):
-        torch._dynamo.mark_dynamic(x, 0)
-    return _compiled_head_body(logits_Cv, dlogits_Cv, targets_C, aux, *rest)
+class Parts(NamedTuple):
+    """Of each token, detached and 0 where masked. Shapes: all (T,)."""
+
+    curr: torch.Tensor  # log pi under the weights being trained
+    own: torch.Tensor  # under the trainer's at the start of the step; curr where the loss has no use for it
+    anchor: torch.Tensor  # what the ratio is taken against
+    gen: torch.Tensor  # under the sampler's
+    advantages: torch.Tensor
+    ratio: torch.Tensor  # as in the loss, so GSPO's is its sequence's
+    clamped: torch.Tensor
+    correction: torch.Tensor  # exp(own - gen), before truncation
+    outside: torch.Tensor  # of the truncation's bounds
+    kl: torch.Tensor  # to the starting model, estimated
 
 
-@torch.no_grad()
-def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=None):
-    """Every chunk through the body. head: the arguments of `token_logprobs`; needs: whether hidden states, and weight,
-    want a gradient. Returns: loss, log-probs, entropy, (gradients)."""
-    hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group = head
-    N, (v, D), C = len(hidden_ND), weight_vD.shape, chunk_tokens or chunk_rows(len(weight_vD))
-    # Logits are fp32 whatever the inputs: rounded to bf16 they are wrong by 0.06 nats. Only CUDA has a GEMM from bf16
-    # to fp32; elsewhere (tests) the operands are made fp32. Gradients are rounded to bf16 just for the tensor cores.
-    narrow = hidden_ND.dtype if hidden_ND.is_cuda and hidden_ND.dtype.itemsize < 4 else None
-    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    to_fp32 = {"out_dtype": dtype} if narrow else {}
-    weight = weight_vD if narrow else weight_vD.to(dtype)
-    new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=hidden_ND.device)
-    most = max(2, min(N, C))
-    logits_Cv = new(most, v)
-    dlogits_Cv = new(most, v, dtype=narrow) if narrow and any(needs) else logits_Cv
-    dhidden_ND = new(N, D, dtype=narrow or dtype) if needs[0] else None
-    dweight_vD = (new(v, D) if weight_grad is None else weight_grad) if needs[1] else None
-    padded = -(-max(N, 1) // C) * C  # one chunk at least: a rank without tokens takes part in the collectives
-    loss, logprobs, entropy = new(1).zero_()[0], new(padded).zero_(), new(padded).zero_()
-    targets_N = targets_N - (v * dist.get_rank(tp_group) if tp_group is not None else 0)
-    for start in range(0, padded, C):
-        real = min(C, N - start)
-        rows, c = slice(start, start + real), max(2, real)  # the last chunk has as many rows as are left, at least 2
-        pad = lambda x, value=0, rows=rows, extra=c - real: torch.nn.functional.pad(x[rows], (0, extra), value=value)
-        hidden = torch.nn.functional.pad(hidden_ND[rows], (0, 0, 0, c - real)).to(dtype=weight.dtype)
-        logits_cv = logits_Cv[:c]
-        dlogits_cv = logits_cv if dlogits_Cv is logits_Cv else dlogits_Cv[:c]  # two views of one would be two inputs
-        torch.mm(hidden, weight.t(), **to_fp32, out=logits_cv)
-        chunk_loss, logprobs_C, entropy_C = _run_head_body(
-            compiled, logits_cv, dlogits_cv, pad(targets_N, IGNORED), tuple(map(pad, aux)), token_objective,
-            temperature, tp_group,
-        )  # fmt: skip
-        logprobs[rows], entropy[rows] = logprobs_C[:real], entropy_C[:real]
-        loss += chunk_loss if token_objective else 0
-        if needs[0]:
-            torch.mm(dlogits_cv[:real], weight, out=dhidden_ND[rows])
-        if needs[1]:
-            beta = 0 if start == 0 and weight_grad is None else 1  # 0: the memory's old content counts for nothing
-            torch.addmm(dweight_vD, dlogits_cv.t(), hidden, **to_fp32, beta=beta, out=dweight_vD)
-    dhidden_ND = dhidden_ND.to(hidden_ND.dtype) if needs[0] else None
-    dweight_vD = dweight_vD.to(weight_vD.dtype) if needs[1] and weight_grad is None else None
-    return loss, logprobs, entropy, (dhidden_ND, dweight_vD)
+def token_metrics(parts: Parts, mask, weights, nll_weights, num_tokens, num_seqs, sequence, alg):
+    """The seed system's metrics by its names and definitions, but for sampling_importance_ratio, which is the weight
+    before truncation: the truncated one hides what it is there to show. Then the diagnostics of the clip.
 
-
-class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known, forward; those times the upstream gradient, backward (once: in place)."""
-
-    @staticmethod
-    def forward(ctx, loss, hidden_ND, weight_vD, gradients, weight_grad_is_added):
-        ctx.gradients, ctx.added = gradients, weight_grad_is_added
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        assert ctx.gradients is not None, "a second backward through fused_head_loss: its gradients are used up"
-        gradients, ctx.gradients = ctx.gradients, None  # no reference stays, so autograd takes the memory, not a copy
-        if ctx.added:  # too late to scale that one
-            torch._assert_async(upstream == 1, "fused_head_loss with weight_grad: scale its objective, not the loss")
-        if upstream.is_cuda or upstream != 1:  # on a CPU the comparison is free, on a GPU a sync
-            gradients = tuple(None if g is None else g.mul_(upstream.to(g.dtype)) for g in gradients)
-        return None, *gradients, None, None
-
-
-def fused_head_loss(
-    hidden_ND, weight_vD, targets_N, token_objective, aux=(), temperature: float = 1.0, chunk_tokens: int = 0,
-    compiled: bool = True, tp_group=None, weight_grad=None,
-):  # fmt: skip
-    """The loss of the tokens, its gradients with it, and their log-probs, in one pass over the vocabulary.
-
-    token_objective(logprobs_C, *aux_C): each token's loss, or their sum, from that token's own numbers; `aux` are its
-    tensors, and on padding they are 0 (so must be a sum). A loss of whole sequences is one of `token_logprobs`.
-    chunk_tokens: rows of logits alive at a time; 0: as `chunk_rows` has it. tp_group: the vocabulary is sharded over
-    it in rank order, equal parts; weight_vD is this rank's, everything else the same on all ranks. The gradient of
-    the hidden states is then this rank's words' share of it: the model adds the shares up where it gathers tokens.
-    weight_grad (v, D), fp32: the weight's gradient is added to it at once, and autograd passes none on; the loss must
-    then be differentiated as it is, with no factor. For a main gradient, or weight.grad of a leaf, tied or not.
-
-    Shapes: hidden_ND (N, D), weight_vD (v, D) of the same dtype, targets_N (N,) -> loss (0-D, with gradient to hidden
-    states and weight), logprobs and entropy as `token_logprobs` returns them, without gradient.
+    Shapes: all (T,), weights as in loss.policy_loss -> a dict of 0-D tensors and one histogram.
     """
-    head = (hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group)
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_vD)]
-    loss, *results, gradients = _head_pass(head, token_objective, tuple(x.detach() for x in aux), needs, weight_grad)
-    added = weight_grad is not None and needs[1]
-    return _WithGradients.apply(loss, hidden_ND, weight_vD, gradients, added), *results
+    curr, own, anchor, gen, advantages, ratio, clamped, correction, outside, kl = parts
+    mean = lambda x: torch.where(mask, x, 0.0).sum() / max(num_tokens, 1)
+    seq_mean = lambda x: mean(x / sequence_sum(mask.float(), sequence).clamp(min=1)) * num_tokens / max(num_seqs, 1)
+    low = lambda x: torch.where(mask, x, torch.inf).amin()
+    high = lambda x: torch.where(mask, x, -torch.inf).amax()
+    metrics = {
+        "probs_ratio": mean(ratio), "probs_ratio_min": low(ratio), "probs_ratio_max": high(ratio),
+        "probs_ratio_clamped": mean(clamped),
+        "probs_ratio_clamped_min": low(clamped), "probs_ratio_clamped_max": high(clamped),
+        "sampling_importance_ratio": (seq_mean if alg.sequence_level_importance_ratios else mean)(correction),
+        "approx_entropy": -mean(bounded_exp(curr - gen) * curr),
+        "kl_penalty": (kl * weights).sum(),
+        "positive_nll_loss": mean(kl * 0) if nll_weights is None else -(nll_weights * curr).sum(),
+        **{name: mean(x) for name, x in mismatch(own, gen).items()},
+        **clip_diagnostics(curr, anchor, advantages, mask, mean),
+    }  # fmt: skip
+    if alg.truncated_importance_sampling_type:
+        over = seq_mean if alg.truncated_importance_sampling_type == "seq-mask-tis" else mean
+        metrics["is_oob_ratio"] = over(outside.float())
+    return metrics
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """Log-probs forward, keeping no logits; backward makes them again, with the coefficients that came from above:
-    the two-pass mode, 8*D*V FLOPs a token."""
-
-    @staticmethod
-    def forward(ctx, *head):
-        ctx.save_for_backward(*head[:3])
-        ctx.rest = head[3:]
-        _, logprobs, entropy, _ = _head_pass(head, None, ())
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, coef, _):
-        head = (*ctx.saved_tensors, *ctx.rest)
-        *_, gradients = _head_pass(head, torch.mul, (coef.contiguous(),), ctx.needs_input_grad[:2])
-        return *gradients, *(None for _ in head[2:])
+# Log-ratios are counted in bins of 0.02 nats from -4 to 4, the ends included: a quantile read from the counts is
+# within 1 % of the ratio for ratios in 0.018..54, and counts add up over micro-batches, ranks and updates.
+BIN_NATS, BINS = 0.02, 401
 
 
-def token_logprobs(hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group=None):
-    """log pi of each target token, and the entropy of each distribution, with one chunk of logits alive at a time.
+def clip_diagnostics(curr, anchor, advantages, mask, mean):
+    """Whose gradient PPO's clip at 0.2 would have taken away, as shares of all tokens; how many tokens are rare
+    (p < 0.05 under the anchor), alone and among those; and the histogram of the token-level ratio."""
+    log_ratio = curr - anchor
+    dropped_pos = (advantages > 0) & (log_ratio > math.log(1.2))
+    dropped_neg = (advantages < 0) & (log_ratio < math.log(0.8))
+    rare = anchor < math.log(0.05)
+    bins = (log_ratio.nan_to_num(0.0) / BIN_NATS).round().clamp(-(BINS // 2), BINS // 2).long() + BINS // 2
+    shares = {"would_clip": dropped_pos | dropped_neg, "would_clip_pos": dropped_pos, "would_clip_neg": dropped_neg,
+              "low_prob": rare, "low_prob_would_clip": rare & (dropped_pos | dropped_neg)}  # fmt: skip
+    return {
+        **{name: mean(x.float()) for name, x in shares.items()},
+        "ratio_histogram": torch.zeros(BINS, device=curr.device).index_add(0, bins, mask.float()),
+    }
 
-    Differentiable in the log-probs, for losses that need them all before their gradient is known; under no_grad
-    nothing is kept. The results are padded to whole chunks (mask them), which spares the callers reshapes.
 
-    Shapes: hidden_ND (N, D), weight_vD (v, D), targets_N (N,) -> logprobs, entropy: (N padded to chunks,) fp32.
-    Units: nats, at the sampling temperature.
+def ratio_quantile(histogram: list[float], q: float) -> float | None:
+    """The ratio below which a share q of the tokens lies, to 1 %; None without tokens."""
+    cumulative = list(itertools.accumulate(histogram))
+    if not cumulative[-1]:
+        return None
+    return math.exp(BIN_NATS * (bisect.bisect_left(cumulative, q * cumulative[-1]) - BINS // 2))
+
+
+def mismatch(prev, gen):
+    """How far the trainer's log-probs (prev) are from the sampler's (gen), per token, in nats but for the first.
+
+    The KL terms are the k3 estimator e^d - d - 1. Source: NeMo RL's metrics of the same names.
     """
-    return _TokenLogprobs.apply(hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group)
+    d = (prev - gen).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    # Near 0 by its series: expm1(x) - x has noise of 1e-8 there once compiled, and the numbers to be seen are 1e-13.
+    k3 = lambda x: torch.where(x.abs() < 0.01, x * x * (0.5 + x / 6 + x * x / 24), torch.expm1(x) - x)
+    to_mix = lambda x: -torch.log1p(torch.expm1(x) / 2)  # log q - log((p + q) / 2), where x = log p - log q
+    return {
+        "token_mult_prob_error": (gen - prev).abs().clamp(max=LOG_RATIO_MAX).exp(),
+        "gen_kl_error": k3(d),
+        "policy_kl_error": k3(-d),
+        "js_divergence_error": 0.5 * (k3(to_mix(d)) + k3(to_mix(-d))),
+    }
+
+
+def mismatch_by_age(prev, gen, mask, age, max_age: int):
+    """The mismatch of tokens that the current weights sampled (numerics alone) apart from that of older ones
+    (policy lag as well). Sums over tokens, with their counts; and the number of tokens of each age in steps.
+
+    Shapes: all (T,); age in steps, 0 is the current version.
+    """
+    values = mismatch(torch.where(mask, prev, 0.0), torch.where(mask, gen, 0.0))
+    sums = {f"tokens_age_{a}": (mask & (age == a)).sum() for a in range(max_age + 1)}
+    for kind, chosen in (("same_version", mask & (age == 0)), ("older_version", mask & (age > 0))):
+        sums[f"tokens_{kind}"] = chosen.sum()
+        for name in ("token_mult_prob_error", "gen_kl_error"):
+            sums[f"{name}_{kind}"] = torch.where(chosen, values[name], 0.0).sum()
+    return sums

@@ -29,18 +29,17 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 import aiohttp
-import torch
 import tyro
-from safetensors.torch import save
 
-import receive
-import weights
-from flags import parse_flags
-from ledger import NOT_SAMPLED
-from rewards import reward_digest
+from bridge import receive, weights
+from bridge.flags import parse_flags
+from bridge.groups import NOT_SAMPLED, pack_group
+from bridge.processes import log, node_name
+from bridge.reward_pool import Away, RewardsEnd, RewardWorkers
+from bridge.reward_process import reward_digest
+from bridge.vllm import NO_ANSWER, VLLM, VLLMUnfit
+from bridge.waits import Wait, WaitOver, backoff_s
 from task import Codec
-from waits import Wait, WaitOver
-from workers import NO_ANSWER, VLLM, Away, RewardsEnd, RewardWorkers, VLLMUnfit, backoff_s, log, node_name
 
 
 @dataclass
@@ -93,22 +92,6 @@ class HubRefusal(RuntimeError):
     def __init__(self, route: str, status: int, text: str):
         super().__init__(f"hub refused {route} with {status}: {text[:300]}")
         self.status = status
-
-
-# ---- groups --------------------------------------------------------------------------------------------------
-def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: float) -> bytes:
-    """The safetensors body of POST /groups; hub.Group says what each tensor is."""
-    versions = [int(span["version"]) for c in choices for span in c["weight_versions"]
-                for _ in range(span["start"], span["end"])]  # fmt: skip
-    tensors = {
-        "lengths": torch.tensor([len(c["token_ids"]) for c in choices], dtype=torch.int32),
-        "token_ids": torch.tensor([t for c in choices for t in c["token_ids"]], dtype=torch.int32),
-        "logprobs": torch.tensor([x["logprob"] for c in choices for x in c["logprobs"]["content"]]),
-        "versions": torch.tensor(versions, dtype=torch.int32),
-        "rewards": torch.tensor(rewards, dtype=torch.float32),
-        "truncated": torch.tensor([c["finish_reason"] == "length" for c in choices], dtype=torch.uint8),
-    }
-    return save(tensors, metadata={"lease": lease, "gen_s": f"{gen_s:.6f}"})
 
 
 def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:

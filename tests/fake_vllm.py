@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from aiohttp import web
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bridge.weights import describe, read_tensors
 from model import ModelConfig
-from weights import describe, read_tensors
 
 COUNTED = ("drop", "nan", "null", "empty", "long", "twice", "odd", "oom")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-REPO = Path(__file__).resolve().parent.parent
+from bridge.processes import REPO, program_files
+
 SUBNET = "10.77.0"  # of no network but the bridge's: every test has its own
 IP = "/usr/sbin/ip"
 SETUP = """
@@ -34,8 +35,8 @@ exec cat
 
 def copy_program(to: Path) -> None:
     """This directory without its environment, which is read-only and may be everybody's."""
-    (to / "inside_vllm").mkdir(parents=True)
-    for file in [*REPO.glob("*.py"), *REPO.glob("inside_vllm/*.py"), REPO / "launch.sh", REPO / "pyproject.toml"]:
+    for file in [*program_files(), REPO / "launch.sh", REPO / "pyproject.toml"]:
+        (to / file.relative_to(REPO)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, to / file.relative_to(REPO))
     (to / ".venv").mkdir()
     for entry in (REPO / ".venv").iterdir():

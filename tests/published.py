@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-import delta
-import weights
+import bridge.publish
+from bridge import delta, weights
 
 SHARD = "model-00001-of-00001"
 
@@ -21,11 +21,13 @@ def write_version(root: Path, version: int, tensors, static: Path, run: str = ""
         old = json.loads(previous.read_text())
         shards[0]["files"], whole = old["shards"][0]["files"], old["static"]
         codes = {name: delta.encode(before[name].contiguous(), t.contiguous()) for name, t in tensors.items()}
-        delta_file = weights.write_share(directory, SHARD, tensors, codes, {**metadata, "base": str(version - 1)})
+        delta_file = bridge.publish.write_share(
+            directory, SHARD, tensors, codes, {**metadata, "base": str(version - 1)}
+        )
         shards[0]["files"].append({**delta_file, "url": ""})
     if full:
-        shards[0]["files"].append({**weights.write_share(directory, SHARD, tensors, None, metadata), "url": ""})
-        whole = {"version": version, "files": weights.write_static(directory, static, shards)}
+        shards[0]["files"].append({**bridge.publish.write_share(directory, SHARD, tensors, None, metadata), "url": ""})
+        whole = {"version": version, "files": bridge.publish.write_static(directory, static, shards)}
     manifest = {"run": run, "version": version, "base": version - 1, "static": whole, "full": full, "shards": shards}
     weights.write_text(directory / weights.MANIFEST, json.dumps(manifest))
     return directory

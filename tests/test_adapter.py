@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from bridge.vllm import ROUTES, VLLM, VLLMUnfit
 from rollout import RolloutConfig
-from workers import ROUTES, VLLM, VLLMUnfit
 
 RUN = {"dtype": "float32", "max_model_len": 64, "seed": 0}
 

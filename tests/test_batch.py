@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from batch import assign_rows, left_out, pack_batch, shaped_rewards, unpack_batch
-from hub import Group
-from train_cispo import Config
+from bridge.groups import Group
+from config import Config
+from ranks.batch import assign_rows, left_out, pack_batch, shaped_rewards, unpack_batch
 
 
 # ---- packing -------------------------------------------------------------------------------------------------

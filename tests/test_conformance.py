@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from batch import pack_batch, unpack_batch
-from ledger import Group
+from bridge.groups import Group
+from config import Config
 from loss import policy_loss
-from train_cispo import Config
+from ranks.batch import pack_batch, unpack_batch
 
 torch.set_num_threads(1)
 clip = lambda x, low, high: min(max(x, low), high)

@@ -16,8 +16,10 @@ import pytest
 from test_hub import call, lease
 from test_hub import hub as hub  # the fixture
 
+import config
+import data
+import prepare
 import task
-import train_cispo
 
 REPO = Path(__file__).resolve().parent.parent
 # With the logic of Qwen3's: content that is no text, and roles that it does not know, are passed over.
@@ -53,8 +55,8 @@ def write(path, rows):
 
 def prompts(path, checkpoint, **flags):
     """The texts that the model gets, as a run has them."""
-    cfg = train_cispo.Config(data=str(path), model=str(checkpoint), max_total_sequence_length=256, **flags)
-    found, codec, _ = train_cispo.load_prompts(cfg, checkpoint, train_cispo.load_examples(cfg))
+    cfg = config.Config(data=str(path), model=str(checkpoint), max_total_sequence_length=256, **flags)
+    found, codec, _ = prepare.load_prompts(cfg, checkpoint, prepare.load_examples(cfg))
     return [codec.decode(codec.encode(example)) for example in found.examples]
 
 
@@ -174,7 +176,7 @@ def test_columns_that_json_lacks_reach_the_hub_as_text_and_numbers_or_are_left_o
     }  # fmt: skip
     path = str(tmp_path / "d.parquet")
     pq.write_table(pa.table({"prompt": ["a"], "answer": pa.array([decimal.Decimal("7")]), **columns}), path)
-    (row,) = task.read_data(path)
+    (row,) = data.read_data(path)
     assert json.loads(json.dumps(row, allow_nan=False)) == {
         "prompt": "a", "answer": 7, "at": day.isoformat(), "date": "2025-01-02", "price": 1.5, "took": 90.0,
         "tests": [["a", None], ["b"]], "meta": {"x": 1, "y": [1.5, None]},
@@ -182,18 +184,18 @@ def test_columns_that_json_lacks_reach_the_hub_as_text_and_numbers_or_are_left_o
     prompts(path, checkpoint)
     assert "rewards do not get the columns picture, blob, which hold bytes" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"blob.*which hold bytes"):
-        task.read_data(path, answer_column="blob")
+        data.read_data(path, answer_column="blob")
 
 
 def test_values_of_a_forked_data_set_are_checked_when_it_is_read():
     import numpy as np
 
     good = {"prompt": "a", "answer": np.float32(2), "at": datetime.time(1), "x": np.arange(2)}
-    assert task.Examples([good])[0] == {"prompt": "a", "answer": 2.0, "at": "01:00:00", "x": [0, 1]}
+    assert data.Examples([good])[0] == {"prompt": "a", "answer": 2.0, "at": "01:00:00", "x": [0, 1]}
     with pytest.raises(ValueError, match="row 1: 'blob' a value of type bytes has no form in JSON"):
-        task.Examples([good, {**good, "blob": b"x"}])
+        data.Examples([good, {**good, "blob": b"x"}])
     with pytest.raises(ValueError, match="row 0: 'answer' is missing"):
-        task.Examples([{**good, "answer": float("nan")}])
+        data.Examples([{**good, "answer": float("nan")}])
 
 
 @pytest.mark.parametrize(("prompt", "why"), [
@@ -211,8 +213,8 @@ def test_a_text_that_is_none_is_refused_with_its_row(tmp_path, checkpoint, promp
 def test_half_a_character_in_a_prompt_or_an_answer_is_refused_with_its_row(tmp_path, row):
     with pytest.raises(ValueError, match=r"--val-data .*line 2: '(prompt|answer)' holds half of a character"):
         try:
-            train_cispo.load_held_out(train_cispo.Config(val_data=write(tmp_path / "d.jsonl", [
-                {"prompt": "a", "answer": "b"}, row])), task.Examples([{"prompt": "a", "answer": "b"}]))  # fmt: skip
+            prepare.load_held_out(config.Config(val_data=write(tmp_path / "d.jsonl", [
+                {"prompt": "a", "answer": "b"}, row])), data.Examples([{"prompt": "a", "answer": "b"}]))  # fmt: skip
         except UnicodeError as e:
             pytest.fail(f"the row is not named: {e}")
 
@@ -221,7 +223,7 @@ def test_what_utf_8_lacks_never_stops_the_writing_of_samples(tmp_path):
     import torch
 
     import report
-    from ledger import Group
+    from bridge.groups import Group
 
     group = Group(0, [1], torch.tensor([1]), torch.tensor([2]), torch.zeros(1), torch.zeros(1, dtype=torch.int32),
                   torch.ones(1), torch.zeros(1, dtype=torch.uint8))  # fmt: skip
@@ -232,10 +234,10 @@ def test_what_utf_8_lacks_never_stops_the_writing_of_samples(tmp_path):
 
 def test_what_utf_8_lacks_never_stops_a_line_of_the_log(capsys):
     import report
-    import workers
+    from bridge import processes
 
     report.say("a judge said é\ud83d")
-    workers.log("a judge said é\ud83d")
+    processes.log("a judge said é\ud83d")
     assert capsys.readouterr().out.count("a judge said é\\ud83d\n") == 2
 
 
@@ -261,10 +263,10 @@ def test_arrays_csv_and_gzipped_files_are_read(tmp_path, form):
     text = table.getvalue() if ".csv" in form else json.dumps(ROWS, indent=1)
     text = text if "array" in form or ".csv" in form else "".join(json.dumps(row) + "\n" for row in ROWS)
     (tmp_path / form).write_bytes(gzip.compress(text.encode()) if form.endswith(".gz") else text.encode())
-    found = task.read_data(str(tmp_path / form))
+    found = data.read_data(str(tmp_path / form))
     assert list(found) == ROWS and len(found) == 3
     with pytest.raises(ValueError, match="'no': only Parquet files have splits"):
-        task.read_data(str(tmp_path / form), "no")
+        data.read_data(str(tmp_path / form), "no")
 
 
 @pytest.mark.parametrize(("name", "content", "why"), [
@@ -278,7 +280,7 @@ def test_arrays_csv_and_gzipped_files_are_read(tmp_path, form):
 def test_a_file_that_is_none_of_them_is_one_line_that_says_why(tmp_path, name, content, why):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(why)) as refused:
-        task.read_data(str(tmp_path / name))
+        data.read_data(str(tmp_path / name))
     assert str(tmp_path / name) in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -286,16 +288,16 @@ def test_a_file_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for name in ("d.jsonl", "d.csv.gz", "./saved"):
         with pytest.raises(ValueError, match=re.escape(f"no such file (looked for {tmp_path / name})")):
-            task.read_data(name)
+            data.read_data(name)
     with pytest.raises(ValueError, match=re.escape(f"no such file (looked for {tmp_path / 'system.txt'})")):
-        train_cispo.parse_config(["--system-prompt", "system.txt"])
+        config.parse_config(["--system-prompt", "system.txt"])
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "nowhere"))):
-        train_cispo.parse_config(["--model", "./nowhere"])
+        config.parse_config(["--model", "./nowhere"])
 
 
 REWRITE = """
 import sys, task
-rows = task.read_data(sys.argv[1])
+rows = data.read_data(sys.argv[1])
 before = list(rows)
 for path in sys.argv[2:]:
     with open(path, "r+b") as file:
@@ -361,8 +363,8 @@ def test_prompts_that_a_template_repeats_or_unicode_lengthens_are_measured_as_th
 
     def left_out(text):
         path = write(tmp_path / "d.jsonl", [{"prompt": text, "answer": "b"}, {"prompt": "a", "answer": "b"}])
-        cfg = train_cispo.Config(data=path, max_total_sequence_length=128)
-        return train_cispo.load_prompts(cfg, checkpoint, train_cispo.load_examples(cfg))[0].skip
+        cfg = config.Config(data=path, max_total_sequence_length=128)
+        return prepare.load_prompts(cfg, checkpoint, prepare.load_examples(cfg))[0].skip
 
     assert left_out("a" * 60) == set()
     template = CHAT.replace("m.role + '>' + content", "m.role + '>' + content + ' Again: ' + content")
@@ -386,9 +388,9 @@ HELD_OUT = """
 import sys, task, train_cispo
 from test_data import single_digits
 task.TASKS["add"] = (single_digits, task.TASKS["add"][1])
-cfg = train_cispo.Config(task="add")
-examples = task.Examples(task.task_examples("add", int(sys.argv[1]), 0))
-print(len(train_cispo.load_held_out(cfg, examples)))
+cfg = config.Config(task="add")
+examples = data.Examples(task.task_examples("add", int(sys.argv[1]), 0))
+print(len(prepare.load_held_out(cfg, examples)))
 """
 
 
@@ -406,7 +408,7 @@ def test_an_edited_task_gets_a_warm_start_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = []
     monkeypatch.setattr(task, "warm_start", lambda path, *_: (made.append(path), path.mkdir(parents=True)))
-    find = lambda: train_cispo.resolve_model(train_cispo.Config(task="add"), 0)
+    find = lambda: prepare.resolve_model(config.Config(task="add"), 0)
     assert find() == find() and len(made) == 1
     monkeypatch.setitem(task.TASKS, "add", (single_digits, task.TASKS["add"][1]))
     assert find() == made[-1] and len(made) == 2

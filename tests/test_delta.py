@@ -6,7 +6,7 @@ import pytest
 import torch
 import zstandard
 
-import delta
+from bridge import delta
 
 INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 

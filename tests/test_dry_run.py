@@ -1,4 +1,4 @@
-"""dry_run.py: its arithmetic against published tables, the model itself, and its own advice."""
+"""plan.py: its arithmetic against published tables, the model itself, and its own advice."""
 
 import dataclasses
 import itertools
@@ -10,10 +10,12 @@ import sys
 import pytest
 import torch
 
+import prepare
 import train_cispo
-from dry_run import (
+from config import PRESETS
+from model import KNOWN_MODELS, ModelConfig, Qwen3MoE
+from ranks.plan import (
     GIB,
-    KNOWN_MODELS,
     activation_memory,
     check_layout,
     collective_bytes,
@@ -22,8 +24,6 @@ from dry_run import (
     parameter_classes,
     static_memory,
 )
-from model import ModelConfig, Qwen3MoE
-from train_cispo import PRESETS
 
 QWEN = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"]
 PRESET = PRESETS["qwen3-30b-a3b"]
@@ -150,7 +150,7 @@ def test_a_degree_that_does_not_divide_is_named_with_what_it_should(changes, lay
 def dry_run(monkeypatch, capsys, *flags):
     """Exit status, report, and lines of error."""
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", "--dry-run", *flags])
-    monkeypatch.setattr(train_cispo, "resolve_model", lambda *args: pytest.fail("it wants a checkpoint"))
+    monkeypatch.setattr(prepare, "resolve_model", lambda *args: pytest.fail("it wants a checkpoint"))
     status = 0
     try:
         train_cispo.main()

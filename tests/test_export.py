@@ -11,11 +11,11 @@ import torch
 from published import write_version
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import parallel
-import weights
+from bridge import weights
 from model import ModelConfig, Qwen3MoE
-from parallel import ShardedAdamW
+from ranks import checkpoint, parallel
+from ranks.parallel import ShardedAdamW
+from tools import export
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,7 @@ def test_an_exported_checkpoint_opens_in_transformers_with_our_logits(tmp_path, 
     (run / "config.json").write_text(json.dumps({"model": "Qwen/some-model", "lr": 0.5}))
     (run / "metrics.jsonl").write_text('{"step": 1, "train/reward": 0.25}\n{"step": 2, "train/reward": 0.75}\n')
     (run / "validation.jsonl").write_text('{"version": 3, "validation/avg@4": 0.625}\n')
-    status, said = command("checkpoint.py", "export", run / "checkpoints/step-000003", tmp_path / "out")
+    status, said = command("tools/export.py", run / "checkpoints/step-000003", tmp_path / "out")
     assert status == 0 and "whole, 69 tensors" in said, said
     card = (tmp_path / "out/README.md").read_text()
     for part in ("base_model: Qwen/some-model", "# mine, step 3", "0.5000", "validation/avg@4: 0.6250", '"lr": 0.5'):
@@ -62,15 +62,15 @@ def test_an_exported_checkpoint_opens_in_transformers_with_our_logits(tmp_path, 
     assert not torch.equal(before, theirs.lm_head.weight)  # it is the trained one
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([2, 3]) == "ab"
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 1
-    status, said = command("checkpoint.py", "export", run / "checkpoints/step-000003", tmp_path / "out")
-    assert (status, said) == (1, f"checkpoint.py: error: {tmp_path / 'out'} exists")
+    status, said = command("tools/export.py", run / "checkpoints/step-000003", tmp_path / "out")
+    assert (status, said) == (1, f"export.py: error: {tmp_path / 'out'} exists")
 
 
 def test_check_names_what_is_wrong_with_a_directory(tmp_path, tiny_checkpoint):
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
     whole = write_version(tmp_path, 7, list(model.hf_tensors()), tiny_checkpoint)
-    assert "502,528 parameters in float32, as the manifest of v7 says" in weights.check(whole)
+    assert "502,528 parameters in float32, as the manifest of v7 says" in export.check(whole)
     file = "model-00001-of-00001.safetensors"
 
     def change(what):
@@ -96,11 +96,11 @@ def test_check_names_what_is_wrong_with_a_directory(tmp_path, tiny_checkpoint):
         (lambda path, t: (path / "generation_config.json").unlink(), "generation_config.json: missing, or its digest"),
     ]:
         with pytest.raises(weights.WeightsError) as e:
-            weights.check(change(what))
+            export.check(change(what))
         assert why in str(e.value), str(e.value)
     copy = change(lambda path, t: drop(path))
     (copy / file).write_bytes((copy / file).read_bytes()[:-10])
-    status, said = command("weights.py", "check", copy)
-    assert status == 1 and said.startswith("weights.py: error:") and "\n" not in said
-    status, said = command("weights.py", "check", whole)
+    status, said = command("tools/export.py", "--check", copy)
+    assert status == 1 and said.startswith("export.py: error:") and "\n" not in said
+    status, said = command("tools/export.py", "--check", whole)
     assert status == 0 and said.startswith(f"{whole}: whole")

@@ -18,12 +18,12 @@ import pytest
 import torch
 from published import publish, write_version
 
-import weights
-import workers
-from hub import Hub
-from ledger import Group, Ledger
+from bridge import reward_pool, weights
+from bridge.groups import Group
+from bridge.hub import Hub
+from bridge.ledger import Ledger
+from bridge.reward_process import reward_digest
 from model import ModelConfig, Qwen3MoE
-from rewards import reward_digest
 from rollout import Node, RolloutConfig, next_limit
 from task import Codec
 
@@ -277,7 +277,7 @@ def test_a_prompt_that_the_reward_function_cannot_judge_costs_two_generations(
 
 def test_no_prompt_is_set_aside_while_the_judge_is_away(tmp_path, tiny_checkpoint, fake_vllm_command, monkeypatch):
     """Though some samples need no judge, and so have their reward at once."""
-    monkeypatch.setattr(workers.RewardWorkers, "PATIENCE_S", 30.0, raising=False)
+    monkeypatch.setattr(reward_pool.RewardWorkers, "PATIENCE_S", 30.0, raising=False)
     (tmp_path / "judge.py").write_text(
         "from pathlib import Path\n"
         f"here, calls = Path({str(tmp_path / 'here')!r}), Path({str(tmp_path / 'calls')!r})\n"
@@ -431,7 +431,7 @@ def test_a_vllm_deaf_to_sigterm_ends_with_a_node_that_was_killed(tmp_path):
     node = f"""
 import subprocess, sys, time
 sys.path.insert(0, {str(REPO)!r})
-from workers import guarded
+from bridge.processes import guarded
 command = guarded([sys.executable, {str(tmp_path / "deaf.py")!r}, {str(tmp_path / "vllm.py")!r}], 1.0)
 subprocess.Popen(command, start_new_session=True)
 time.sleep(600)

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from on_ranks import on_ranks
 from safetensors.torch import load_file
 from test_parallel import MODEL, RUN
 from test_train import SMALL, TINY, random_groups
 
 import loss
 import report
-from batch import pack_batch, unpack_batch
-from metrics import clip_diagnostics
+from loss import clip_diagnostics
 from model import Qwen3MoE
-from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
+from ranks.batch import pack_batch, unpack_batch
+from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from train_cispo import fix_for_the_step, micro_batch_logprobs, skipped_in_a_row, train_update
 
 REPO = Path(__file__).resolve().parent.parent

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from on_ranks import on_ranks
 from torch.testing import assert_close
 
-import loss
-from loss import IGNORED, Algorithm, chunk_rows, fused_head_loss, policy_loss, token_logprobs
-from parallel import join_ranks
+from loss import Algorithm, policy_loss
+from ranks import ops, parallel
+from ranks.ops import IGNORED, chunk_rows, fused_head_loss, token_logprobs
+from ranks.parallel import join_ranks
 
 torch.set_num_threads(1)
 
@@ -261,8 +262,8 @@ def test_compiled_equals_eager_and_fifty_lengths_need_one_compilation():
 @pytest.mark.parametrize("n, worked_on", [(5, [5]), (24, [24]), (53, [24, 24, 5]), (1, [2]), (0, [2])])
 def test_no_chunk_has_more_rows_than_tokens_are_left(n, worked_on, monkeypatch):
     """A chunk that is padded to its full size costs as much as a full one; of the compiler's sake two rows are left."""
-    rows, body = [], loss._head_body
-    monkeypatch.setattr(loss, "_head_body", lambda logits, *rest: (rows.append(len(logits)), body(logits, *rest))[1])
+    rows, body = [], ops._head_body
+    monkeypatch.setattr(ops, "_head_body", lambda logits, *rest: (rows.append(len(logits)), body(logits, *rest))[1])
     run(in_one_pass, case(0, N=n, D=16, V=52, chunk=24))
     assert rows == worked_on
 
@@ -276,7 +277,7 @@ for N in (512, 512, 2048, 8192):  # the first to warm up
         weight_VD, hidden_ND = (torch.randn(n, D, requires_grad=True) for n in (V, N))
         leaves = {"weight": weight_VD, "hidden": hidden_ND}
     targets = torch.randint(V, (N,))
-    head = lambda: loss.fused_head_loss(x.hidden_ND, x.weight_VD, targets, lambda lp: -lp, (), 1.0, 128, False)[0]
+    head = lambda: ops.fused_head_loss(x.hidden_ND, x.weight_VD, targets, lambda lp: -lp, (), 1.0, 128, False)[0]
     print(bench.measure(head, x, trim=True)["mib"])
 """
 
@@ -300,10 +301,10 @@ def shards_on_this_rank(compiled, drop):
     """This rank's words of every case. drop: an all-reduce to leave out, by number."""
     join_ranks(60)
     rank, tp = dist.get_rank(), dist.get_world_size()
-    calls, real = [], loss.all_reduce
+    calls, real = [], parallel.all_reduce
     keep = lambda: calls.append(1) or (len(calls) - 1) % 2 != drop
     if drop is not None:
-        loss.all_reduce = lambda x, *rest: real(x, *rest) if keep() else x
+        parallel.all_reduce = lambda x, *rest: real(x, *rest) if keep() else x
     results = []
     for c in shard_cases(compiled):
         shard = c | {"weight": c["weight"].chunk(tp)[rank]}

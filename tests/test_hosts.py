@@ -14,10 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 from hosts import REPO, Hosts, copy_program
-from ranks import on_ranks
+from on_ranks import on_ranks
 
-import checkpoint
-from parallel import join_ranks, make_mesh
+import prepare
+from bridge import weights
+from ranks import checkpoint
+from ranks.parallel import join_ranks, make_mesh
 
 
 def launch(*args, **env):
@@ -106,7 +108,7 @@ def _share(directory, name, handed_out):
         checkpoint.share_model(Path(name), handed_out)
     except SystemExit as e:
         return str(e)
-    return {p.name: checkpoint.digest(p.read_bytes()) for p in Path(name).iterdir()}
+    return {p.name: weights.digest(p.read_bytes()) for p in Path(name).iterdir()}
 
 
 def test_the_tiny_checkpoint_reaches_a_node_with_a_disk_of_its_own_byte_for_byte(tmp_path, tiny_checkpoint):
@@ -286,7 +288,7 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(tmp
             shares[rank] = {p.name for p in run.glob("weights/v*/model-*")}
             assert shares[rank] and not [name for name in shares[rank] if name.startswith(other)]
             (made,) = (host.disk / "cispo/checkpoints").iterdir()
-            made_by[host.name] = checkpoint.model_digest(made)
+            made_by[host.name] = prepare.model_digest(made)
         assert made_by["host0"] == made_by["host1"]
         # so what vLLM ran on came from both, from the second by its own address
         manifest = json.loads((hosts[0].disk / "cispo/runs/tiny/weights/v110/manifest.json").read_text())

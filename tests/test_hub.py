@@ -13,11 +13,12 @@ import torch
 from published import publish, write_version
 from safetensors.torch import save
 
-from hub import Hub
-from ledger import Group, Ledger
+from bridge.groups import Group
+from bridge.hub import Hub
+from bridge.ledger import Ledger
+from bridge.waits import WaitOver
+from bridge.weights import digest
 from task import Prompts
-from waits import WaitOver
-from weights import digest
 
 TOKEN, VOCAB, G, NEW = "secret", 32, 4, 8
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
+from bridge.processes import program_files
+from bridge.vllm import VLLM
+from config import parse_config
+from ranks import checkpoint
 from rollout import RolloutConfig
-from train_cispo import parse_config
-from workers import VLLM
 
 REPO = Path(__file__).resolve().parent.parent
-OURS = sorted(path.stem for path in REPO.glob("*.py"))
+OURS = sorted([*(path.stem for path in REPO.glob("*.py")), *(path.parent.name for path in REPO.glob("*/__init__.py"))])
 # In a process: for each name the file that an import of it would read, or None.
 LOOK = """
 import importlib.util, json, sys
@@ -94,5 +95,5 @@ def test_a_run_keeps_all_of_its_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint.begin_run_dir(parse_config(["--name", "x"]), None, {}, print)
     kept = {str(path.relative_to(tmp_path / "runs/x/code")) for path in (tmp_path / "runs/x/code").rglob("*.py")}
-    assert kept == {str(path.relative_to(REPO)) for path in [*REPO.glob("*.py"), *REPO.glob("inside_vllm/*.py")]}
+    assert kept == {str(path.relative_to(REPO)) for path in program_files()}
     assert "vllm_engine.py" in {Path(path).name for path in kept}

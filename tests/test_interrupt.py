@@ -7,14 +7,15 @@ import torch
 from test_batch import CFG
 from test_failures import SAMPLES, groups, make_hub, run_node
 
-import batch
 import rollout
-import weights
-from hub import Refused, check_group
-from ledger import NOT_SAMPLED, Group
+from bridge import weights
+from bridge.groups import NOT_SAMPLED, Group, Refused, check_group
+from config import Config
 from model import ModelConfig, Qwen3MoE
+from prepare import interruption
+from ranks import batch
 from task import Codec
-from train_cispo import Config, interruption, micro_batch_logprobs
+from train_cispo import micro_batch_logprobs
 
 AT, PUT = 3, [9, 1, 9]  # an end token among them: it ends nothing, since nobody sampled it
 

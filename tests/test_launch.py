@@ -29,7 +29,7 @@ def program(tmp_path):
     (tmp_path / "program/inside_vllm").mkdir(parents=True)
     for name in ("launch.sh", "pyproject.toml"):
         shutil.copy(REPO / name, tmp_path / "program")
-    for name in ("train_cispo.py", "inside_vllm/vllm_engine.py"):
+    for name in ("train_cispo.py", "bridge/inside_vllm/vllm_engine.py"):
         (tmp_path / "program" / name).touch()
     script(tmp_path / "program/.venv/bin/python", SAYS)
     stamp = subprocess.run("cksum <pyproject.toml", shell=True, cwd=REPO, capture_output=True, text=True, check=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from loss import Algorithm, cispo_loss, group_advantages, policy_loss, row_weights, token_logprobs
-from metrics import mismatch
+from loss import Algorithm, cispo_loss, group_advantages, mismatch, policy_loss
+from ranks.batch import row_weights
+from ranks.ops import token_logprobs
 
 torch.set_num_threads(1)
 

@@ -8,12 +8,11 @@ import torch
 from test_loss import INPUTS, NARROW, PRINTED
 from torch.testing import assert_close
 
-from batch import pack_batch
-from ledger import Group
-from loss import Algorithm, group_advantages, kl_estimate, policy_loss, row_weights, token_loss
-from metrics import BINS, ratio_quantile
+from bridge.groups import Group
+from config import Config
+from loss import BINS, Algorithm, group_advantages, kl_estimate, policy_loss, ratio_quantile, token_loss
+from ranks.batch import pack_batch, row_weights
 from report import fetch, update_metrics
-from train_cispo import Config
 
 torch.set_num_threads(1)
 

@@ -15,10 +15,10 @@ from test_run import REPO, TRAIN, Run
 from test_vllm import GREEDY, RUN, reference
 
 import task
+from bridge.vllm import VLLM
+from bridge.weights import write_safetensors
 from model import ModelConfig, Qwen3MoE
 from rollout import RolloutConfig
-from weights import write_safetensors
-from workers import VLLM
 
 pytestmark = pytest.mark.slow
 
@@ -155,7 +155,7 @@ def test_a_model_learns_math_from_a_file_through_its_chat_template(tmp_path):
     assert int(found[2]) == best and (tmp_path / found[1]).is_dir(), found[0]
 
     # exported: transformers opens it, a vLLM started on it says the same
-    command = [sys.executable, str(REPO / "checkpoint.py"), "export", found[1], "exported"]
+    command = [sys.executable, str(REPO / "tools/export.py"), found[1], "exported"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
     checkpoint = tmp_path / "exported"
     prompt = task.Codec(checkpoint, SYSTEM, TEMPLATE).encode({"prompt": rows[0]["problem"]})

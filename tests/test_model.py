@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bridge.weights import WeightsError, load_hf
 from model import ModelConfig, MoE, Qwen3MoE, rope_tables
-from parallel import Mesh
-from weights import WeightsError, check, load_hf
+from ranks.parallel import Mesh
+from tools.export import check
 
 torch.set_num_threads(1)
 
@@ -276,7 +277,7 @@ def test_every_form_in_which_transformers_and_trainers_write_a_model_gives_the_s
     cfg, dtype, transformers, tmp_path
 ):
     """One file, many, experts fused as in memory; tied: with the head stored as well, or the head alone; and with the
-    rotary tables that older writers leave. To each, `weights.py check` says that it is whole."""
+    rotary tables that older writers leave. To each, `tools/export.py --check` says that it is whole."""
     hf = randomize(reference(transformers, cfg, "eager")).to(dtype)
     for name, how in {"one": {}, "many": {"max_shard_size": "20KB"}, "fused": {"save_original_format": False}}.items():
         hf.save_pretrained(tmp_path / name, **how)

@@ -17,13 +17,15 @@ import pytest
 import torch
 from test_failures import REPO, groups, make_hub, run_node, until
 
-import weights
-from hub import Hub
-from ledger import Ledger
+import bridge.publish
+from bridge import files, weights
+from bridge.hub import Hub
+from bridge.ledger import Ledger
+from bridge.processes import LocalRollout
+from bridge.vllm import VLLM, VLLMUnfit
 from model import ModelConfig, Qwen3MoE
 from rollout import Node, RolloutConfig
 from task import Codec
-from workers import VLLM, LocalRollout, VLLMUnfit
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(tmp_path
     hub = make_hub(tmp_path, tiny_checkpoint)
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
-    publisher = weights.Publisher(model, torch.float32, hub.weights_dir, tiny_checkpoint, full_every=1, keep=4,
+    publisher = bridge.publish.Publisher(model, torch.float32, hub.weights_dir, tiny_checkpoint, full_every=1, keep=4,
                                   store=torch.distributed.HashStore(), deadline_s=60.0, hub=hub)  # fmt: skip
 
     async def run():
@@ -252,5 +254,5 @@ def test_a_hub_on_ipv6_is_reached_by_the_address_it_says(tmp_path, tiny_checkpoi
         assert asyncio.run(get()) == json.loads(json.dumps(hub.run))
     finally:
         hub.close(patience_s=0.0)
-    server = weights.FileServer(Path(tmp_path), "t", "::1", 0)
+    server = files.FileServer(Path(tmp_path), "t", "::1", 0)
     assert re.fullmatch(r"http://\[::1\]:\d+", server.url)

@@ -17,19 +17,19 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import on_ranks
+from on_ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from test_train import random_groups
 
 import loss
-import parallel
-from batch import pack_batch, unpack_batch
-from checkpoint import MANIFEST, CheckpointError, Pieces, load_state_tensors, state_tensors
-from metrics import expert_load
-from model import ModelConfig, Qwen3MoE
-from parallel import Mesh, ShardedAdamW, Split, join_ranks, make_mesh, reduce_metrics
-from train_cispo import Config, micro_batch_logprobs, train_update
-from weights import load_hf, own_hf
+from bridge.weights import load_hf, own_hf
+from config import Config
+from model import ModelConfig, Qwen3MoE, expert_load
+from ranks import parallel
+from ranks.batch import pack_batch, unpack_batch
+from ranks.checkpoint import MANIFEST, CheckpointError, Pieces, load_state_tensors, state_tensors
+from ranks.parallel import Mesh, ShardedAdamW, Split, join_ranks, make_mesh, reduce_metrics
+from train_cispo import micro_batch_logprobs, train_update
 
 # No two widths agree; 2 kv heads, so that tp 4 has to replicate them; a dense layer between two with experts.
 MODEL = ModelConfig(

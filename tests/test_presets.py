@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-import train_cispo
-from flags import parse_flags
+import config
+import model
+from bridge.flags import parse_flags
+from bridge.processes import rollout_gpus
+from config import PRESET_NOTES, PRESETS, Config, parse_config
 from rollout import RolloutConfig
-from train_cispo import PRESET_NOTES, PRESETS, Config, learning_rate, parse_config
-from workers import rollout_gpus
+from train_cispo import learning_rate
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -115,7 +117,7 @@ def test_every_preset_is_valid_named_and_fits(name, capsys):
     assert cfg == PRESETS[name] == parse_config([f"--preset={name}"]) and cfg.preset == cfg.name == name in PRESET_NOTES
     assert not cfg.warnings()
     if cfg.model:
-        train_cispo.dry_run.print_report(cfg, cfg.dry_run_ranks)  # raises where it does not fit
+        plan.print_report(cfg, cfg.dry_run_ranks)  # raises where it does not fit
 
 
 @pytest.mark.parametrize("preset", ["tiny", "scalerl"])
@@ -161,7 +163,7 @@ def test_flags_that_hold_flags_reach_vllm_as_they_are_written():
 def real_model(tmp_path):
     """The config.json of a model of 0.6 billion parameters."""
     (tmp_path / "real").mkdir()
-    cfg = train_cispo.dry_run.KNOWN_MODELS["Qwen/Qwen3-0.6B"]
+    cfg = model.KNOWN_MODELS["Qwen/Qwen3-0.6B"]
     (tmp_path / "real/config.json").write_text(json.dumps(cfg.to_hf(0)))
     return str(tmp_path / "real")
 
@@ -189,7 +191,7 @@ def test_the_length_limit_grows_with_the_answers_where_it_is_not_given():
 def test_own_data_has_not_the_preset_s_columns_and_validation():
     cfg = parse_config(["--preset", "qwen3-0.6b", "--data", "mine.jsonl"])
     found = (cfg.data_split, cfg.prompt_column, cfg.answer_column, cfg.val_data, cfg.val_data_split)
-    assert found == ("train", "", "", "", "train") and cfg.prompt_template == train_cispo.MATH_PROMPT
+    assert found == ("train", "", "", "", "train") and cfg.prompt_template == config.MATH_PROMPT
     cfg = parse_config(["--preset", "qwen3-0.6b", "--data=mine.jsonl", "--data-split", "dev", "--reward", "exact"])
     assert (cfg.data_split, cfg.prompt_template, cfg.lr) == ("dev", "{problem}", 1e-6)
 

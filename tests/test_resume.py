@@ -19,31 +19,23 @@ import fake_vllm
 import psutil
 import pytest
 import torch
+from on_ranks import on_ranks
 from published import write_version
-from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import loss
-import parallel
-import weights
-from batch import pack_batch, unpack_batch
-from hub import parse_group
-from ledger import Group, Ledger
+from bridge import weights
+from bridge.groups import Group, pack_group, parse_group
+from bridge.ledger import Ledger
+from config import Config, parse_config
 from model import ModelConfig, Qwen3MoE
-from parallel import Mesh, ShardedAdamW
+from prepare import load_examples, load_prompts
+from ranks import checkpoint, parallel
+from ranks.batch import pack_batch, unpack_batch
+from ranks.parallel import Mesh, ShardedAdamW
 from rewards import exact_match
-from rollout import pack_group
 from task import eos_token_ids, task_examples
-from train_cispo import (
-    Config,
-    build_model,
-    load_examples,
-    load_prompts,
-    micro_batch_logprobs,
-    parse_config,
-    train_update,
-)
+from train_cispo import build_model, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = {"num_prompts_per_step": 8, "num_generations_per_prompt": 8, "train_global_batch_size": 32, "cpu_threads": 1,

@@ -19,10 +19,10 @@ import psutil
 import pytest
 import torch
 
-import rewards
-from checkpoint import begin_run_dir
-from train_cispo import Config, parse_config
-from workers import RewardWorkers, check_reward
+from bridge import reward_process
+from bridge.reward_pool import RewardWorkers, check_reward
+from config import Config, parse_config
+from ranks.checkpoint import begin_run_dir
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -119,7 +119,7 @@ def test_all_that_a_reward_has_started_ends_with_a_node_that_is_killed(tmp_path)
     node = f"""
 import asyncio, sys
 sys.path.insert(0, {str(REPO)!r})
-from workers import RewardWorkers
+from bridge.reward_pool import RewardWorkers
 async def main():
     await RewardWorkers({spec!r}, 1, 600.0).score(["hang"], {{}})
 asyncio.run(main())
@@ -223,7 +223,7 @@ def test_a_run_keeps_the_reward_that_it_started_with(tmp_path):
     for name, text in [("near", "ONE = 1"), ("late", "FOUR = 4"), ("package/inner", "from .deep import TWO"),
                        ("package/deep", "TWO = 2")]:  # fmt: skip
         write(tmp_path / f"{name}.py", text)
-    digest = rewards.reward_digest(spec)
+    digest = reward_process.reward_digest(spec)
 
     def edit():
         for file in (tmp_path / "my.py", tmp_path / "late.py", tmp_path / "package/deep.py"):
@@ -232,7 +232,7 @@ def test_a_run_keeps_the_reward_that_it_started_with(tmp_path):
 
     first, exited, last = score(spec, ["a"], then=(edit, ["exit", "a"]))
     assert (first, last) == (7.0, 7.0) and "status 1" in exited
-    assert rewards.reward_digest(spec) != digest
+    assert reward_process.reward_digest(spec) != digest
 
 
 def test_the_digest_is_of_the_neighbours_too_and_not_of_the_place(tmp_path):
@@ -240,9 +240,9 @@ def test_the_digest_is_of_the_neighbours_too_and_not_of_the_place(tmp_path):
     for place in "ab":
         write(tmp_path / place / "near.py", "ONE = 1\n")
         write(tmp_path / place / "other.py", f"# not imported: {place}\n")
-    assert rewards.reward_digest(specs[0]) == rewards.reward_digest(specs[1]) != ""
+    assert reward_process.reward_digest(specs[0]) == reward_process.reward_digest(specs[1]) != ""
     write(tmp_path / "b" / "near.py", "ONE = 2\n")
-    assert rewards.reward_digest(specs[0]) != rewards.reward_digest(specs[1])
+    assert reward_process.reward_digest(specs[0]) != reward_process.reward_digest(specs[1])
 
 
 def test_the_reward_and_its_neighbours_are_among_the_sources_that_a_run_keeps(tmp_path, monkeypatch):
@@ -254,7 +254,7 @@ def test_the_reward_and_its_neighbours_are_among_the_sources_that_a_run_keeps(tm
     code = cfg.run_dir / "code"
     assert (code / "reward/metrics.py").read_text() == "from package import near\n"
     assert (code / "reward/package/near.py").read_text() == "ONE = 1\n"
-    assert (code / "metrics.py").read_text() == (REPO / "metrics.py").read_text()
+    assert (code / "loss.py").read_text() == (REPO / "loss.py").read_text()
     write(tmp_path / "mine/package/near.py", "ONE = 2\n")  # and the run goes on with that
     begin_run_dir(cfg, cfg.run_dir / "checkpoints/step-000003", {"step": 3}, print)
     assert (code / "reward/package/near.py").read_text() == "ONE = 2\n"
@@ -271,7 +271,7 @@ def test_the_reward_and_its_neighbours_are_among_the_sources_that_a_run_keeps(tm
     (-np.inf, "not_finite"),
 ])  # fmt: skip
 def test_one_number_of_whatever_class_is_a_reward_and_nothing_else_is(value, answer):
-    found = rewards.judge(value)
+    found = reward_process.judge(value)
     assert found.get("reward", found.get("kind")) == answer and found.get("error", "it returned").startswith(
         "it returned"
     )

@@ -7,7 +7,8 @@ import time
 import pytest
 
 import rewards
-from workers import RewardWorkers
+from bridge import reward_process
+from bridge.reward_pool import RewardWorkers
 
 # What is right, whatever it is written in; and what is not, though the right number stands in it.
 NUMERIC = [
@@ -189,14 +190,14 @@ def test_own_rewards_are_loaded_and_a_wrong_spec_says_what_is_wrong(tmp_path):
     file = tmp_path / "my.py"
     file.write_text("from neighbour_of_mine import SCALE\n"
                     "def length(completion, example):\n    return len(completion) * SCALE\nother = 3\n")  # fmt: skip
-    assert rewards.load_reward(f"{file}:length")("abc", {}) == 6
-    assert len(rewards.reward_digest(f"{file}:length")) == 64 and rewards.reward_digest("math") == ""
+    assert reward_process.load_reward(f"{file}:length")("abc", {}) == 6
+    assert len(reward_process.reward_digest(f"{file}:length")) == 64 and reward_process.reward_digest("math") == ""
     for spec, reason in [
         (f"{file}:nothing", "has no function"), (f"{file}:other", "has no function"),
         (f"{tmp_path}/no.py:f", "expected exact, numeric, math, or FILE.py:FUNCTION"), ("length", "expected exact"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=reason):
-            rewards.load_reward(spec)
+            reward_process.load_reward(spec)
 
 
 def score(spec, completions, example, timeout_s=30.0):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from published import SHARD, publish, write_version
 
-import weights
-from hub import Hub
-from ledger import Ledger
+from bridge import weights
+from bridge.hub import Hub
+from bridge.ledger import Ledger
 from model import ModelConfig, Qwen3MoE
 from rollout import Node, RolloutConfig, RunOver, ask
 from task import Codec

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from model import ModelConfig, Qwen3MoE
-from weights import check
+from tools.export import check
 
 REPO = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow

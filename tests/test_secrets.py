@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hub import Hub
-from weights import FileServer, has_token
+from bridge.files import FileServer, has_token
+from bridge.hub import Hub
 
 REPO = Path(__file__).resolve().parent.parent
 

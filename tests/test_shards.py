@@ -12,20 +12,20 @@ import pytest
 import test_train
 import torch
 import torch.nn.functional as F
-from ranks import on_ranks
+from on_ranks import on_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_parallel import MODEL
 
 import loss
-import parallel
-import weights
-from batch import pack_batch, unpack_batch
-from dry_run import static_memory
+from bridge import weights
+from bridge.weights import load_hf
 from model import MoE, Qwen3MoE
-from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh
+from ranks import parallel
+from ranks.batch import pack_batch, unpack_batch
+from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh
+from ranks.plan import static_memory
 from train_cispo import build_model, micro_batch_logprobs, train_update
-from weights import load_hf
 
 torch.set_num_threads(1)
 

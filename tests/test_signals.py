@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import train_cispo
-import weights
-from checkpoint import CheckpointError
-from waits import Signals, WaitOver
+from bridge import processes, weights
+from bridge.waits import Signals, WaitOver
+from ranks.checkpoint import CheckpointError
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = "--no-compile --val-every-steps 0 --checkpoint-every-steps 0 --num-prompts-per-step 4 " \
@@ -132,7 +132,7 @@ def test_an_error_of_ours_keeps_its_traceback(tiny_checkpoint, tmp_path, monkeyp
 
 def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
     code = f"import os, sys; sys.path.insert(0, {str(REPO)!r}); os.sched_setaffinity(0, {{0}}); " \
-           "import weights; print(weights.cores())"  # fmt: skip
+           "import weights; print(processes.cores())"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "1\n"
     limit = tmp_path / "cpu.max"
@@ -140,6 +140,6 @@ def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     for text, count in (("max 100000", 64), ("350000 100000", 3), ("50000 100000", 1)):
         limit.write_text(text)
-        assert weights.cores() == count
+        assert processes.cores() == count
     for file in REPO.glob("*.py"):
         assert "cpu_count" not in file.read_text(), file

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import task
 from rewards import exact_match
 
@@ -31,26 +32,26 @@ GOOD = '{"prompt": "1+1=", "answer": 2}'
 ])  # fmt: skip
 def test_a_malformed_line_is_named_by_its_number(tmp_path, line, reason):
     with pytest.raises(ValueError, match=reason):
-        task.read_data(write(tmp_path, GOOD, line, GOOD))
+        data.read_data(write(tmp_path, GOOD, line, GOOD))
 
 
 def test_good_lines_keep_all_their_fields_and_blank_lines_are_skipped(tmp_path):
     more = {"prompt": "é", "answer": [1, {"a": None}], "level": 3}
-    found = task.read_data(write(tmp_path, GOOD, "", json.dumps(more)))
+    found = data.read_data(write(tmp_path, GOOD, "", json.dumps(more)))
     assert list(found) == [json.loads(GOOD), more]
     chat = {"messages": [{"role": "user", "content": "hi"}], "expected_answer": "x"}
-    (row,) = task.read_data(write(tmp_path, json.dumps(chat)))
+    (row,) = data.read_data(write(tmp_path, json.dumps(chat)))
     assert row == {**chat, "prompt": chat["messages"], "answer": "x"}
 
 
 def test_an_empty_or_missing_file_is_refused(tmp_path):
     for lines in ([""], ["", " "]):
         with pytest.raises(ValueError, match="holds no example"):
-            task.read_data(write(tmp_path, *lines))
+            data.read_data(write(tmp_path, *lines))
     (tmp_path / "data.jsonl").write_text("")
     for path, reason in [("data.jsonl", "holds no example"), ("no.jsonl", "no such file"), ("no.parquet", "no such")]:
         with pytest.raises(ValueError, match=reason):
-            task.read_data(str(tmp_path / path))
+            data.read_data(str(tmp_path / path))
 
 
 ROWS = [{"problem": f"{i}+{i}", "expected_answer": str(2 * i), "generated_solution": "long"} for i in range(5)]
@@ -68,28 +69,28 @@ def test_all_forms_of_a_data_set_give_the_same_examples(tmp_path, monkeypatch, f
         rows.to_parquet(str(path))
     else:
         (rows if form == "saved" else datasets.DatasetDict(train=rows, test=rows.select([0]))).save_to_disk(path)
-    found = task.read_data(str(path))
+    found = data.read_data(str(path))
     assert list(found) == [{**row, "prompt": row["problem"], "answer": row["expected_answer"]} for row in ROWS]
-    assert task.read_data(str(path), "train", "generated_solution", "problem")[1]["prompt"] == "long"
+    assert data.read_data(str(path), "train", "generated_solution", "problem")[1]["prompt"] == "long"
     with pytest.raises(ValueError, match=r"has the columns problem, .*: which is the prompt. --prompt-column text"):
-        task.read_data(str(path), "train", "text")
+        data.read_data(str(path), "train", "text")
     if form != "saved":
         with pytest.raises(ValueError, match="data-split 'nowhere'"):
-            task.read_data(str(path), "nowhere")
+            data.read_data(str(path), "nowhere")
     if form == "saved splits":
-        assert len(task.read_data(str(path), "test")) == 1
+        assert len(data.read_data(str(path), "test")) == 1
 
 
 def test_two_columns_that_could_be_the_prompt_have_to_be_told_apart(tmp_path):
     path = write(tmp_path, json.dumps({"prompt": "a", "question": "b", "answer": "c"}))
     with pytest.raises(ValueError, match=r"which is the prompt\? --prompt-column prompt\|question"):
-        task.read_data(path)
-    assert task.read_data(path, prompt_column="question")[0]["prompt"] == "b"
+        data.read_data(path)
+    assert data.read_data(path, prompt_column="question")[0]["prompt"] == "b"
 
 
 def test_a_data_set_out_of_reach_is_one_line_that_says_what_would_help(tmp_path):
     """The library's own errors, in a process of its own: it reads HF_HUB_OFFLINE when it is imported."""
-    code = "import sys, task\ntry: task.read_data(sys.argv[1])\nexcept ValueError as e: print(e)"
+    code = "import sys, task\ntry: data.read_data(sys.argv[1])\nexcept ValueError as e: print(e)"
     for name, words in [
         ("nvidia/OpenMathInstruct-2", "ct-2', --data-split 'train': ConnectionError: Couldn't reach 'nvidia/OpenMath"),
         ("openai/gsm8k:main", "Couldn't reach 'openai/gsm8k' on the Hub"), ("a/b/c", "Couldn't find any data file"),
@@ -107,9 +108,9 @@ def test_gated_and_missing_repositories_say_what_to_do(monkeypatch):
     from datasets.exceptions import DatasetNotFoundError
 
     gated = DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.")
-    assert str(task.hub_error("--data 'a/b'", gated)).endswith("; accept its terms on the Hub and set HF_TOKEN")
+    assert str(data.hub_error("--data 'a/b'", gated)).endswith("; accept its terms on the Hub and set HF_TOKEN")
     missing = DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.")
-    assert str(task.hub_error("--data 'a/b'", missing)).endswith("; if it is private, set HF_TOKEN")
+    assert str(data.hub_error("--data 'a/b'", missing)).endswith("; if it is private, set HF_TOKEN")
 
 
 def test_every_epoch_is_a_permutation_of_its_own_and_any_process_agrees():

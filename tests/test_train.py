@@ -11,19 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from on_ranks import on_ranks
 
+import data
 import loss
-import parallel
+import prepare
 import task
 import train_cispo
-from batch import pack_batch, unpack_batch
-from ledger import Group
+from bridge.groups import Group
+from bridge.validation import Validation
+from config import Config
 from model import ModelConfig, Qwen3MoE
-from parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
+from prepare import load_examples, load_prompts
+from ranks import parallel
+from ranks.batch import pack_batch, unpack_batch
+from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from task import Codec
-from train_cispo import Config, learning_rate, load_examples, load_prompts, main, micro_batch_logprobs, train_update
-from validation import Validation
+from train_cispo import learning_rate, main, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -158,7 +162,7 @@ def test_bad_input_is_one_clear_line_and_status_2(flags, reason, capsys, tmp_pat
 def test_an_end_token_outside_the_vocabulary_is_refused(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [1, 99999]}')
-    examples = task.Examples([{"prompt": "abc>", "answer": "cba"}])
+    examples = data.Examples([{"prompt": "abc>", "answer": "cba"}])
     with pytest.raises(
         ValueError, match="eos_token_id 99999 is outside the vocabulary of 32: no sample would end by it"
     ):
@@ -223,7 +227,7 @@ ONE_UPDATE, NARROW = ["--train-global-batch-size", "256"], ["--ratio-clip-min", 
 def test_what_is_hardly_meant_is_warned_of_once(flags, warned, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", "--cpu-threads", "1", *flags])
-    monkeypatch.setattr(train_cispo, "resolve_model", lambda cfg, rank: tiny_checkpoint)
+    monkeypatch.setattr(prepare, "resolve_model", lambda cfg, rank: tiny_checkpoint)
     monkeypatch.setattr(train_cispo, "train", lambda *args: None)
     main()
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]

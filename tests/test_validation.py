@@ -18,12 +18,15 @@ import torch
 from published import publish, write_version
 from safetensors.torch import save
 
-import weights
-from hub import Hub
-from ledger import Group, Ledger
+from bridge import weights
+from bridge.groups import Group
+from bridge.hub import Hub
+from bridge.ledger import Ledger
+from bridge.validation import Round, Validation, due_at_start, samples, score
+from config import Config, parse_config
+from prepare import load_held_out
 from task import held_out_examples, task_examples
-from train_cispo import Config, about, load_held_out, parse_config
-from validation import Round, Validation, due_at_start, samples, score
+from train_cispo import about
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -18,15 +18,15 @@ import pytest
 import torch
 from published import write_version
 
-import receive
-import weights
-from hub import Hub
-from ledger import Ledger
-from metrics import mismatch
+from bridge import publish, receive, weights
+from bridge.groups import pack_group
+from bridge.hub import Hub
+from bridge.ledger import Ledger
+from bridge.vllm import VLLM
+from bridge.weights import read_tensors
+from loss import mismatch
 from model import ModelConfig, Qwen3MoE
-from rollout import RolloutConfig, damage, pack_group
-from weights import read_tensors
-from workers import VLLM
+from rollout import RolloutConfig, damage
 
 RUN = {"dtype": "float32", "max_model_len": 512, "seed": 0}
 GREEDY = {"n": 1, "temperature": 0.0, "max_tokens": 24, "logprobs": 0, "ignore_eos": True, "detokenize": False}
@@ -169,7 +169,7 @@ async def running_requests(server) -> bool:
 
 
 def weights_of_blob(blob):
-    from hub import parse_group
+    from bridge.groups import parse_group
 
     return parse_group(blob)
 
@@ -200,7 +200,7 @@ import asyncio, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from rollout import RolloutConfig
-from workers import VLLM
+from bridge.vllm import VLLM
 
 async def main():
     vllm = VLLM(RolloutConfig(hub=""), json.loads(sys.argv[2]), Path(sys.argv[3]))
@@ -227,7 +227,7 @@ def test_60_updates_end_bit_for_bit_where_a_fresh_server_starts_which_dies_with_
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
     rng, directory, timings = torch.Generator().manual_seed(0), None, []
-    publisher = weights.Publisher(model, torch.float32, hub.weights_dir, tiny_checkpoint, full_every=16, keep=2,
+    publisher = publish.Publisher(model, torch.float32, hub.weights_dir, tiny_checkpoint, full_every=16, keep=2,
                                   store=torch.distributed.HashStore(), deadline_s=60.0, hub=hub)  # fmt: skip
     headers = {"Authorization": "Bearer t", "X-Run": hub.run["id"]}
     for version in range(61):

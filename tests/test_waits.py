@@ -14,17 +14,20 @@ import pytest
 import torch
 from published import publish, write_version
 
-import parallel
-from checkpoint import Checkpointer, CheckpointError
-from hub import Hub
-from ledger import Ledger
+from bridge.hub import Hub
+from bridge.ledger import Ledger
+from bridge.processes import LocalRollout
+from bridge.reward_pool import RewardWorkers
+from bridge.vllm import VLLM
+from bridge.waits import WAITS, Signals, Wait, WaitOver, agree
+from bridge.weights import digest
+from config import Config
 from model import ModelConfig, Qwen3MoE
-from parallel import ShardedAdamW
+from ranks import parallel
+from ranks.checkpoint import Checkpointer, CheckpointError
+from ranks.parallel import ShardedAdamW
 from rollout import RolloutConfig, ask
-from train_cispo import Config, wait_for_batch, wait_for_validation
-from waits import WAITS, Signals, Wait, WaitOver, agree
-from weights import digest
-from workers import VLLM, LocalRollout, RewardWorkers
+from train_cispo import wait_for_batch, wait_for_validation
 
 RUN = {"dtype": "float32", "max_model_len": 64, "seed": 0, "num_generations": 2, "max_new_tokens": 8}
 

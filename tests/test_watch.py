@@ -19,9 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import report
 import watch
-from ledger import NOT_SAMPLED, Group
-from report import Trackers, prometheus_text
-from train_cispo import Config, parse_config
+from bridge.groups import NOT_SAMPLED, Group
+from bridge.prometheus import prometheus_text
+from config import Config, parse_config
+from report import Trackers
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -19,19 +19,20 @@ import aiohttp
 import pytest
 import torch
 from aiohttp import web
+from on_ranks import on_ranks
 from published import SHARD, manifest_of, publish, write_version
-from ranks import on_ranks
 from safetensors.torch import load_file
 
-import parallel
-import receive
-import weights
-from hub import Hub
-from ledger import Ledger
+import bridge.publish
+from bridge import delta, files, receive, waits, weights
+from bridge.hub import Hub
+from bridge.ledger import Ledger
+from bridge.publish import Publisher
+from bridge.receive import NoRoom, fetch, path_to
+from bridge.weights import MANIFEST, WeightsError, load_hf, read_tensors
 from model import ModelConfig, Qwen3MoE
-from receive import NoRoom, fetch, path_to
+from ranks import parallel
 from rollout import Node, RolloutConfig
-from weights import MANIFEST, Publisher, WeightsError, load_hf, read_tensors
 
 FULL, DELTA = f"{SHARD}.safetensors", f"{SHARD}.delta"
 
@@ -111,7 +112,7 @@ def test_tensors_come_layer_by_layer_whatever_files_they_are_in(tmp_path, model,
     shards = [{"name": f"model-0000{i + 1}-of-00003", "tensors": dict(tensors[i::3])} for i in range(3)]
     for shard in shards:
         weights.write_safetensors(tmp_path / f"{shard['name']}.safetensors", list(shard["tensors"].items()))
-    weights.write_index(tmp_path, shards)
+    bridge.publish.write_index(tmp_path, shards)
     names = [name for name, _ in read_tensors(tmp_path)]
     assert sorted(names) == sorted(name for name, _ in tensors)
     layers = [name.split(".")[2] if ".layers." in name else name for name in names]
@@ -161,8 +162,8 @@ def nudge(model, seed):
 def test_what_is_published_is_the_moment_of_the_call_not_of_the_write(tmp_path, tiny_checkpoint, monkeypatch):
     """The next step changes the weights while the writer still works on the last ones."""
     model, listener = loaded(tiny_checkpoint), Listener()
-    may_write, real = threading.Event(), weights.write_share
-    monkeypatch.setattr(weights, "write_share", lambda *a: (may_write.wait(30), real(*a))[1])
+    may_write, real = threading.Event(), bridge.publish.write_share
+    monkeypatch.setattr(bridge.publish, "write_share", lambda *a: (may_write.wait(30), real(*a))[1])
     p = publisher(model, tmp_path / "w", tiny_checkpoint, listener)
     p.publish(1)
     with torch.no_grad():
@@ -299,7 +300,7 @@ def mounted(path, size):
 def test_a_disk_that_stands_still_is_a_wait_with_a_name(tmp_path, tiny_checkpoint, monkeypatch):
     """publish() for the third version needs the buffers of the first, which the thread is not done with."""
     model, listener, go = loaded(tiny_checkpoint), Listener(), threading.Event()
-    monkeypatch.setattr(weights, "write_share", lambda *a: go.wait(60))
+    monkeypatch.setattr(bridge.publish, "write_share", lambda *a: go.wait(60))
     p = publisher(model, tmp_path, tiny_checkpoint, listener, deadline_s=0.3)
     for version in range(4):
         p.publish(version)
@@ -329,14 +330,14 @@ def of_rank(root, checkpoint, fail):
     mesh = parallel.make_mesh(2, 2, model_cfg.num_key_value_heads)
     model, listener = Qwen3MoE(model_cfg, mesh), Listener()
     load_hf(model, checkpoint)
-    real = weights.write_share
+    real = bridge.publish.write_share
 
     def full_disk(directory, *rest):
         if fail and rank == 3 and directory.name == "v1":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(directory, *rest)
 
-    weights.write_share = full_disk
+    bridge.publish.write_share = full_disk
     store = torch.distributed.distributed_c10d._get_default_store()
     p = Publisher(model, torch.float32, root / f"node{rank // 2}", checkpoint, 2, 9, store, 20.0,
                   listener if rank == 0 else None)  # fmt: skip
@@ -361,7 +362,7 @@ def of_rank(root, checkpoint, fail):
 def fetch_all(manifest, p, root):
     """A rollout node's fetch while both trainer nodes serve. Rank 0's files have the hub in a whole run; here a server
     as the other nodes have it."""
-    server = weights.FileServer(p.root, "t", "127.0.0.1", 0)
+    server = files.FileServer(p.root, "t", "127.0.0.1", 0)
     directory, timing = asyncio.run(fetch(manifest, root / "rollout", None, server.url, {"Authorization": "Bearer t"}))
     return [sorted(path.name for path in directory.iterdir()), timing["fetch_bytes"]]
 
@@ -467,7 +468,7 @@ def test_damage_on_the_way_is_found_and_nothing_is_kept(hub, tmp_path, monkeypat
     source = hub.weights_dir / version / name
     whole = source.read_bytes()
     source.write_bytes(damage(whole)) if damage else source.unlink()
-    with pytest.raises((WeightsError, receive.WaitOver), match=reason):
+    with pytest.raises((WeightsError, waits.WaitOver), match=reason):
         fetch_from(hub, 1, tmp_path / "node", have)
     assert [p.name for p in (tmp_path / "node").iterdir()] == (["v0"] if have else [])
     assert have is None or same(have, hub.versions[0])
@@ -481,8 +482,8 @@ def test_a_delta_on_another_base_or_of_another_run_is_refused(hub, tmp_path, tin
     for run, base, reason in [(hub.run["id"], "7", "'base': '7'"), ("other", "0", "'run': 'other'")]:
         directory = hub.weights_dir / "v1"
         old, new = hub.versions[:2]
-        codes = {n: weights.delta.encode(old[n], new[n]) for n in new}
-        file = weights.write_share(directory, SHARD, new, codes, {"run": run, "version": "1", "base": base})
+        codes = {n: delta.encode(old[n], new[n]) for n in new}
+        file = bridge.publish.write_share(directory, SHARD, new, codes, {"run": run, "version": "1", "base": base})
         manifest = manifest_of(directory)
         manifest["shards"][0]["files"][-1] = {**file, "url": ""}
         (directory / MANIFEST).write_text(json.dumps(manifest))
@@ -687,7 +688,7 @@ def test_a_link_that_stays_cut_refuses_the_update(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(receive, "PATIENCE_S", 1.0)
     host, port = hub.url.removeprefix("http://").split(":")
     link = Link((host, int(port)), cut_after=1_000_000)
-    with pytest.raises(receive.WaitOver, match=r"wait 'weights fetch': rollout node waits for v0/.* since"):
+    with pytest.raises(waits.WaitOver, match=r"wait 'weights fetch': rollout node waits for v0/.* since"):
         fetch_from(hub, 0, tmp_path / "node", url=link.url)
     assert not list((tmp_path / "node").iterdir())
     link.listener.close()

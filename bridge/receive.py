@@ -25,22 +25,21 @@ from urllib.parse import urlsplit
 import torch
 from safetensors import safe_open
 
-import delta
-from waits import Wait, WaitOver
-from weights import (
+from bridge import delta
+from bridge.processes import cores
+from bridge.publish import write_index
+from bridge.waits import Wait, WaitOver, backoff_s
+from bridge.weights import (
     DTYPES,
     MANIFEST,
     STATIC_FILES,
     SUFFIX,
     WeightsError,
-    cores,
     describe,
     digest,
     read_tensors,
     safetensors_header,
-    write_index,
 )
-from workers import backoff_s
 
 RANGE_BYTES = 64 << 20  # of one request: small enough to spread over streams, large enough to fill a link
 STREAMS = 8  # requests at a time, over all trainer nodes

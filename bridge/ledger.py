@@ -3,35 +3,9 @@
 from bisect import insort
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 
-import torch
-
-from waits import Wait
-
-NOT_SAMPLED = -1  # in place of a policy version: a token that was put there, as --interrupt-text is; no loss row
-
-
-@dataclass
-class Group:
-    """All samples of one prompt. Flat tensors over the samples' response tokens, R of them in all."""
-
-    ordinal: int
-    prompt_ids: list[int]
-    lengths: torch.Tensor  # (S,) int32: response tokens of each sample
-    token_ids: torch.Tensor  # (R,) int32
-    logprobs: torch.Tensor  # (R,) float32: the sampler's, in nats
-    versions: torch.Tensor  # (R,) int32: the policy version that sampled each token, or NOT_SAMPLED
-    rewards: torch.Tensor  # (S,) float32
-    truncated: torch.Tensor  # (S,) uint8: 1 where max_new_tokens cut the sample off
-
-    @cached_property
-    def oldest_version(self) -> int:
-        return int(self.sampled_versions.min())
-
-    @property
-    def sampled_versions(self) -> torch.Tensor:
-        return self.versions[self.versions != NOT_SAMPLED]
+from bridge.groups import Group
+from bridge.waits import Wait
 
 
 @dataclass

@@ -13,7 +13,7 @@ Either is cut into planes, the low bytes of all entries, then the next higher, e
 are skewed, the higher ones nearly all zero, so rare long gaps and large steps need no other escape.
 
 Applying a code twice steps twice: the base must be the very bytes the code was made from, and the result is proven by
-its digest (weights.py patches a copy of a verified version and starts again from that).
+its digest (receive.py patches a copy of a verified version and starts again from that).
 """
 
 import struct
@@ -25,6 +25,8 @@ import zstandard
 _HEADER = struct.Struct("<BQQQ")  # element size, elements, gap entries, changed elements; the planes' lengths follow
 _SKIP = 65535  # a gap entry: so many unchanged elements, and no changed one
 _BIAS = 127  # steps from -127 to 128 have zeros in all bytes but the lowest
+
+
 # The low bytes are as good as independent, which Huffman coding takes and matches spoil: the fewest possible are looked
 # for, 64 places long ones. Against plain level 1 the steps shrink by a tenth, and it is no slower.
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)

@@ -7,6 +7,7 @@ known of the other side.
 
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -154,3 +155,8 @@ class Signals:
             return math.inf
         limit_s = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
         return max(1.0, limit_s * 2 / 3 - (time.monotonic() - cls.since if cls.since else 0.0))
+
+
+def backoff_s(attempt: int, most: float = 10.0) -> float:
+    """Seconds before the next attempt: they double, and differ between those that failed at the same moment."""
+    return min(most, 0.25 * 2**attempt) * random.uniform(0.5, 1.5)

@@ -1,7 +1,7 @@
 """Whole training runs under random faults: nothing may be lost, trained twice or trained too late.
 
-    python tests/chaos.py --seed 0 --faults 200            five runs on the fake vLLM, about half an hour
-    python tests/chaos.py --seed 0 --faults 6 --real       with the real one: only what can be done to it from outside
+    python tools/chaos.py --seed 0 --faults 200            five runs on the fake vLLM, about half an hour
+    python tools/chaos.py --seed 0 --faults 6 --real       with the real one: only what can be done to it from outside
 
 Each fault strikes between two steps at random; it is over when two more steps are trained, which may take a minute.
 At the end of a run its log of ordinals, which is what the optimizer saw, is compared with the ledger.
@@ -26,8 +26,8 @@ from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from workers import with_parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program
+from bridge.processes import with_parent
 
 REPO = Path(__file__).resolve().parent.parent
 LOG = "runs/tiny/rollout.log"
@@ -85,7 +85,7 @@ class Run:
         self.second = None  # rollout node, which ends with the trainer
         self.rollout_flags = rollout = "--stall-timeout-s 4 --load-timeout-s 6 --reward-timeout-s 4 --beat-s 0.5"
         if not real:
-            fake = Path(__file__).with_name("fake_vllm.py")
+            fake = REPO / "tests/fake_vllm.py"
             self.rollout_flags = rollout = f"{rollout} --vllm-command " + shlex.quote(f"{sys.executable} {fake}")
         else:
             rollout = rollout.replace("--stall-timeout-s 4 --load-timeout-s 6", "--stall-timeout-s 20")

@@ -12,8 +12,8 @@ from itertools import accumulate, count
 import torch
 from safetensors.torch import load, save
 
-from ledger import NOT_SAMPLED, Group
-from loss import group_advantages, row_weights
+from bridge.groups import NOT_SAMPLED, Group
+from loss import group_advantages
 
 
 def shaped_rewards(group: Group, cfg) -> torch.Tensor:
@@ -193,3 +193,16 @@ def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 
         updates.append(micro_batches)
         counts.append((int(lengths.sum()), len(rows)))
     return updates, counts
+
+
+# ---- the loss of a micro-batch -------------------------------------------------------------------------------
+def row_weights(lengths_R, units_R):
+    """What each token of a row counts for: tokens are averaged within their unit, then the units are averaged.
+
+    A unit is the whole optimizer batch (token mean), a prompt, or a row (sequence mean). Counts are of the optimizer
+    batch on all ranks, so the sum of micro-batch losses over micro-batches and ranks is the loss, and no averaging
+    is needed anywhere. Shapes: all (R,), over all rows of the batch.
+    """
+    units, unit_R = units_R.unique(return_inverse=True)
+    tokens_U = torch.zeros(len(units)).index_add(0, unit_R, lengths_R.float())
+    return 1 / (len(units) * tokens_U[unit_R]).clamp(min=1)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ledger import NOT_SAMPLED, Books, Group, Lease
+from bridge.groups import NOT_SAMPLED, Group
+from bridge.ledger import Books, Lease
 
 
 @dataclass

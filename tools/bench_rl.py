@@ -1,4 +1,4 @@
-"""Whole training runs, ours and the GRPOTrainer of TRL: `python bench.py rl [--size tiny|100m]`. Beside bench.py, since
+"""Whole training runs, ours and the GRPOTrainer of TRL: `python tools/bench.py rl [--size tiny|100m]`. Apart, since
 a run has nothing in common with its contenders, which take turns at one function.
 
 The same starting weights, prompts, reward, sampling, sizes, CISPO bounds, AdamW and learning rate; four updates of a
@@ -22,13 +22,15 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program
 import task
+from bridge.processes import cores
+from bridge.reward_process import load_reward
+from bridge.weights import write_safetensors
+from config import Config
 from model import ModelConfig, Qwen3MoE
-from rewards import load_reward
-from train_cispo import Config
-from weights import cores, write_safetensors
 
-REPO = Path(__file__).resolve().parent
+REPO = Path(__file__).resolve().parent.parent
 UPDATES, GENERATIONS, CLIP_HIGH = 4, 16, 5.0  # TRL's epsilon_high is the bound itself, ours an offset from 1
 HALF = """
 def score(completion, example):

@@ -22,7 +22,6 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,27 +29,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load, save
 
-from model import ModelConfig, Qwen3MoE
-from parallel import Mesh, all_reduce, broadcast_bytes
-from rewards import relative, reward_sources
-from waits import Wait, await_keys
-from weights import (
-    WeightsError,
-    check,
-    describe,
-    digest,
-    fsync,
-    layer_order,
-    model_card,
-    read_tensors,
-    tensor_bytes,
-    write_safetensors,
-    write_share,
-    write_static,
-)
+from bridge.processes import REPO, program_files
+from bridge.reward_process import relative, reward_sources
+from bridge.waits import Wait, await_keys
+from bridge.weights import digest, fsync, write_safetensors
+from ranks.parallel import Mesh, all_reduce, broadcast_bytes
 
 MANIFEST = "checkpoint.json"
 
@@ -276,22 +262,7 @@ def choose(paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tuple[P
     return None, {}
 
 
-def model_digest(path: Path) -> str:
-    """Of a starting checkpoint: its architecture, and its tensors by name, in whatever files they lie. Of large ones
-    four pieces of 16 KiB count; no training leaves all of these as they were."""
-    parts = []
-    with contextlib.suppress(OSError, ValueError, SafetensorError):  # what is missing or damaged makes it another one
-        parts.append(repr(ModelConfig.from_dir(path)))
-        for name, tensor in read_tensors(path):
-            data, hasher = tensor_bytes(tensor), blake3()
-            stride, piece = (len(data), len(data)) if len(data) <= 1 << 16 else (len(data) // 4, 1 << 14)
-            for at in range(0, len(data), stride):
-                hasher.update(data[at : at + piece])
-            parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {hasher.hexdigest()}")
-    return digest("\n".join(parts).encode())
-
-
-def share_model(path: Path, handed_out: bool) -> None:
+def share_model(path: Path, handed_out: bool, model_digest: Callable[[Path], str]) -> None:
     """All ranks start from the weights that rank 0 has: the tiny ones are handed out to nodes that do not share its
     disk, `--model` has to be there. Raises: SystemExit, naming rank and host, where they are others."""
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
@@ -377,10 +348,10 @@ def begin_run_dir(cfg, found: Path | None, saved: dict, say: Callable[[str], Non
             found = aside / found.relative_to(was)
     (cfg.run_dir / "code").mkdir(parents=True, exist_ok=True)
     (cfg.run_dir / "config.json").write_text(cfg.text)
-    here, code = Path(__file__).parent, cfg.run_dir / "code"
-    for file in [*here.glob("*.py"), *here.glob("inside_vllm/*.py")]:  # a forked loss is no flag: `diff -r` shows it
-        (code / file.relative_to(here)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, code / file.relative_to(here))
+    code = cfg.run_dir / "code"
+    for file in program_files():  # a forked loss is no flag: `diff -r` shows it
+        (code / file.relative_to(REPO)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, code / file.relative_to(REPO))
     sources = {code / "reward" / name: source for name, source in relative(reward_sources(cfg.reward)).items()}
     if saved and any(path.exists() and path.read_bytes() != source for path, source in sources.items()):
         shutil.rmtree(before := code / f"reward-before-step-{saved['step']}", ignore_errors=True)
@@ -520,43 +491,3 @@ class Checkpointer:
 def best_step(scores: dict, among) -> int | None:
     """The step with the best score, the latest of equals."""
     return max((step for step in among if str(step) in scores), key=lambda s: (scores[str(s)], s), default=None)
-
-
-# ---- export ----------------------------------------------------------------------------------------------------
-def export(path: Path, out: Path, base: Path | None = None) -> None:
-    """Write a checkpoint as a Hugging Face directory, in the dtype that the run publishes in. base: where config and
-    tokenizer are; by default the run's whole versions. Raises: CheckpointError, ValueError."""
-    path = path.resolve()  # its name is the run's, whatever link led here
-    run_dir, manifest = path.parent.parent, verify(path, 0, 1)
-    bases = [base] if base else sorted(run_dir.glob("weights/v*"), key=lambda p: p.stat().st_mtime, reverse=True)
-    base = next((p for p in bases if (p / "config.json").exists()), None)
-    if base is None:
-        raise ValueError(f"no config.json in {run_dir / 'weights'}/v*: name the directory of the model it started from")
-    if out.exists():
-        raise ValueError(f"{out} exists")
-    with torch.device("meta"):
-        shapes = Qwen3MoE(ModelConfig.from_dir(base)).checkpoint_shapes()
-    pieces, dtype = Pieces(path, shapes), json.loads((base / "config.json").read_text()).get("dtype", "bfloat16")
-    groups, size = [[]], 0
-    for name in sorted(shapes, key=layer_order):  # one file for each 4 GB
-        size += shapes[name].numel() * getattr(torch, dtype).itemsize
-        if size > 4e9 and groups[-1]:
-            groups, size = [*groups, []], 0
-        groups[-1].append(name)
-    parts = []
-    for i, names in enumerate(groups):
-        tensors = {name: pieces.whole("weight", name).to(getattr(torch, dtype)) for name in names}
-        shard = f"model-{i + 1:05d}-of-{len(groups):05d}"
-        write_share(out, shard, tensors, None, {"version": str(manifest["step"])})
-        parts.append({"name": shard, "tensors": {name: describe(t) for name, t in tensors.items()}})
-    write_static(out, base, parts, model_card(run_dir, manifest["step"]))
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5) or sys.argv[1] != "export":
-        sys.exit("usage: python checkpoint.py export runs/NAME/checkpoints/step-N DIR [BASE_MODEL_DIR]")
-    try:
-        export(*map(Path, sys.argv[2:]))
-        print(check(Path(sys.argv[3])))
-    except (CheckpointError, WeightsError, ValueError, OSError) as e:
-        sys.exit(f"checkpoint.py: error: {e}")

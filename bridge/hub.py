@@ -26,7 +26,6 @@ import math
 import resource
 import secrets
 import socket
-import struct
 import threading
 import time
 from collections import Counter
@@ -35,94 +34,26 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures import wait as wait_for
 from pathlib import Path
 
-import torch
 from aiohttp import web
-from safetensors import SafetensorError
-from safetensors.torch import load
 
-from ledger import NOT_SAMPLED, Books, Group, Lease, Ledger
-from report import prometheus_text
-from validation import Round, Validation
-from waits import Wait, WaitOver
-from weights import digest, has_token, http_url, served_file
+from bridge.files import has_token, http_url, served_file
+from bridge.groups import Group, Refused, check_group, parse_group
+from bridge.ledger import Books, Lease, Ledger
+from bridge.prometheus import prometheus_text
+from bridge.validation import Round, Validation
+from bridge.waits import Wait, WaitOver
+from bridge.weights import digest
 
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
 MAX_NODES = 4096  # that are remembered at once
+
+
 # Samples without a reward, by kind; and "away": calls that were made again, since the service had not answered.
 FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type", "away")
 LOAD = ("over_s", "idle_s", "made")  # of a beat: seconds since the one before, those in which vLLM was idle, tokens
 VITALS = ("running", "waiting", "kv", "limit", "preemptions", *LOAD)
 TIMING_PARTS = ("fetch_s", "patch_s", "verify_s", "pause_s", "load_s", "stopped_s", "total_s", "fetch_bytes")
 FETCH_LIMIT_S = 1800.0  # how long files may be kept for a node that fetches them
-
-
-class Refused(Exception):
-    """A request that cannot be honoured: HTTP status and one line that says why."""
-
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status, self.reason = status, reason
-
-
-# ---- groups --------------------------------------------------------------------------------------------------
-GROUP_TENSORS = {
-    "lengths": torch.int32, "token_ids": torch.int32, "logprobs": torch.float32, "versions": torch.int32,
-    "rewards": torch.float32, "truncated": torch.uint8,
-}  # fmt: skip
-
-
-def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of a /groups body. Raises: Refused (400) unless it is exactly the format above."""
-    try:
-        tensors = load(body)
-        (header_bytes,) = struct.unpack("<Q", body[:8])
-        metadata = json.loads(body[8 : 8 + header_bytes]).get("__metadata__") or {}
-        given = metadata.get("gen_s", "nan")
-        metadata["gen_s"] = float(given) if len(given) < 32 else math.nan
-    except (SafetensorError, struct.error, ValueError, RecursionError) as e:
-        raise Refused(400, f"body is not safetensors: {str(e)[:200]}") from None
-    for name, dtype in GROUP_TENSORS.items():
-        if name not in tensors:
-            raise Refused(400, f"tensor {name} is missing")
-        if tensors[name].dtype != dtype or tensors[name].dim() != 1:
-            raise Refused(400, f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected 1-D {dtype}")
-    if extra := tensors.keys() - GROUP_TENSORS.keys():
-        raise Refused(400, f"unexpected tensor {sorted(extra)[0]}")
-    return metadata, tensors
-
-
-def check_group(t: dict[str, torch.Tensor], num_samples, max_new_tokens: int, vocab_size: int, versions,
-                max_inserted: int = 0):  # fmt: skip
-    """Raises: Refused (422) unless the tensors are what was asked for. `num_samples`: (fewest, most) of the prompt;
-    `versions`: (oldest, newest) that are possible; max_inserted: tokens of a sample that may be NOT_SAMPLED."""
-    samples, tokens = len(t["lengths"]), len(t["token_ids"])
-    (fewest, most), (low, high) = num_samples, versions
-    for ok, reason in [
-        (fewest <= samples <= most, f"{samples} samples, expected {fewest} to {most}"),
-        (all(len(t[n]) == samples for n in ("rewards", "truncated")), "rewards or truncated: not one for each sample"),
-        (all(len(t[n]) == tokens for n in ("logprobs", "versions")), "logprobs or versions: not one for each token"),
-        (samples and int(t["lengths"].min()) >= 1, "a sample has no tokens"),
-        (samples and int(t["lengths"].max()) <= max_new_tokens, f"a sample has more than {max_new_tokens} tokens"),
-        (int(t["lengths"].sum()) == tokens, f"lengths add up to {int(t['lengths'].sum())}, not {tokens} tokens"),
-    ]:
-        if not ok:
-            raise Refused(422, reason)
-    sampled = t["versions"] != NOT_SAMPLED
-    for sample in sampled.split(t["lengths"].tolist()) if not sampled.all() else ():
-        if (inserted := int((~sample).sum())) > max_inserted or inserted == len(sample):
-            reason = f"{inserted} of a sample's {len(sample)} tokens were not sampled, expected {max_inserted}"
-            raise Refused(422, reason)
-    sampled_versions = t["versions"][sampled]
-    for ok, reason in [  # value checks, once the shapes are known to be right
-        (int(t["token_ids"].min()) >= 0 and int(t["token_ids"].max()) < vocab_size,
-         f"a token id is outside the vocabulary of {vocab_size}"),
-        (t["logprobs"].isfinite().all() and t["logprobs"].max() <= 1e-3, "a log-prob is not finite or above 0"),
-        (t["rewards"].isfinite().all(), "a reward is not finite"),
-        (low <= int(sampled_versions.min()) and int(sampled_versions.max()) <= high,
-         f"policy versions {int(sampled_versions.min())}..{int(sampled_versions.max())} outside {low}..{high}"),
-    ]:  # fmt: skip
-        if not ok:
-            raise Refused(422, reason)
 
 
 def check_address(host: str, port: int) -> None:

@@ -1,4 +1,4 @@
-"""Our numbers beside those of others: `python bench.py loss [--json]`, `... model`, `... weights` (bench_weights.py),
+"""Our numbers beside those of others: `python tools/bench.py loss [--json]`, `... model`, `... weights`,
 `... rl` (bench_rl.py).
 
 `loss`: forward and backward of vocabulary projection and CISPO loss, the largest part of a step outside the model.
@@ -29,13 +29,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import bench_rl
-import bench_weights
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program
 import loss
 from model import ModelConfig, MoE, Qwen3MoE
-from parallel import Mesh
+from ranks import ops
+from ranks.parallel import Mesh
+from tools import bench_rl, bench_weights
 
-REPO = Path(__file__).resolve().parent
+REPO = Path(__file__).resolve().parent.parent
 PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "accelerate==1.15.0"]
 CLIP = 6.0  # weights in [0, 6], the seed's default; Liger has no lower bound, and a ratio is never below 0
 SEQ = 32  # Liger takes one advantage per sequence, so everybody gets that
@@ -70,7 +71,7 @@ def our_loss(x, compiled=True):
     mean = x.advantages_N / len(x.hidden_ND)
     objective = lambda logprobs, prev, advantages: loss.cispo_loss(logprobs, prev, advantages, alg)[0]
     inputs = x.hidden_ND, x.weight_VD, x.targets_N, objective, (x.prev_N, mean), 1.0, x.args.chunk, compiled
-    return lambda: loss.fused_head_loss(*inputs)[0]
+    return lambda: ops.fused_head_loss(*inputs)[0]
 
 
 def naive(x):
@@ -246,6 +247,8 @@ SUITES = {  # inputs, flags that matter, {contender: (function, remark)}
         "balanced bmm": (bmm_block, "bmm"),
     }),
 }  # fmt: skip
+
+
 # batched_mm is not in "moe": it copies an expert's weights for every row, 8192 * 1.5 MB.
 
 

@@ -1,6 +1,6 @@
 """What fetching and proving weights costs the vLLM beside it: tokens/s with and without, in turns.
 
-    python tests/throughput.py            about four minutes on two cores; 0.2 B parameters, 0.8 GB a version
+    python tools/throughput.py            about four minutes on two cores; 0.2 B parameters, 0.8 GB a version
 
 A server process has a chain of versions, whole and as deltas. The node here is what rollout.py is: one process whose
 event loop keeps vLLM busy while `receive.fetch` brings one version after the other, patched and proven, none loaded.
@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from published import manifest_of, write_version
 
-import receive
 import task
+from bridge import receive
+from bridge.files import FileServer
+from bridge.vllm import VLLM
 from model import ModelConfig, Qwen3MoE
 from rollout import RolloutConfig
-from weights import FileServer
-from workers import VLLM
 
 WINDOW_S, TURNS, SEQUENCES = 12.0, 4, 8
 RUN = {"dtype": "float32", "max_model_len": 2048, "seed": 0}

@@ -99,7 +99,7 @@ def join_ranks(timeout_s: float) -> None:
 
 def make_mesh(tp: int, ep: int, kv_heads: int, timeout_s: float = 600.0) -> Mesh:
     """Lay the grid over the ranks that have joined; all of them must call. The degrees must divide what they cut
-    (dry_run.check_layout)."""
+    (plan.check_layout)."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def group(key):

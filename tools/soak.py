@@ -1,6 +1,6 @@
 """A long run on the fake vLLM: memory, file handles, threads and /dev/shm of every process stay where they were.
 
-python tests/soak.py --steps 1000
+python tools/soak.py --steps 1000
 """
 
 import argparse
@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parent.parent
 PARTS = {
     "train_cispo.py": "trainer and hub",
     "rollout.py": "rollout",
-    "task.py": "reward worker",
+    "reward_process.py": "reward worker",
     "fake_vllm.py": "vLLM",
 }
 
@@ -36,7 +36,7 @@ def sample(trainer: psutil.Process) -> dict[str, tuple[int, int, int, int]]:
 
 def soak(steps: int, every: int = 20) -> list[tuple[int, dict]]:
     """Runs the tiny preset and samples its processes; returns (step, sample) of each."""
-    fake = Path(__file__).with_name("fake_vllm.py")
+    fake = REPO / "tests/fake_vllm.py"
     command = [sys.executable, str(REPO / "train_cispo.py"), "--use-cispo", "--max-num-steps", str(steps),
                f"--rollout-args=--vllm-command '{sys.executable} {fake}'"]  # fmt: skip
     rows = []

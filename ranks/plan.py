@@ -15,42 +15,22 @@ import dataclasses
 import itertools
 import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-import loss
-import task
-from model import ModelConfig
+from ranks import ops
 
 GIB, OVERHEAD_GIB = 2**30, 4.0  # CUDA context, NCCL buffers, fragmentation: experience, not arithmetic
 PEAK_TFLOPS = 989  # an H100's in dense bf16
 VLLM_SHARE = 0.92  # of its GPUs, that vLLM 0.32 takes if not told otherwise
 IMBALANCE = 2.0  # rows of the fullest expert rank over the mean that there should be room for
 
+
 # config.json of models that can be planned for without a download
-KNOWN_MODELS = {
-    "Qwen/Qwen3-30B-A3B": ModelConfig(
-        vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
-        head_dim=128, intermediate_size=6144, rope_theta=1e6, max_position_embeddings=40960, num_experts=128,
-        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
-    ),
-    "Qwen/Qwen3-0.6B": ModelConfig(
-        vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, intermediate_size=3072, rope_theta=1e6, max_position_embeddings=40960, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
 
 
-def known_config(cfg) -> ModelConfig | None:
-    """What can be said of --model before anything is downloaded or made; None for a hub id that is not known here."""
-    if not cfg.model:
-        return task.tiny_config(cfg.task)
-    return ModelConfig.from_dir(cfg.model) if Path(cfg.model).is_dir() else KNOWN_MODELS.get(cfg.model)
-
-
-def check_layout(m: ModelConfig, world: int, tp: int, ep: int) -> None:
+def check_layout(m, world: int, tp: int, ep: int) -> None:
     """Raises: ValueError that names both numbers, for a degree that does not divide what it cuts."""
     if min(world, tp, ep) < 1:
         raise ValueError(f"--tp {tp}, --ep {ep} and the number of ranks, {world}, must be at least 1")
@@ -82,7 +62,7 @@ class ParamClass(NamedTuple):
     trained: bool = True
 
 
-def parameter_classes(m: ModelConfig, world: int, tp: int, ep: int, freeze_router=True) -> list[ParamClass]:
+def parameter_classes(m, world: int, tp: int, ep: int, freeze_router=True) -> list[ParamClass]:
     D, H, G, C, E = m.hidden_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim, m.num_experts
     L, tables, kv = m.num_hidden_layers, 1 if m.tie_word_embeddings else 2, min(tp, G)
     moe = sum(m.is_moe_layer(i) for i in range(L))
@@ -114,7 +94,7 @@ def dtype_bytes(cfg) -> tuple[int, int]:
     return 4 if cfg.param_dtype == "float32" else 2, 2 if cfg.grad_dtype == "bfloat16" else 4
 
 
-def activation_memory(m: ModelConfig, cfg) -> dict[str, float]:
+def activation_memory(m, cfg) -> dict[str, float]:
     """Bytes, for a micro-batch that fills the token budget. "all layers" is what they save without recompute, "inputs"
     with it; of one layer: what attention and norms save, and what the MLP saves plus its gradients at their largest."""
     a, T, D, F = dtype_bytes(cfg)[0], cfg.max_tokens_per_micro_batch, m.hidden_size, m.moe_intermediate_size
@@ -128,7 +108,7 @@ def activation_memory(m: ModelConfig, cfg) -> dict[str, float]:
     # SwiGLU saves gate, up, silu(gate) and their product; MoE's rows also as they arrive, as they leave, and weighted.
     saved_dense, saved_moe = gathered + T * I_ * 4 * a, rows * (3 * D + 4 * F) * a
     peak_dense, peak_moe = saved_dense + gathered + T * I_ * 3 * a, rows * (5 * D + 4 * F) * a
-    chunk = cfg.logprob_chunk_size or loss.chunk_rows(v)
+    chunk = cfg.logprob_chunk_size or ops.chunk_rows(v)
     return {
         "inputs": m.num_hidden_layers * t * D * a,
         "all layers": (moe + dense) * attention + moe * saved_moe + dense * saved_dense,
@@ -152,7 +132,7 @@ def vllm_share(cfg, world: int) -> float:
     return float(given[-1]) if given else VLLM_SHARE
 
 
-def memory(m: ModelConfig, cfg, world: int) -> dict[str, float]:
+def memory(m, cfg, world: int) -> dict[str, float]:
     """All terms in GiB, in the order in which they come into being, and last what vLLM takes; their sum is the peak."""
     terms = static_memory(m, world, cfg.tp, cfg.ep, *dtype_bytes(cfg), cfg.freeze_moe_router)
     if cfg.reference_policy_kl_penalty:
@@ -169,7 +149,7 @@ def memory(m: ModelConfig, cfg, world: int) -> dict[str, float]:
 
 
 # ---- traffic and work ----------------------------------------------------------------------------------------
-def collective_bytes(m: ModelConfig, cfg, world: int) -> dict[str, tuple[float, str]]:
+def collective_bytes(m, cfg, world: int) -> dict[str, tuple[float, str]]:
     """Bytes that a rank sends for one layer in each pass or update, and which."""
     T, D, tp, ep, (a, grad) = cfg.max_tokens_per_micro_batch, m.hidden_size, cfg.tp, cfg.ep, dtype_bytes(cfg)
     passes = "forward, recompute, backward" if cfg.activation_checkpointing else "forward, backward"
@@ -187,7 +167,7 @@ def collective_bytes(m: ModelConfig, cfg, world: int) -> dict[str, tuple[float, 
     }
 
 
-def flops_per_token(m: ModelConfig, length: int) -> float:
+def flops_per_token(m, length: int) -> float:
     """Forward and backward, in a sequence of that length; causal attention counts half; recompute does not count."""
     D, H, G, C, L = m.hidden_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim, m.num_hidden_layers
     moe = sum(m.is_moe_layer(i) for i in range(L))
@@ -197,7 +177,7 @@ def flops_per_token(m: ModelConfig, length: int) -> float:
 
 
 # ---- the report ----------------------------------------------------------------------------------------------
-def what_would_fit(m: ModelConfig, cfg, world: int) -> list[str]:
+def what_would_fit(m, cfg, world: int) -> list[str]:
     """The fewest ranks, and for these the smallest sets of changed flags, that fit: each as "flags (peak)"."""
     budgets = [cfg.max_tokens_per_micro_batch >> i for i in range(1, 16)]
     changes = [("activation_checkpointing", True), ("param_dtype", "bfloat16"), ("grad_dtype", "bfloat16")]
@@ -222,7 +202,7 @@ def what_would_fit(m: ModelConfig, cfg, world: int) -> list[str]:
     return ["a smaller model"]
 
 
-def check_memory(m: ModelConfig, cfg, world: int) -> None:
+def check_memory(m, cfg, world: int) -> None:
     """Raises: ValueError for a layout that does not fit, with the term that breaks it and what would fit."""
     terms = memory(m, cfg, world)
     if (peak := sum(terms.values())) > cfg.gpu_memory_gib:
@@ -238,25 +218,22 @@ def check_memory(m: ModelConfig, cfg, world: int) -> None:
                          f" (in {parts}). What fits: {'; or '.join(advice)}")  # fmt: skip
 
 
-def check_length(m: ModelConfig, cfg) -> None:
+def check_length(m, cfg) -> None:
     """Raises: ValueError for samples longer than the model's positions, which vLLM would refuse at its start."""
     if cfg.max_total_sequence_length > m.max_position_embeddings:
         raise ValueError(f"--max-total-sequence-length {cfg.max_total_sequence_length} is above the model's "
                          f"max_position_embeddings={m.max_position_embeddings} (its config.json)")  # fmt: skip
 
 
-def check(m: ModelConfig, cfg, world: int) -> None:
+def check(m, cfg, world: int) -> None:
     """Raises: ValueError for a layout that is impossible, or does not fit, and for samples that are too long."""
     check_layout(m, world, cfg.tp, cfg.ep)
     check_length(m, cfg)
     check_memory(m, cfg, world)
 
 
-def print_report(cfg, world: int) -> None:
+def print_report(m, cfg, world: int) -> None:
     """Raises: ValueError for an impossible layout, and for one that does not fit, with what would."""
-    if (m := known_config(cfg)) is None:
-        raise ValueError(f"--dry-run: --model {cfg.model!r} is neither a directory nor {', '.join(KNOWN_MODELS)}; "
-                         "a directory with the model's config.json is enough")  # fmt: skip
     cfg = dataclasses.replace(cfg, dry_run=True)
     check_layout(m, world, cfg.tp, cfg.ep)
     check_length(m, cfg)

@@ -1,4 +1,4 @@
-"""`python bench.py weights`: what a new version costs, in bytes and seconds; `--landed`: by part, until vLLM has it.
+"""`python tools/bench.py weights`: what a version costs, in bytes and seconds; `--landed`: by part, until vLLM has it.
 
 The state dict is one layer of Qwen3-30B-A3B at full width with a 48th of its embedding and head: 1.27 GB in bf16, in
 the whole model's proportions. fp32 master weights start on the bf16 grid (normal, std 0.02; norms at 1) and take
@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +28,13 @@ import zstandard
 from safetensors.torch import save_file
 from torch.distributed import HashStore
 
-import delta
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program
 import task
-import weights
-from hub import Hub
-from ledger import Ledger
+from bridge import delta, publish, weights
+from bridge.hub import Hub
+from bridge.ledger import Ledger
+from bridge.processes import LocalRollout
 from model import ModelConfig, Qwen3MoE
-from workers import LocalRollout
 
 LAYERS, VOCAB, D, EXPERTS, F, HEADS, KV_HEADS, HEAD = 48, 151936, 2048, 128, 768, 32, 4, 128
 GRADIENT = 30.5e9**-0.5  # an element's, when the norm of all 30.5 G is 1
@@ -214,7 +215,7 @@ def landed(args) -> dict:
             Ledger(1, 1, 0, 60.0), [], None, Path(here, "weights"), cfg.vocab_size, secrets.token_urlsafe(16), run
         )
         hub.start("127.0.0.1", 0)
-        publisher = weights.Publisher(model, torch.bfloat16, hub.weights_dir, static, 100, 2, HashStore(), 600.0, hub)
+        publisher = publish.Publisher(model, torch.bfloat16, hub.weights_dir, static, 100, 2, HashStore(), 600.0, hub)
         node = LocalRollout(hub, Path(there), "--vllm-args='--dtype float32'", log)  # few CPUs multiply in bf16
         try:
             for version in range(args.runs + 1):  # the first is whole, and vLLM starts on it

@@ -1,0 +1,1 @@
+"""All that travels between the trainer and the rollout nodes: prompts and answers one way, weights the other."""

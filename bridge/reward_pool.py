@@ -1,0 +1,211 @@
+"""The reward functions' processes, as a rollout node sees them."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+
+from bridge.processes import REPO, guarded, log
+from bridge.reward_process import KEPT, reward_sources
+from bridge.waits import Wait, backoff_s
+
+
+# ---- rewards -------------------------------------------------------------------------------------------------
+class RewardsEnd(ValueError):
+    """The reward function cannot be loaded, or its service is away for too long: the run cannot go on."""
+
+
+class Away(str):
+    """Why a sample has no reward, where the service that judges it did not answer."""
+
+
+class RewardWorkers:
+    """Reward functions in processes of their own (reward_process.py): one that raises, hangs, exits or prints
+    costs a sample, and not the node. Each runs the sources as they were when this was made, and ends with all that it
+    has started. `failed` counts such samples by kind, and by "away" the calls that were made again, until somebody
+    takes the counts. Raises: ValueError when there is no such file; from `start` and `score`: RewardsEnd."""
+
+    PATIENCE_S = 60.0  # with a service that answers others, and this sample not
+
+    def __init__(self, spec: str, count: int, timeout_s: float, start_timeout_s: float = 300.0,
+                 away_timeout_s: float = 600.0):  # fmt: skip
+        self.spec, self.count, self.timeout_s = spec, count, timeout_s
+        self.start_timeout_s, self.away_timeout_s = start_timeout_s, away_timeout_s
+        self.processes: set[asyncio.subprocess.Process] = set()
+        self.starting: set[asyncio.Task] = set()
+        self.free: asyncio.Queue = asyncio.Queue()
+        self.failed: Counter[str] = Counter()
+        self.judged, self.away, self.said = 0, None, 0.0  # rewards; the wait for a service; when that was last told
+        for _ in range(count):
+            self.free.put_nowait(None)  # a worker that is started when it is first needed
+        self.kept = os.fdopen(os.memfd_create("rewards"), "w")  # a file that no kill -9 leaves behind
+        json.dump({path: text.decode("latin-1") for path, text in reward_sources(spec).items()}, self.kept)
+        self.kept.flush()
+
+    async def start(self) -> None:
+        """All workers, so that a file that cannot be imported is known before the first sample."""
+        await asyncio.gather(*(self._score([], {}) for _ in range(self.count)))
+
+    async def score(self, completions: list[str], example: dict) -> list[float | str]:
+        """A reward for each completion, or a line that says why it has none (Away: not for want of a good function).
+        While the service that the function asks is away, one of them asks again and again; then the others follow."""
+        judged, patience, attempt = self.judged, Wait("reward away", self.PATIENCE_S), 0
+        answers = await self._score(completions, example)
+        while again := [i for i, answer in enumerate(answers) if answer.get("kind") == "away"]:
+            if patience.over and self.judged > judged:
+                self.failed["raised"] += len(again)
+                break
+            await self._be_patient(answers[again[0]]["error"], attempt)
+            again, attempt = again[:1] if self.away else again, attempt + 1
+            for i, answer in zip(again, await self._score([completions[i] for i in again], example)):
+                answers[i] = answer
+        return [answer["reward"] if "reward" in answer else (Away if answer["kind"] == "away" else str)(answer["error"])
+                for answer in answers]  # fmt: skip
+
+    async def _be_patient(self, why: str, attempt: int) -> None:
+        """Before a service is asked again. Raises: RewardsEnd when it has answered nobody for too long."""
+        if self.away and self.away.over:
+            raise RewardsEnd(self.away.message(why))
+        if self.away and self.away.waited_s > 1 and time.monotonic() > self.said + 10:
+            self.said = time.monotonic()
+            log(f"the reward function's service is away for {self.away.waited_s:.0f} s, asking it again: {why}")
+        await asyncio.sleep(min(backoff_s(attempt), max(0.05, self.away_timeout_s / 4)))
+
+    async def _score(self, completions: list[str], example: dict) -> list[dict]:
+        worker = await self.free.get()
+        try:
+            answers: list[dict] = []
+            worker = worker or await self._start()
+            while left := completions[len(answers) :]:
+                worker = worker or await self._start()
+                # All at once: worker and node would else wait for each other's turn on the CPU at every sample.
+                with contextlib.suppress(ConnectionError):  # it has died; its silence is dealt with below
+                    for completion in left:
+                        job = {"completion": completion, "example": example}
+                        worker.stdin.write(json.dumps(job).encode() + b"\n")
+                while worker is not None and len(answers) < len(completions):
+                    answer, worker = await self._answer(worker)
+                    answers.append(answer)
+            return answers
+        except asyncio.CancelledError:
+            self._kill(worker)  # its answer would be taken for the next one's
+            worker = None
+            raise
+        finally:
+            self.free.put_nowait(worker)
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        """A worker that has loaded the function."""
+        env = {**os.environ, KEPT: f"/proc/{os.getpid()}/fd/{self.kept.fileno()}"}
+        env.pop("CISPO_TOKEN", None)
+        # -P: this directory is not on its path, or a module of ours would be in the place of a user's or a library's.
+        command = guarded([sys.executable, "-P", str(REPO / "bridge/reward_process.py"), self.spec], grace_s=0.0)
+        attempt = 0
+        while True:
+            start = asyncio.create_task(asyncio.create_subprocess_exec(
+                *command, env=env, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
+            ))  # fmt: skip
+            self.starting.add(start)
+            worker = await asyncio.shield(start)  # cancelled here, it would be a process nobody knows
+            self.starting.discard(start)
+            self.processes.add(worker)
+            try:
+                wait = Wait("reward start", self.start_timeout_s)
+                said = await self._line(worker, wait)
+            except asyncio.CancelledError:
+                self._kill(worker)
+                raise
+            if said == {}:
+                return worker
+            await self._end(worker)
+            if said is None:
+                raise RewardsEnd(f"--reward {self.spec!r}: {wait.message()}")
+            if isinstance(said, int):
+                raise RewardsEnd(f"--reward {self.spec!r}: its process ended with status {said} while it was imported")
+            self._count(said)
+            if said["kind"] != "away":
+                raise RewardsEnd(said["error"])
+            await self._be_patient(said["error"], attempt)
+            attempt += 1
+
+    async def _line(self, worker, wait: Wait) -> dict | int | None:
+        """The worker's next line; its status if it has ended; None if it takes too long."""
+        try:
+            async with asyncio.timeout(wait.deadline_s):  # not wait_for: in Python 3.11 it may swallow a cancellation
+                line = await worker.stdout.readline()
+        except TimeoutError:
+            return None
+        if line:
+            return json.loads(line)
+        with contextlib.suppress(TimeoutError):  # it has closed its end: its own status, if it has one
+            async with asyncio.timeout(2.0):
+                await worker.wait()
+        self._kill(worker)
+        return await worker.wait()
+
+    async def _answer(self, worker) -> tuple[dict, asyncio.subprocess.Process | None]:
+        """The worker's answer to a job, or why there is none; and the worker, None if it is gone."""
+        wait = Wait("reward", self.timeout_s)
+        answer = await self._line(worker, wait)
+        if not isinstance(answer, dict):
+            await self._end(worker)  # before the next one, which may need what it has
+            ended = f"the reward function's process ended with status {answer}"
+            kind, why = ("timed_out", wait.message()) if answer is None else ("exited", ended)
+            answer, worker = {"kind": kind, "error": why}, None
+        self._count(answer)
+        return answer, worker
+
+    def _count(self, answer: dict) -> None:
+        if kind := answer.get("kind"):
+            self.failed[kind] += 1
+        if "reward" in answer:
+            self.judged, self.away = self.judged + 1, None
+        elif kind == "away" and self.away is None:
+            self.away = Wait("reward away", self.away_timeout_s)
+
+    def _kill(self, worker) -> None:
+        self.processes.discard(worker)
+        if worker is None:
+            return
+        worker.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            if worker.returncode is None:
+                worker.terminate()  # its guard ends it, and all that it has started
+            else:
+                os.killpg(worker.pid, signal.SIGKILL)  # a guard that was killed itself
+
+    async def _end(self, worker) -> None:
+        """Kill a worker and see it gone."""
+        self._kill(worker)
+        try:
+            async with asyncio.timeout(15.0):  # its guard has 10
+                await worker.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+
+    async def close(self) -> None:
+        workers = [*self.processes, *[await start for start in self.starting]]
+        for worker in workers:
+            self._kill(worker)
+        for worker in workers:
+            await self._end(worker)
+        self.processes, self.starting = set(), set()
+        self.kept.close()
+
+
+def check_reward(spec: str, start_timeout_s: float, away_timeout_s: float) -> None:
+    """Load a reward function once, in a process of its own. Raises: ValueError that says why it cannot be."""
+
+    async def load() -> None:
+        workers = RewardWorkers(spec, 1, 0.0, start_timeout_s, away_timeout_s)
+        try:
+            await workers.start()
+        finally:
+            await workers.close()
+
+    asyncio.run(load())

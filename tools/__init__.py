@@ -1,0 +1,1 @@
+"""Not needed to train: benches, export and check of checkpoints, fault injection."""
