@@ -19,15 +19,16 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-# ---- data ----------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "problem", "question")
 ANSWER_COLUMNS = ("answer", "expected_answer")
 
 
 class Lines:
-    """A file of rows, JSON lines or an array of them or CSV, any of them gzipped: parsed when asked for, so that it
-    takes no memory but a number a row. It is copied to a file without a name in TMPDIR, since the run must end with
-    the rows that it started with: to write into a file that is mapped changes the rows, to shorten it is a bus error.
+    """A file of rows, JSON lines or an array of them or CSV, any of them gzipped: parsed when asked
+    for, so that it takes no memory but a number a row. It is copied to a file without a name in
+    TMPDIR, since the run must end with the rows that it started with: to write into a file that is
+    mapped changes the rows, to shorten it is a bus error.
 
     Raises: ValueError naming the file, and the line or row that is malformed.
     """
@@ -51,7 +52,9 @@ class Lines:
                 self.text = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, EOFError, zlib.error) as e:
             where = tempfile.gettempdir()
-            raise ValueError(f"{flag} {path!r}, of which a copy is made in {where} (TMPDIR): {e}") from None
+            raise ValueError(
+                f"{flag} {path!r}, of which a copy is made in {where} (TMPDIR): {e}"
+            ) from None
         starts, number = [], 0
         while line := self.text.readline():
             number += 1
@@ -63,8 +66,10 @@ class Lines:
         try:
             return json.load(file)
         except ValueError as e:
-            raise ValueError(f"{self.name}: begins with [, and is no JSON array ({e}); a row is a JSON object, on a "
-                             "line of its own or in one array") from None  # fmt: skip
+            raise ValueError(
+                f"{self.name}: begins with [, and is no JSON array ({e}); a row is a JSON object, on a "
+                "line of its own or in one array"
+            ) from None
 
     def _csv(self, file):
         """Its rows; every value stays the text that it is."""
@@ -92,7 +97,9 @@ class Lines:
         try:
             row = json.loads(self.line(i))
         except ValueError as e:
-            raise ValueError(f"{self.where(i)}: not JSON ({e}); a row is an object on a line of its own") from None
+            raise ValueError(
+                f"{self.where(i)}: not JSON ({e}); a row is an object on a line of its own"
+            ) from None
         if not isinstance(row, dict):
             raise ValueError(f"{self.where(i)}: not a JSON object")
         return row
@@ -102,7 +109,8 @@ class Lines:
 
 
 def plain(value):
-    """A value as JSON has it: dates and times as ISO text, decimals as numbers, NaN as null, arrays as lists.
+    """A value as JSON has it: dates and times as ISO text, decimals as numbers, NaN as null, arrays
+    as lists.
 
     Raises: ValueError for what has no such form, as bytes and images.
     """
@@ -130,7 +138,12 @@ def holds_bytes(kind) -> bool:
     """Whether values of an Arrow type are bytes, or hold some, as images and sounds do."""
     import pyarrow.types as of
 
-    if of.is_binary(kind) or of.is_large_binary(kind) or of.is_fixed_size_binary(kind) or of.is_binary_view(kind):
+    if (
+        of.is_binary(kind)
+        or of.is_large_binary(kind)
+        or of.is_fixed_size_binary(kind)
+        or of.is_binary_view(kind)
+    ):
         return True
     if hasattr(kind, "storage_type"):
         return holds_bytes(kind.storage_type)
@@ -141,8 +154,9 @@ ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 def chat_of(value: list) -> list[dict]:
-    """Chat messages with a role and content that is text, up to the turn that is to be answered: what follows the last
-    turn of the user's or a tool's is an answer. ShareGPT's from/value and parts of text are read.
+    """Chat messages with a role and content that is text, up to the turn that is to be answered:
+    what follows the last turn of the user's or a tool's is an answer. ShareGPT's from/value and
+    parts of text are read.
 
     Raises: ValueError for what a chat template would pass over in silence.
     """
@@ -159,13 +173,22 @@ def _message(message) -> dict:
         raise ValueError(f"must be messages with a role and content, not {message!r:.60}")
     # A column of Arrow has every key in every message, empty where a message has none.
     message = {name: x for name, x in message.items() if x is not None}
-    role, content = message.pop("role", message.pop("from", None)), message.pop("content", message.pop("value", None))
+    role, content = (
+        message.pop("role", message.pop("from", None)),
+        message.pop("content", message.pop("value", None)),
+    )
     role = ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ("system", "developer", "user", "assistant", "tool"):
-        raise ValueError(f"has a message of the role {role!r:.60}: expected system, user, assistant or tool")
+        raise ValueError(
+            f"has a message of the role {role!r:.60}: expected system, user, assistant or tool"
+        )
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-                 for part in content]  # fmt: skip
+        parts = [
+            part.get("text")
+            if isinstance(part, dict) and part.get("type", "text") == "text"
+            else part
+            for part in content
+        ]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError(f"has a {role} message with a part that is not text: {content!r:.100}")
         content = "".join(parts)
@@ -178,16 +201,25 @@ def _message(message) -> dict:
 
 def prompt_of(value) -> str | list[dict]:
     """A prompt, text or a chat. Raises: ValueError."""
-    if not value or not isinstance(value, str | list) or (isinstance(value, str) and not value.strip()):
+    if (
+        not value
+        or not isinstance(value, str | list)
+        or (isinstance(value, str) and not value.strip())
+    ):
         raise ValueError("must be a text or chat messages, not empty")
-    if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:", value):
-        raise ValueError(f"is a chat written as one text, {value.strip()[:40]!r}...: a list of messages is wanted")
+    if isinstance(value, str) and re.match(
+        r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:", value
+    ):
+        raise ValueError(
+            f"is a chat written as one text, {value.strip()[:40]!r}...: a list of messages is wanted"
+        )
     check_text(value)
     return value if isinstance(value, str) else chat_of(value)
 
 
 def check_text(value) -> None:
-    """Raises: ValueError for half of a character, as a cut emoji leaves it: it has no form in UTF-8."""
+    """Raises: ValueError for half of a character, as a cut emoji leaves it: it has no form in
+    UTF-8."""
     try:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError as e:
@@ -195,23 +227,30 @@ def check_text(value) -> None:
 
 
 class Examples:
-    """The rows of a data set as dicts, with "prompt" and "answer" set from their columns. They stay where they are,
-    memory-mapped Arrow or a file: a row is read when it is asked for. `notes`: what a user should hear of them.
+    """The rows of a data set as dicts, with "prompt" and "answer" set from their columns. They stay
+    where they are, memory-mapped Arrow or a file: a row is read when it is asked for. `notes`: what
+    a user should hear of them.
 
     Raises: ValueError naming the row without a prompt or an answer.
     """
 
-    def __init__(self, rows, prompt_column: str = "", answer_column: str = "", name: str = "--data"):
+    def __init__(
+        self, rows, prompt_column: str = "", answer_column: str = "", name: str = "--data"
+    ):
         if not len(rows):
             raise ValueError(f"{name}: holds no example")
         self.rows, self.name, self.notes, self.num_chats = rows, name, [], 0
         self.templates: dict[str, str] = {}  # those that `template` has compared with every row
         without = []
         if hasattr(rows, "features"):
-            without = [field.name for field in rows.features.arrow_schema if holds_bytes(field.type)]
+            without = [
+                field.name for field in rows.features.arrow_schema if holds_bytes(field.type)
+            ]
             self.rows = rows.with_format(None).remove_columns(without)
         if without:
-            self.notes.append(f"{name}: rewards do not get the columns {', '.join(without)}, which hold bytes")
+            self.notes.append(
+                f"{name}: rewards do not get the columns {', '.join(without)}, which hold bytes"
+            )
         self.prompt_column = self._column("prompt", prompt_column, PROMPT_COLUMNS)
         self.answer_column = self._column("answer", answer_column, ANSWER_COLUMNS)
         num_cut = 0
@@ -219,33 +258,44 @@ class Examples:
             try:
                 column, given = self.prompt_column, prompt
                 if isinstance(prompt := prompt_of(given), list):
-                    self.num_chats, num_cut = self.num_chats + 1, num_cut + (len(prompt) < len(given))
+                    self.num_chats, num_cut = (
+                        self.num_chats + 1,
+                        num_cut + (len(prompt) < len(given)),
+                    )
                 column = self.answer_column
                 if (answer := plain(answer)) is None:
                     raise ValueError("is missing")
                 check_text(answer)
-                for column in self.rows[i] if isinstance(self.rows, list) else ():  # anything may be in there
+                for column in (
+                    self.rows[i] if isinstance(self.rows, list) else ()
+                ):  # anything may be in there
                     plain(self.rows[i][column])
             except ValueError as e:
                 raise self._error(i, column, e) from None
         if num_cut:
-            self.notes.append(f"{name}: {num_cut} of {len(rows)} chats end with the assistant's answer, which is left "
-                              "out of the prompt")  # fmt: skip
+            self.notes.append(
+                f"{name}: {num_cut} of {len(rows)} chats end with the assistant's answer, which is left "
+                "out of the prompt"
+            )
 
     def _column(self, what: str, wanted: str, usual: tuple[str, ...]) -> str:
         there = list(self.rows[0])
         found = [c for c in ((wanted,) if wanted else usual) if c in there]
         if len(found) != 1:
-            raise ValueError(f"{self.name} has the columns {', '.join(there)}: which is the {what}? "
-                             f"--{what}-column {wanted or '|'.join(found or usual)}"
-                             f"{''.join(f' ({note})' for note in self.notes)}")  # fmt: skip
+            raise ValueError(
+                f"{self.name} has the columns {', '.join(there)}: which is the {what}? "
+                f"--{what}-column {wanted or '|'.join(found or usual)}"
+                f"{''.join(f' ({note})' for note in self.notes)}"
+            )
         return found[0]
 
     def _values(self, *names: str):
         """What every row has in these columns, in the order of the rows."""
         if not hasattr(self.rows, "select_columns"):
             return (tuple(row.get(c) for c in names) for row in self.rows)
-        batches = self.rows.select_columns(list(dict.fromkeys(names))).iter(1000)  # others, long ones, are not read
+        batches = self.rows.select_columns(list(dict.fromkeys(names))).iter(
+            1000
+        )  # others, long ones, are not read
         return (values for batch in batches for values in zip(*(batch[c] for c in names)))
 
     def _error(self, i: int, column: str, e: ValueError) -> ValueError:
@@ -256,24 +306,35 @@ class Examples:
         return len(self.rows)
 
     def digest(self) -> str:
-        """Of the rows' content in their order, wherever they lie and whatever their columns are used for."""
+        """Of the rows' content in their order, wherever they lie and whatever their columns are
+        used for."""
         hasher = blake3()
-        if hasattr(self.rows, "with_format"):  # Arrow's own bytes, which are far faster than a million dicts
+        if hasattr(
+            self.rows, "with_format"
+        ):  # Arrow's own bytes, which are far faster than a million dicts
             import pyarrow as pa
 
             for table in self.rows.with_format("arrow").iter(10_000):
-                with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema.remove_metadata()) as stream:
+                with pa.ipc.new_stream(
+                    sink := pa.BufferOutputStream(), table.schema.remove_metadata()
+                ) as stream:
                     stream.write_table(table.replace_schema_metadata(None).combine_chunks())
                 hasher.update(sink.getvalue())
         else:
             as_is = isinstance(self.rows, Lines)
             for i in range(len(self.rows)):
-                hasher.update((self.rows.line(i) if as_is else json.dumps(self.rows[i]).encode()) + b"\n")
+                hasher.update(
+                    (self.rows.line(i) if as_is else json.dumps(self.rows[i]).encode()) + b"\n"
+                )
         return hasher.hexdigest()
 
     def __getitem__(self, i: int) -> dict:
         row = plain(self.rows[i])
-        return {**row, "prompt": prompt_of(row[self.prompt_column]), "answer": row[self.answer_column]}
+        return {
+            **row,
+            "prompt": prompt_of(row[self.prompt_column]),
+            "answer": row[self.answer_column],
+        }
 
     def template(self, text: str) -> str:
         """A prompt template in which {problem} is the only name of the prompt.
@@ -285,16 +346,22 @@ class Examples:
         return self.templates[text]
 
     def _checked(self, text: str) -> str:
-        text = PLACE.sub(lambda m: "{problem}" if m[1] in ("prompt", self.prompt_column) else m[0], text)
+        text = PLACE.sub(
+            lambda m: "{problem}" if m[1] in ("prompt", self.prompt_column) else m[0], text
+        )
         names, there = split_template(text)[1::2], list(self.rows[0])
         names = [name for name in names if name != "problem"]
         for name in names:
             if name in ("answer", self.answer_column):
-                raise ValueError(f"--prompt-template: {{{name}}} would give the answer away; {{{{{name}}}}} is "
-                                 f"that word in braces")  # fmt: skip
+                raise ValueError(
+                    f"--prompt-template: {{{name}}} would give the answer away; {{{{{name}}}}} is "
+                    f"that word in braces"
+                )
             if name not in there:
-                raise ValueError(f"--prompt-template: {{{name}}} is no column of {self.name}, which has "
-                                 f"{', '.join(there)}; {{{{{name}}}}} is that word in braces")  # fmt: skip
+                raise ValueError(
+                    f"--prompt-template: {{{name}}} is no column of {self.name}, which has "
+                    f"{', '.join(there)}; {{{{{name}}}}} is that word in braces"
+                )
         for i, values in enumerate(self._values(*names) if names else ()):
             for name, value in zip(names, values):
                 try:
@@ -320,17 +387,27 @@ class Examples:
 ROW_FILES = tuple(f".{kind}{gz}" for gz in ("", ".gz") for kind in ("jsonl", "json", "csv"))
 
 
-def read_data(name: str, split: str = "train", prompt_column: str = "", answer_column: str = "",
-              flag: str = "--data") -> Examples:  # fmt: skip
-    """The data set of `--data`. HF_HOME, HF_DATASETS_CACHE, HF_TOKEN and HF_HUB_OFFLINE are the library's to heed.
+def read_data(
+    name: str,
+    split: str = "train",
+    prompt_column: str = "",
+    answer_column: str = "",
+    flag: str = "--data",
+) -> Examples:
+    """The data set of `--data`. HF_HOME, HF_DATASETS_CACHE, HF_TOKEN and HF_HUB_OFFLINE are the
+    library's to heed.
 
     Raises: ValueError with one line for what is missing, gated, out of reach or malformed.
     """
     path = Path(name)
-    if not path.exists() and (name.endswith((*ROW_FILES, ".parquet")) or name.startswith((".", "/", "~"))):
+    if not path.exists() and (
+        name.endswith((*ROW_FILES, ".parquet")) or name.startswith((".", "/", "~"))
+    ):
         raise ValueError(f"{flag} {name!r}: no such file (looked for {path.absolute()})")
     if path.is_file() and not name.endswith((*ROW_FILES, ".parquet")):
-        raise ValueError(f"{flag} {name!r}: the name of a file ends with {', '.join(ROW_FILES)} or .parquet")
+        raise ValueError(
+            f"{flag} {name!r}: the name of a file ends with {', '.join(ROW_FILES)} or .parquet"
+        )
     if path.is_file() and not name.endswith(".parquet"):
         if split != "train":
             raise ValueError(f"{flag}-split {split!r}: only Parquet files have splits")
@@ -339,9 +416,12 @@ def read_data(name: str, split: str = "train", prompt_column: str = "", answer_c
 
     try:
         if name.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=name, split=split)  # copied to the library's cache
+            rows = datasets.load_dataset(
+                "parquet", data_files=name, split=split
+            )  # copied to the library's cache
         elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            # The library maps these files where they are: as in Lines, the run has a copy without a name.
+            # The library maps these files where they are: as in Lines, the run has a copy without a
+            # name.
             with tempfile.TemporaryDirectory() as copy:
                 rows = datasets.load_from_disk(shutil.copytree(path, copy, dirs_exist_ok=True))
             rows = rows[split] if isinstance(rows, dict) else rows
@@ -367,9 +447,10 @@ def hub_error(flag: str, e: Exception) -> ValueError:
     return ValueError(f"{flag}: {type(e).__name__}: {text}")
 
 
-# ---- text to token ids ---------------------------------------------------------------------------------------
+# ---- text to token ids ---------------------------------------------------------------------------
 def text_of(value: str) -> str:
-    """A flag's text, or that of the file it names. Raises: ValueError for what looks like a file and is none."""
+    """A flag's text, or that of the file it names. Raises: ValueError for what looks like a file
+    and is none."""
     if os.path.isfile(value):
         return Path(value).read_text(encoding="utf-8").rstrip("\n")
     if re.fullmatch(r"\S+\.(txt|md|jinja2?)", value):
@@ -377,13 +458,14 @@ def text_of(value: str) -> str:
     return value
 
 
-# A name in braces. Empty ones, as in \\boxed{}, are the prompt's place only where no other is marked. {{name}} is the
-# text {name}.
+# A name in braces. Empty ones, as in \\boxed{}, are the prompt's place only where no other is
+# marked. {{name}} is the text {name}.
 PLACE = re.compile(r"(?<!\{)\{([^\W\d]\w*|)\}(?!\})")
 
 
 def split_template(template: str) -> list[str]:
-    """Text and names in turn: what stands between the places, and what each is filled with, "problem" once.
+    """Text and names in turn: what stands between the places, and what each is filled with,
+    "problem" once.
 
     Raises: ValueError unless the prompt's place is marked once, by {problem} or a lone {}.
     """
@@ -397,14 +479,19 @@ def split_template(template: str) -> list[str]:
         else:
             parts += ["problem" if part == mark else part, ""]
     if parts[1::2].count("problem") != 1:
-        raise ValueError(f"--prompt-template {template[:80]!r}: expected {{problem}}, or a lone {{}}, once")
+        raise ValueError(
+            f"--prompt-template {template[:80]!r}: expected {{problem}}, or a lone {{}}, once"
+        )
     return parts
 
 
 def filled_in(value) -> str:
-    """A column's value as a part of a prompt: text, a number, or a list of them, a line each. Raises: ValueError."""
+    """A column's value as a part of a prompt: text, a number, or a list of them, a line each.
+    Raises: ValueError."""
     if isinstance(value, list) and value and not any(isinstance(x, list) for x in value):
         return "\n".join(map(filled_in, value))
     if not isinstance(value, str | int | float):
-        raise ValueError(f"is {value!r:.60}: what --prompt-template takes is a text, a number or a list of them")
+        raise ValueError(
+            f"is {value!r:.60}: what --prompt-template takes is a text, a number or a list of them"
+        )
     return str(value)

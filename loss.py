@@ -1,15 +1,13 @@
 """The policy-gradient losses, their advantages, and the log-probs they are made of.
-
-CISPO (MiniMax-M1, arXiv:2506.13585) is one line. With ratio = pi_theta / pi_prev of a sampled token,
+ CISPO (MiniMax-M1, arXiv:2506.13585) is one line. With ratio = pi_theta / pi_prev of a sampled
+token,
 
     L = -A * sg(clip(ratio, 1 - ratio_clip_min, 1 + ratio_clip_max)) * log pi_theta
-
-where sg stops the gradient. PPO's clip takes the gradient away from every token whose ratio left the band; here a
-clipped token keeps gradient, only its weight is bounded. Off-policy tokens that matter most (rare words such as
-"wait" or "however", whose ratio jumps first) go on learning.
-
-Everything below is a function of log-probs. `Algorithm` holds the numbers, `policy_loss` puts the parts together;
-a fork that wants another loss writes another function like `cispo_loss`.
+ where sg stops the gradient. PPO's clip takes the gradient away from every token whose ratio left
+the band; here a clipped token keeps gradient, only its weight is bounded. Off-policy tokens that
+matter most (rare words such as "wait" or "however", whose ratio jumps first) go on learning.
+ Everything below is a function of log-probs. `Algorithm` holds the numbers, `policy_loss` puts the
+parts together; a fork that wants another loss writes another function like `cispo_loss`.
 """
 
 import bisect
@@ -23,8 +21,9 @@ import torch
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The seed system's loss_fn keys, resolved; their meaning is beside the flags in train_cispo.py. Bounds are
-    offsets from 1, as there: the ratio is clamped to [1 - ratio_clip_min, 1 + ratio_clip_max]."""
+    """The seed system's loss_fn keys, resolved; their meaning is beside the flags in
+    train_cispo.py. Bounds are offsets from 1, as there: the ratio is clamped to [1 -
+    ratio_clip_min, 1 + ratio_clip_max]."""
 
     use_cispo: bool = True
     ratio_clip_min: float = 1.0
@@ -48,48 +47,65 @@ class Algorithm:
 
     @property
     def needs_prev(self) -> bool:
-        """Whether the trainer's log-probs at the start of the step are read; else the current ones, detached, are."""
+        """Whether the trainer's log-probs at the start of the step are read; else the current ones,
+        detached, are."""
         return not self.force_on_policy_ratio and self.ratio_anchor == "prev"
 
     @property
     def needs_sequences(self) -> bool:
-        """Whether a token's loss depends on the other tokens of its sequence. Else `token_loss` is elementwise."""
-        return self.sequence_level_importance_ratios or self.truncated_importance_sampling_type == "seq-mask-tis"
+        """Whether a token's loss depends on the other tokens of its sequence. Else `token_loss` is
+        elementwise."""
+        return (
+            self.sequence_level_importance_ratios
+            or self.truncated_importance_sampling_type == "seq-mask-tis"
+        )
 
 
-# ---- advantages ----------------------------------------------------------------------------------------------
+# ---- advantages ----------------------------------------------------------------------------------
 def group_advantages(rewards_PS, valid_PS, leave_one_out: bool, std: str | None, eps: float = 1e-6):
     """How much better a sample did than its siblings.
 
-    The baseline of a sample is the mean reward of its group (with `leave_one_out`: of the group's other samples);
-    with std "group" the difference is divided by the standard deviation (n-1) of the same samples, where that is
-    not zero; with "batch" by the one of all differences of the step (ScaleRL). Invalid samples take no part and get
-    0; so does a sample without a sibling.
+    The baseline of a sample is the mean reward of its group (with `leave_one_out`: of the group's
+    other samples); with std "group" the difference is divided by the standard deviation (n-1) of
+    the same samples, where that is not zero; with "batch" by the one of all differences of the step
+    (ScaleRL). Invalid samples take no part and get 0; so does a sample without a sibling.
 
     Shapes: rewards_PS (P, S) float, valid_PS (P, S) bool -> (P, S).
     Source: NeMo RL's leave-one-out baseline and std (facts checked in tests against its numbers).
     """
     P, S = rewards_PS.shape
-    others_SS = ~torch.eye(S, dtype=torch.bool) if leave_one_out else torch.ones(S, S, dtype=torch.bool)
-    used_PSS = others_SS.to(rewards_PS.device) & valid_PS[:, None, :]  # whom sample s is compared with
+    others_SS = (
+        ~torch.eye(S, dtype=torch.bool) if leave_one_out else torch.ones(S, S, dtype=torch.bool)
+    )
+    used_PSS = (
+        others_SS.to(rewards_PS.device) & valid_PS[:, None, :]
+    )  # whom sample s is compared with
     count_PS = used_PSS.sum(-1)
-    rewards_PSS = rewards_PS.double()[:, None, :].expand(P, S, S)  # fp64: a constant group has exactly zero spread
+    rewards_PSS = rewards_PS.double()[:, None, :].expand(
+        P, S, S
+    )  # fp64: a constant group has exactly zero spread
     mean_PS = torch.where(used_PSS, rewards_PSS, 0).sum(-1) / count_PS.clamp(min=1)
     advantages_PS = rewards_PS.double() - mean_PS
     if std == "group":
         deviation_PSS = torch.where(used_PSS, rewards_PSS - mean_PS[..., None], 0)
         std_PS = (deviation_PSS.square().sum(-1) / (count_PS - 1).clamp(min=1)).sqrt()
-        # A spread below the rounding of the mean is no spread: 16 x 0.3 must count as a constant group.
+        # A spread below the rounding of the mean is no spread: 16 x 0.3 must count as a constant
+        # group.
         advantages_PS = torch.where(std_PS > 1e-12, advantages_PS / (std_PS + eps), advantages_PS)
     compared_PS = valid_PS & (valid_PS.sum(-1, keepdim=True) > 1)
-    if std == "batch" and compared_PS.any() and (spread := advantages_PS[compared_PS].std()) > 1e-12:
+    if (
+        std == "batch"
+        and compared_PS.any()
+        and (spread := advantages_PS[compared_PS].std()) > 1e-12
+    ):
         advantages_PS = advantages_PS / (spread + eps)
     return torch.where(compared_PS, advantages_PS, 0).to(rewards_PS.dtype)
 
 
-# ---- losses, per token ---------------------------------------------------------------------------------------
+# ---- losses, per token ---------------------------------------------------------------------------
 def cispo_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
-    """-A * sg(clip(ratio)) * log pi; the gradient is -A * clip(ratio) for every token, clipped or not.
+    """-A * sg(clip(ratio)) * log pi; the gradient is -A * clip(ratio) for every token, clipped or
+    not.
 
     Shapes: all (T,) -> loss, ratio, clamped ratio: (T,). The loss alone carries gradient.
     """
@@ -99,77 +115,120 @@ def cispo_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
 
 
 def ppo_clip_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
-    """max(-A r, -A clip(r)) (PPO, arXiv:1707.06347), and with ratio_clip_c = c the dual clip (arXiv:1912.09729):
-    where A < 0 the loss is at most -A c. Shapes and results as in `cispo_loss`."""
+    """max(-A r, -A clip(r)) (PPO, arXiv:1707.06347), and with ratio_clip_c = c the dual clip
+    (arXiv:1912.09729): where A < 0 the loss is at most -A c. Shapes and results as in
+    `cispo_loss`."""
     ratio = bounded_exp(logprobs - prev_logprobs)
     clamped = ratio.clamp(1 - alg.ratio_clip_min, 1 + alg.ratio_clip_max)
     loss = torch.maximum(-advantages * ratio, -advantages * clamped)
     if alg.ratio_clip_c is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * alg.ratio_clip_c), loss)
+        loss = torch.where(
+            advantages < 0, torch.minimum(loss, -advantages * alg.ratio_clip_c), loss
+        )
     return loss, ratio.detach(), clamped.detach()
 
 
 def reinforce_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
-    """-A * log pi, without a ratio; as in the seed system, log pi is what the ratio metrics then show."""
+    """-A * log pi, without a ratio; as in the seed system, log pi is what the ratio metrics then
+    show."""
     return -advantages * logprobs, logprobs.detach(), logprobs.detach()
 
 
 def correction_weight(own, gen, mask, alg: Algorithm, sequence):
-    """Weight of trainer against sampler: raw, as it is used, and where it is out of bounds, all (T,) and detached.
+    """Weight of trainer against sampler: raw, as it is used, and where it is out of bounds, all
+    (T,) and detached.
 
-    tis clamps it to the bounds; icepop zeroes the tokens outside; seq-mask-tis zeroes the sequences whose geometric
-    mean is outside. With sequence-level ratios it is the product over the sequence, as in the seed system.
+    tis clamps it to the bounds; icepop zeroes the tokens outside; seq-mask-tis zeroes the sequences
+    whose geometric mean is outside. With sequence-level ratios it is the product over the sequence,
+    as in the seed system.
     """
-    kind, low, high = (getattr(alg, f"truncated_importance_sampling_{n}") for n in ("type", "ratio_min", "ratio"))
+    kind, low, high = (
+        getattr(alg, f"truncated_importance_sampling_{n}") for n in ("type", "ratio_min", "ratio")
+    )
     whole = alg.sequence_level_importance_ratios
     raw = bounded_exp(sequence_sum(own - gen, sequence) if whole else own - gen)
     if kind is None:
         return raw, raw, torch.zeros_like(mask)
-    judged = bounded_exp(sequence_mean(own - gen, mask, sequence)) if kind == "seq-mask-tis" else raw
+    judged = (
+        bounded_exp(sequence_mean(own - gen, mask, sequence)) if kind == "seq-mask-tis" else raw
+    )
     outside = (judged < (low or 0.0)) | (judged > high)
-    return raw, raw.clamp(low or 0.0, high) if kind == "tis" else torch.where(outside, 0.0, raw), outside
+    return (
+        raw,
+        raw.clamp(low or 0.0, high) if kind == "tis" else torch.where(outside, 0.0, raw),
+        outside,
+    )
 
 
 def kl_estimate(logprobs, ref_logprobs, alg: Algorithm, weight=None):
-    """Per-token estimate of KL(pi || pi_ref): k1 -d, k2 d^2 / 2, k3 e^d - 1 - d, where d = ref - log pi is clamped
-    first and the result last. `weight` multiplies it, without gradient where the clamp of d has taken that away.
+    """Per-token estimate of KL(pi || pi_ref): k1 -d, k2 d^2 / 2, k3 e^d - 1 - d, where d = ref -
+    log pi is clamped first and the result last. `weight` multiplies it, without gradient where the
+    clamp of d has taken that away.
 
-    Shapes: all (T,). Source: Schulman's note on approximating KL; arXiv:2506.09477 for the weight's gradient.
+    Shapes: all (T,). Source: Schulman's note on approximating KL; arXiv:2506.09477 for the weight's
+    gradient.
     """
     d = ref_logprobs - logprobs
     clamped = d.clamp(-alg.kl_input_clamp_value, alg.kl_input_clamp_value)
     kind = alg.reference_policy_kl_type
-    kl = -clamped if kind == "k1" else clamped.square() / 2 if kind == "k2" else torch.expm1(clamped) - clamped
+    kl = (
+        -clamped
+        if kind == "k1"
+        else clamped.square() / 2
+        if kind == "k2"
+        else torch.expm1(clamped) - clamped
+    )
     if weight is not None:
         kl = kl * torch.where(d == clamped, weight, weight.detach())
     return kl.clamp(-alg.kl_output_clamp_value, alg.kl_output_clamp_value)
 
 
 def token_loss(
-    logprobs, prev, gen, advantages, mask, weights, alg: Algorithm, ref=None, nll_weights=None, sequence=None
+    logprobs,
+    prev,
+    gen,
+    advantages,
+    mask,
+    weights,
+    alg: Algorithm,
+    ref=None,
+    nll_weights=None,
+    sequence=None,
 ):
-    """The loss of every token, times what it counts for; the sum is the loss. The gradient flows to logprobs alone.
+    """The loss of every token, times what it counts for; the sum is the loss. The gradient flows to
+    logprobs alone.
 
-    Elementwise unless `alg.needs_sequences`: token t of the result depends on token t of the arguments, so a head
-    may call this on any piece of the tokens. Masked positions may hold anything, inf and NaN included: they are
-    replaced before any arithmetic, since 0 * inf would be NaN in value or gradient.
+    Elementwise unless `alg.needs_sequences`: token t of the result depends on token t of the
+    arguments, so a head may call this on any piece of the tokens. Masked positions may hold
+    anything, inf and NaN included: they are replaced before any arithmetic, since 0 * inf would be
+    NaN in value or gradient.
 
-    Shapes: all (T,). Arguments as in `policy_loss`. Returns: loss (T,) and the parts that metrics are made of.
+    Shapes: all (T,). Arguments as in `policy_loss`. Returns: loss (T,) and the parts that metrics
+    are made of.
     """
-    curr, prev, gen, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, prev, gen, advantages))
+    curr, prev, gen, advantages = (
+        torch.where(mask, x, 0.0) for x in (logprobs, prev, gen, advantages)
+    )
     own = prev if alg.needs_prev else curr.detach()
     anchor = token_anchor = gen if alg.ratio_anchor == "sampler" else own
-    if alg.sequence_level_importance_ratios and not alg.force_on_policy_ratio:  # GSPO, arXiv:2507.18071
-        anchor = curr - sequence_mean(curr - anchor, mask, sequence)  # so the ratio is the sequence's, at each token
+    if (
+        alg.sequence_level_importance_ratios and not alg.force_on_policy_ratio
+    ):  # GSPO, arXiv:2507.18071
+        anchor = curr - sequence_mean(
+            curr - anchor, mask, sequence
+        )  # so the ratio is the sequence's, at each token
     # FORK HERE: another algorithm is another function of these log-probs.
-    term = cispo_loss if alg.use_cispo else reinforce_loss if alg.disable_ppo_ratio else ppo_clip_loss
+    term = (
+        cispo_loss if alg.use_cispo else reinforce_loss if alg.disable_ppo_ratio else ppo_clip_loss
+    )
     loss_T, ratio, clamped = term(curr, anchor, advantages, alg)
     raw, used, outside = correction_weight(own, gen, mask, alg, sequence)
     if alg.use_importance_sampling_correction:
         loss_T = loss_T * used
     kl = torch.zeros_like(curr)
     if alg.reference_policy_kl_penalty:
-        # The samples come from the policy itself, so their probability has a gradient too, though its value is 1.
+        # The samples come from the policy itself, so their probability has a gradient too, though
+        # its value is 1.
         weight = bounded_exp(curr - (gen if alg.use_on_policy_kl_approximation else curr.detach()))
         kl = kl_estimate(curr, torch.where(mask, ref, 0.0), alg, weight)
         if not alg.use_kl_in_reward:
@@ -177,34 +236,61 @@ def token_loss(
     loss_T = loss_T * weights
     if alg.positive_example_nll_weight:
         loss_T = loss_T - alg.positive_example_nll_weight * nll_weights * curr
-    parts = Parts(curr.detach(), own, token_anchor, gen, advantages, ratio, clamped, raw, outside, kl.detach())
+    parts = Parts(
+        curr.detach(), own, token_anchor, gen, advantages, ratio, clamped, raw, outside, kl.detach()
+    )
     return loss_T, parts
 
 
 def policy_loss(
-    logprobs, prev_logprobs, gen_logprobs, advantages, mask, weights, num_tokens, alg: Algorithm,
-    ref_logprobs=None, nll_weights=None, sequence=None, num_seqs=1, age=None, max_age=0,
-):  # fmt: skip
+    logprobs,
+    prev_logprobs,
+    gen_logprobs,
+    advantages,
+    mask,
+    weights,
+    num_tokens,
+    alg: Algorithm,
+    ref_logprobs=None,
+    nll_weights=None,
+    sequence=None,
+    num_seqs=1,
+    age=None,
+    max_age=0,
+):
     """Loss and metrics of one micro-batch, as its share of the optimizer batch.
 
-    logprobs: log pi of the sampled tokens under the weights being trained (with gradient); prev_logprobs: the
-    trainer's own at the start of the step; gen_logprobs: the sampler's; ref_logprobs: the starting model's, for the
-    KL penalty; weights: `row_weights` of each token, 0 where masked; nll_weights: the same for the mean over tokens
-    of rewarded samples; sequence: which sequence of the micro-batch a token is of; age: in steps, 0 is current.
+    logprobs: log pi of the sampled tokens under the weights being trained (with gradient);
+    prev_logprobs: the trainer's own at the start of the step; gen_logprobs: the sampler's;
+    ref_logprobs: the starting model's, for the KL penalty; weights: `row_weights` of each token, 0
+    where masked; nll_weights: the same for the mean over tokens of rewarded samples; sequence:
+    which sequence of the micro-batch a token is of; age: in steps, 0 is current.
 
     Shapes: all (T,); num_tokens, num_seqs: global counts of loss tokens and sequences, 0-D or int.
-    Returns: loss (0-D) and metrics, a dict of 0-D tensors and one histogram. Names ending in _min or _max reduce by
-    that, all others by sum, over micro-batches and ranks; a sum over the whole batch is a mean over its tokens.
-    Source of names and definitions: NeMo RL's clipped policy-gradient loss. sampling_importance_ratio is the weight
-    before truncation, since the truncated one hides what it is there to show.
+    Returns: loss (0-D) and metrics, a dict of 0-D tensors and one histogram. Names ending in _min
+    or _max reduce by that, all others by sum, over micro-batches and ranks; a sum over the whole
+    batch is a mean over its tokens. Source of names and definitions: NeMo RL's clipped
+    policy-gradient loss. sampling_importance_ratio is the weight before truncation, since the
+    truncated one hides what it is there to show.
     """
     loss_T, parts = token_loss(
-        logprobs, prev_logprobs, gen_logprobs, advantages, mask, weights, alg, ref_logprobs, nll_weights, sequence
+        logprobs,
+        prev_logprobs,
+        gen_logprobs,
+        advantages,
+        mask,
+        weights,
+        alg,
+        ref_logprobs,
+        nll_weights,
+        sequence,
     )
     loss = loss_T.sum()
 
     with torch.no_grad():
-        metrics = token_metrics(parts, mask, weights, nll_weights, num_tokens, num_seqs, sequence, alg)
+        metrics = token_metrics(
+            parts, mask, weights, nll_weights, num_tokens, num_seqs, sequence, alg
+        )
         if age is not None:
             metrics.update(mismatch_by_age(parts.own, parts.gen, mask, age, max_age))
     return loss, {"loss": loss.detach(), **metrics}
@@ -218,7 +304,8 @@ def bounded_exp(log_ratio):
 
 
 def sequence_sum(x, sequence):
-    """Sum over each token's sequence, at every token. Shapes: (T,), 0 where masked; sequence (T,) indices below T."""
+    """Sum over each token's sequence, at every token. Shapes: (T,), 0 where masked; sequence (T,)
+    indices below T."""
     return torch.zeros_like(x).index_add(0, sequence, x)[sequence]
 
 
@@ -230,7 +317,9 @@ class Parts(NamedTuple):
     """Of each token, detached and 0 where masked. Shapes: all (T,)."""
 
     curr: torch.Tensor  # log pi under the weights being trained
-    own: torch.Tensor  # under the trainer's at the start of the step; curr where the loss has no use for it
+    own: (
+        torch.Tensor
+    )  # under the trainer's at the start of the step; curr where the loss has no use for it
     anchor: torch.Tensor  # what the ratio is taken against
     gen: torch.Tensor  # under the sampler's
     advantages: torch.Tensor
@@ -242,48 +331,65 @@ class Parts(NamedTuple):
 
 
 def token_metrics(parts: Parts, mask, weights, nll_weights, num_tokens, num_seqs, sequence, alg):
-    """The seed system's metrics by its names and definitions, but for sampling_importance_ratio, which is the weight
-    before truncation: the truncated one hides what it is there to show. Then the diagnostics of the clip.
+    """The seed system's metrics by its names and definitions, but for sampling_importance_ratio,
+    which is the weight before truncation: the truncated one hides what it is there to show. Then
+    the diagnostics of the clip.
 
     Shapes: all (T,), weights as in loss.policy_loss -> a dict of 0-D tensors and one histogram.
     """
     curr, own, anchor, gen, advantages, ratio, clamped, correction, outside, kl = parts
     mean = lambda x: torch.where(mask, x, 0.0).sum() / max(num_tokens, 1)
-    seq_mean = lambda x: mean(x / sequence_sum(mask.float(), sequence).clamp(min=1)) * num_tokens / max(num_seqs, 1)
+    seq_mean = lambda x: (
+        mean(x / sequence_sum(mask.float(), sequence).clamp(min=1)) * num_tokens / max(num_seqs, 1)
+    )
     low = lambda x: torch.where(mask, x, torch.inf).amin()
     high = lambda x: torch.where(mask, x, -torch.inf).amax()
     metrics = {
-        "probs_ratio": mean(ratio), "probs_ratio_min": low(ratio), "probs_ratio_max": high(ratio),
+        "probs_ratio": mean(ratio),
+        "probs_ratio_min": low(ratio),
+        "probs_ratio_max": high(ratio),
         "probs_ratio_clamped": mean(clamped),
-        "probs_ratio_clamped_min": low(clamped), "probs_ratio_clamped_max": high(clamped),
-        "sampling_importance_ratio": (seq_mean if alg.sequence_level_importance_ratios else mean)(correction),
+        "probs_ratio_clamped_min": low(clamped),
+        "probs_ratio_clamped_max": high(clamped),
+        "sampling_importance_ratio": (seq_mean if alg.sequence_level_importance_ratios else mean)(
+            correction
+        ),
         "approx_entropy": -mean(bounded_exp(curr - gen) * curr),
         "kl_penalty": (kl * weights).sum(),
         "positive_nll_loss": mean(kl * 0) if nll_weights is None else -(nll_weights * curr).sum(),
         **{name: mean(x) for name, x in mismatch(own, gen).items()},
         **clip_diagnostics(curr, anchor, advantages, mask, mean),
-    }  # fmt: skip
+    }
     if alg.truncated_importance_sampling_type:
         over = seq_mean if alg.truncated_importance_sampling_type == "seq-mask-tis" else mean
         metrics["is_oob_ratio"] = over(outside.float())
     return metrics
 
 
-# Log-ratios are counted in bins of 0.02 nats from -4 to 4, the ends included: a quantile read from the counts is
-# within 1 % of the ratio for ratios in 0.018..54, and counts add up over micro-batches, ranks and updates.
+# Log-ratios are counted in bins of 0.02 nats from -4 to 4, the ends included: a quantile read from
+# the counts is within 1 % of the ratio for ratios in 0.018..54, and counts add up over
+# micro-batches, ranks and updates.
 BIN_NATS, BINS = 0.02, 401
 
 
 def clip_diagnostics(curr, anchor, advantages, mask, mean):
-    """Whose gradient PPO's clip at 0.2 would have taken away, as shares of all tokens; how many tokens are rare
-    (p < 0.05 under the anchor), alone and among those; and the histogram of the token-level ratio."""
+    """Whose gradient PPO's clip at 0.2 would have taken away, as shares of all tokens; how many
+    tokens are rare (p < 0.05 under the anchor), alone and among those; and the histogram of the
+    token-level ratio."""
     log_ratio = curr - anchor
     dropped_pos = (advantages > 0) & (log_ratio > math.log(1.2))
     dropped_neg = (advantages < 0) & (log_ratio < math.log(0.8))
     rare = anchor < math.log(0.05)
-    bins = (log_ratio.nan_to_num(0.0) / BIN_NATS).round().clamp(-(BINS // 2), BINS // 2).long() + BINS // 2
-    shares = {"would_clip": dropped_pos | dropped_neg, "would_clip_pos": dropped_pos, "would_clip_neg": dropped_neg,
-              "low_prob": rare, "low_prob_would_clip": rare & (dropped_pos | dropped_neg)}  # fmt: skip
+    bins = (log_ratio.nan_to_num(0.0) / BIN_NATS).round().clamp(
+        -(BINS // 2), BINS // 2
+    ).long() + BINS // 2
+    shares = {
+        "would_clip": dropped_pos | dropped_neg,
+        "would_clip_pos": dropped_pos,
+        "would_clip_neg": dropped_neg,
+        "low_prob": rare,
+        "low_prob_would_clip": rare & (dropped_pos | dropped_neg),
+    }
     return {
         **{name: mean(x.float()) for name, x in shares.items()},
         "ratio_histogram": torch.zeros(BINS, device=curr.device).index_add(0, bins, mask.float()),
@@ -299,14 +405,20 @@ def ratio_quantile(histogram: list[float], q: float) -> float | None:
 
 
 def mismatch(prev, gen):
-    """How far the trainer's log-probs (prev) are from the sampler's (gen), per token, in nats but for the first.
+    """How far the trainer's log-probs (prev) are from the sampler's (gen), per token, in nats but
+    for the first.
 
     The KL terms are the k3 estimator e^d - d - 1. Source: NeMo RL's metrics of the same names.
     """
     d = (prev - gen).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
-    # Near 0 by its series: expm1(x) - x has noise of 1e-8 there once compiled, and the numbers to be seen are 1e-13.
-    k3 = lambda x: torch.where(x.abs() < 0.01, x * x * (0.5 + x / 6 + x * x / 24), torch.expm1(x) - x)
-    to_mix = lambda x: -torch.log1p(torch.expm1(x) / 2)  # log q - log((p + q) / 2), where x = log p - log q
+    # Near 0 by its series: expm1(x) - x has noise of 1e-8 there once compiled, and the numbers to
+    # be seen are 1e-13.
+    k3 = lambda x: torch.where(
+        x.abs() < 0.01, x * x * (0.5 + x / 6 + x * x / 24), torch.expm1(x) - x
+    )
+    to_mix = lambda x: (
+        -torch.log1p(torch.expm1(x) / 2)
+    )  # log q - log((p + q) / 2), where x = log p - log q
     return {
         "token_mult_prob_error": (gen - prev).abs().clamp(max=LOG_RATIO_MAX).exp(),
         "gen_kl_error": k3(d),
@@ -316,8 +428,9 @@ def mismatch(prev, gen):
 
 
 def mismatch_by_age(prev, gen, mask, age, max_age: int):
-    """The mismatch of tokens that the current weights sampled (numerics alone) apart from that of older ones
-    (policy lag as well). Sums over tokens, with their counts; and the number of tokens of each age in steps.
+    """The mismatch of tokens that the current weights sampled (numerics alone) apart from that of
+    older ones (policy lag as well). Sums over tokens, with their counts; and the number of tokens
+    of each age in steps.
 
     Shapes: all (T,); age in steps, 0 is the current version.
     """

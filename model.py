@@ -1,17 +1,18 @@
-"""Qwen3 and Qwen3-MoE, written out by hand, from token ids to hidden states, on any grid of ranks (parallel.Mesh).
-
-A batch is one packed row: the sequences lie end to end in `tokens_T`, and `cu_seqlens` (length sequences+1,
-starting at 0) says where each begins. No padding token enters any GEMM and no token attends across a boundary.
-
-A layer, on a rank of a tp group that holds t = T/tp of the row's tokens (sequence parallelism) and e = E/ep experts:
+"""Qwen3 and Qwen3-MoE, written out by hand, from token ids to hidden states, on any grid of ranks
+(parallel.Mesh).
+ A batch is one packed row: the sequences lie end to end in `tokens_T`, and `cu_seqlens` (length
+sequences+1, starting at 0) says where each begins. No padding token enters any GEMM and no token
+attends across a boundary.
+ A layer, on a rank of a tp group that holds t = T/tp of the row's tokens (sequence parallelism) and
+e = E/ep experts:
 
     x_tD -> norm -> all-gather -> q, k, v of h heads -> attention -> o_proj's partial sums -> reduce-scatter -> + x_tD
     x_tD -> norm -> router -> dispatch (all-to-all) -> e experts -> combine (all-to-all) -> + x_tD
     a dense MLP instead:     all-gather -> gate, up, down on F/tp columns -> reduce-scatter
-
-The modules are named so that `named_parameters()` gives the Hugging Face names, with one exception: the experts
-of a layer are stacked in one tensor per projection, since one grouped GEMM then serves them all. `hf_tensors()`
-gives the names and shapes of the files on disk, where each expert has its own.
+ The modules are named so that `named_parameters()` gives the Hugging Face names, with one
+exception: the experts of a layer are stacked in one tensor per projection, since one grouped GEMM
+then serves them all. `hf_tensors()` gives the names and shapes of the files on disk, where each
+expert has its own.
 
 Shapes, for the whole repo (UPPER is the full size, lower is a rank's shard):
     B rows   T tokens in a row   D model dim    V vocab
@@ -19,8 +20,8 @@ Shapes, for the whole repo (UPPER is the full size, lower is a rank's shard):
     E experts   K experts per token   N = t*K copies   R rows received after all-to-all   L MoE layers
     P prompts in a step   S samples per prompt
     t = T/tp, h = H/tp, g = G/tp, v = V/tp, f = F/tp of a dense MLP, e = E/ep
-
-Source of the architecture: Qwen3 technical report (arXiv:2505.09388); RoPE arXiv:2104.09864, SwiGLU 2002.05202.
+ Source of the architecture: Qwen3 technical report (arXiv:2505.09388); RoPE arXiv:2104.09864,
+SwiGLU 2002.05202.
 """
 
 import json
@@ -38,28 +39,35 @@ from ranks.parallel import Mesh, Split, all_gather, all_to_all, exchange_counts,
 
 def expert_tokens(expert_ids_LtK, num_tokens: int, model):
     """Rows that this rank sent to each expert of each layer, (L, E), padding left out."""
-    mine = max(0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1])  # the row's padding is at its end
+    mine = max(
+        0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1]
+    )  # the row's padding is at its end
     count = lambda ids_tK: ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
     return torch.stack([count(ids_tK) for ids_tK in expert_ids_LtK])
 
 
 def expert_load(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`expert_tokens` (L, E), rows that each layer sent to each expert, as what one looks at: the busiest expert's
-    share of an even one, layer by layer (1 is balanced, E / K is everything to the same experts), and the share of
-    experts that got nothing."""
+    """`expert_tokens` (L, E), rows that each layer sent to each expert, as what one looks at: the
+    busiest expert's share of an even one, layer by layer (1 is balanced, E / K is everything to the
+    same experts), and the share of experts that got nothing."""
     if "expert_tokens" not in metrics:
         return metrics
     tokens_LE = metrics["expert_tokens"].double()
     rest = {name: value for name, value in metrics.items() if name != "expert_tokens"}
     busiest_L = tokens_LE.amax(1) / tokens_LE.mean(1).clamp(min=1e-9)  # no token at all: 0
-    return {**rest, "moe_busiest_by_layer": busiest_L, "moe_busiest_max": busiest_L.max(),
-            "moe_idle_share": (tokens_LE == 0).double().mean()}  # fmt: skip
+    return {
+        **rest,
+        "moe_busiest_by_layer": busiest_L,
+        "moe_busiest_max": busiest_L.max(),
+        "moe_idle_share": (tokens_LE == 0).double().mean(),
+    }
 
 
-# ---- config --------------------------------------------------------------------------------------------------
+# ---- config --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ModelConfig:
-    """What config.json says of the architecture. A dense Qwen3 is the special case num_experts = 0."""
+    """What config.json says of the architecture. A dense Qwen3 is the special case num_experts =
+    0."""
 
     vocab_size: int
     hidden_size: int
@@ -93,15 +101,23 @@ class ModelConfig:
         """
         arch = (hf.get("architectures") or [hf.get("model_type")])[0]
         if arch not in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "qwen3", "qwen3_moe"):
-            raise ValueError(f"architecture {arch!r} is not Qwen3ForCausalLM or Qwen3MoeForCausalLM")
+            raise ValueError(
+                f"architecture {arch!r} is not Qwen3ForCausalLM or Qwen3MoeForCausalLM"
+            )
         if quantized := hf.get("quantization_config") or hf.get("compression_config"):
-            method = quantized.get("quant_method", "a") if isinstance(quantized, dict) else quantized
-            raise ValueError(f"config.json: quantization_config ({method}): quantized weights cannot be trained; "
-                             "name the checkpoint in bf16, fp16 or fp32")  # fmt: skip
+            method = (
+                quantized.get("quant_method", "a") if isinstance(quantized, dict) else quantized
+            )
+            raise ValueError(
+                f"config.json: quantization_config ({method}): quantized weights cannot be trained; "
+                "name the checkpoint in bf16, fp16 or fp32"
+            )
         is_moe = arch in ("Qwen3MoeForCausalLM", "qwen3_moe")
         rope = hf.get("rope_parameters") or {}
         scaling = hf.get("rope_scaling") or rope
-        sliding = hf.get("use_sliding_window", False) or "sliding_attention" in (hf.get("layer_types") or ())
+        sliding = hf.get("use_sliding_window", False) or "sliding_attention" in (
+            hf.get("layer_types") or ()
+        )
         for key, wanted, found in [
             ("hidden_act", "silu", hf.get("hidden_act", "silu")),
             ("attention_bias", False, hf.get("attention_bias", False)),
@@ -109,15 +125,20 @@ class ModelConfig:
             ("rope type", "default", scaling.get("rope_type", scaling.get("type", "default"))),
         ]:
             if found != wanted:
-                raise ValueError(f"config.json: {key} = {found!r} is not supported, only {wanted!r}")
+                raise ValueError(
+                    f"config.json: {key} = {found!r} is not supported, only {wanted!r}"
+                )
         known = {f.name: hf[f.name] for f in fields(ModelConfig) if hf.get(f.name) is not None}
         known["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta"))
-        # No defaults for what shapes the model: transformers' own differ between its versions and classes.
+        # No defaults for what shapes the model: transformers' own differ between its versions and
+        # classes.
         for f in fields(ModelConfig):
             if known.get(f.name) is None and (f.default is MISSING or f.name == "rope_theta"):
                 raise ValueError(f"config.json: {f.name} is missing")
         known["mlp_only_layers"] = tuple(hf.get("mlp_only_layers") or ())
-        known["num_experts"] = hf.get("num_experts", hf.get("num_local_experts", 0)) if is_moe else 0
+        known["num_experts"] = (
+            hf.get("num_experts", hf.get("num_local_experts", 0)) if is_moe else 0
+        )
         return ModelConfig(**known)
 
     @staticmethod
@@ -126,28 +147,62 @@ class ModelConfig:
 
     def to_hf(self, eos_token_id: int) -> dict:
         """A config.json for vLLM and transformers, in the spelling that both read."""
-        moe = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-               "decoder_sparse_step", "mlp_only_layers")  # fmt: skip
-        hf = {f.name: getattr(self, f.name) for f in fields(self) if self.num_experts or f.name not in moe}
+        moe = (
+            "num_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "norm_topk_prob",
+            "decoder_sparse_step",
+            "mlp_only_layers",
+        )
+        hf = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if self.num_experts or f.name not in moe
+        }
         name = "Qwen3MoeForCausalLM" if self.num_experts else "Qwen3ForCausalLM"
         kind = "qwen3_moe" if self.num_experts else "qwen3"
-        return {"architectures": [name], "model_type": kind, "hidden_act": "silu", "eos_token_id": eos_token_id, **hf}
+        return {
+            "architectures": [name],
+            "model_type": kind,
+            "hidden_act": "silu",
+            "eos_token_id": eos_token_id,
+            **hf,
+        }
 
 
-# ---- attention -----------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 
 KNOWN_MODELS = {
     "Qwen/Qwen3-30B-A3B": ModelConfig(
-        vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
-        head_dim=128, intermediate_size=6144, rope_theta=1e6, max_position_embeddings=40960, num_experts=128,
-        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        intermediate_size=6144,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
     ),
     "Qwen/Qwen3-0.6B": ModelConfig(
-        vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, intermediate_size=3072, rope_theta=1e6, max_position_embeddings=40960, tie_word_embeddings=True,
+        vocab_size=151936,
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
     ),
-}  # fmt: skip
+}
 
 
 def at_least_fp32(x):
@@ -162,7 +217,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # The mean is taken in fp32 and the product in the input's dtype: the order transformers and vLLM use.
+        # The mean is taken in fp32 and the product in the input's dtype: the order transformers and
+        # vLLM use.
         x32 = at_least_fp32(x)
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
@@ -209,7 +265,7 @@ class Attention(nn.Module):
         return reduce_scatter(self.o_proj(out_ThC.flatten(1)), self.tp_group)
 
 
-# ---- feed-forward --------------------------------------------------------------------------------------------
+# ---- feed-forward --------------------------------------------------------------------------------
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), on F/tp of the hidden columns."""
 
@@ -222,7 +278,9 @@ class MLP(nn.Module):
 
     def forward(self, x_tD):
         x_TD = all_gather(x_tD, self.tp_group)
-        return reduce_scatter(self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)), self.tp_group)
+        return reduce_scatter(
+            self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)), self.tp_group
+        )
 
 
 class Experts(nn.Module):
@@ -252,10 +310,14 @@ class MoE(nn.Module):
         self.experts = Experts(cfg, mesh)
 
     def route(self, x_tD, given_ids_tK=None):
-        """Each token's K experts and their weights: fp32 softmax over all experts, then top-k, or the given experts
-        (router replay), whose weights come from the same softmax."""
+        """Each token's K experts and their weights: fp32 softmax over all experts, then top-k, or
+        the given experts (router replay), whose weights come from the same softmax."""
         probs_tE = at_least_fp32(F.linear(x_tD, self.gate.weight)).softmax(-1)
-        ids_tK = probs_tE.topk(self.num_experts_per_tok, dim=-1).indices if given_ids_tK is None else given_ids_tK
+        ids_tK = (
+            probs_tE.topk(self.num_experts_per_tok, dim=-1).indices
+            if given_ids_tK is None
+            else given_ids_tK
+        )
         weights_tK = probs_tE.gather(-1, ids_tK)
         if self.norm_topk_prob:
             weights_tK = weights_tK / weights_tK.sum(-1, keepdim=True)
@@ -266,7 +328,9 @@ class MoE(nn.Module):
         ids_N, K = ids_tK.flatten(), self.num_experts_per_tok
         order_N = ids_N.argsort(stable=True)  # copies of tokens, sorted by expert
         inverse_N = order_N.argsort()
-        counts_E = ids_N.new_zeros(self.gate.weight.shape[0]).scatter_add(0, ids_N, torch.ones_like(ids_N))
+        counts_E = ids_N.new_zeros(self.gate.weight.shape[0]).scatter_add(
+            0, ids_N, torch.ones_like(ids_N)
+        )
         copies_ND = copy_rows(x_tD, order_N, inverse_N, K)
         y_ND = self.run_experts(copies_ND, counts_E)
         y_tKD = copy_rows(y_ND, inverse_N, order_N, 1).unflatten(0, (-1, K))
@@ -278,9 +342,13 @@ class MoE(nn.Module):
             return self.experts(copies_ND, counts_E)
         # dispatch: this rank's experts get their rows from every rank of the group
         counts_re = exchange_counts(counts_E, self.ep_group).view(self.ep, -1)
-        splits = torch.stack([counts_E.view(self.ep, -1).sum(1), counts_re.sum(1)]).tolist()  # sync: one per layer
+        splits = torch.stack(
+            [counts_E.view(self.ep, -1).sum(1), counts_re.sum(1)]
+        ).tolist()  # sync: one per layer
         for n in (*splits[0], *splits[1]):
-            torch._check(n >= 0)  # what torch.compile cannot know of numbers that come from a tensor
+            torch._check(
+                n >= 0
+            )  # what torch.compile cannot know of numbers that come from a tensor
         send, receive = splits
         rows_RD = all_to_all(copies_ND, receive, send, self.ep_group)
         # They lie by rank, then by expert; a grouped GEMM wants them by expert alone.
@@ -293,7 +361,7 @@ class MoE(nn.Module):
         return all_to_all(copy_rows(y_RD, inverse_R, order_R, 1), send, receive, self.ep_group)
 
 
-# ---- the model -----------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int, mesh: Mesh):
         super().__init__()
@@ -304,7 +372,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def forward(self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int, given_ids_tK=None):
-        x_tD = x_tD + self.self_attn(self.input_layernorm(x_tD), cos_TC, sin_TC, cu_seqlens, max_seqlen)
+        x_tD = x_tD + self.self_attn(
+            self.input_layernorm(x_tD), cos_TC, sin_TC, cu_seqlens, max_seqlen
+        )
         if not self.is_moe:
             return x_tD + self.mlp(self.post_attention_layernorm(x_tD)), None
         y_tD, ids_tK = self.mlp(self.post_attention_layernorm(x_tD), given_ids_tK)
@@ -312,7 +382,8 @@ class Block(nn.Module):
 
 
 class Qwen3MoE(nn.Module):
-    """Token ids to final hidden states; the vocabulary projection belongs to the loss (loss.token_logprobs).
+    """Token ids to final hidden states; the vocabulary projection belongs to the loss
+    (loss.token_logprobs).
 
     recompute: keep only each block's input and run the block again in backward.
     """
@@ -321,26 +392,36 @@ class Qwen3MoE(nn.Module):
         super().__init__()
         self.cfg, self.mesh, self.recompute = cfg, mesh or Mesh(), recompute
         v = cfg.vocab_size // self.mesh.tp
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(v, cfg.hidden_size),  # (v, D)
-            "layers": nn.ModuleList(Block(cfg, layer, self.mesh) for layer in range(cfg.num_hidden_layers)),
-            "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps),
-        })  # fmt: skip
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(v, cfg.hidden_size),  # (v, D)
+                "layers": nn.ModuleList(
+                    Block(cfg, layer, self.mesh) for layer in range(cfg.num_hidden_layers)
+                ),
+                "norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps),
+            }
+        )
         if not cfg.tie_word_embeddings:
             self.lm_head = nn.Linear(cfg.hidden_size, v, bias=False)  # (v, D)
 
     @property
     def head_weight(self) -> torch.Tensor:
-        return self.model["embed_tokens"].weight if self.cfg.tie_word_embeddings else self.lm_head.weight
+        return (
+            self.model["embed_tokens"].weight
+            if self.cfg.tie_word_embeddings
+            else self.lm_head.weight
+        )
 
     def compile_blocks(self) -> None:
-        """torch.compile each block: one graph serves all blocks of a kind, and any number of tokens."""
+        """torch.compile each block: one graph serves all blocks of a kind, and any number of
+        tokens."""
         torch._dynamo.config.capture_scalar_outputs = True  # the all-to-all's row counts
         for layer in self.model["layers"]:
             layer.compile(fullgraph=True, dynamic=True)
 
     def embed(self, tokens_T):
-        """Vocabulary-parallel: each rank looks up its own words, and the sum is this rank's tokens' rows."""
+        """Vocabulary-parallel: each rank looks up its own words, and the sum is this rank's tokens'
+        rows."""
         weight_vD = self.model["embed_tokens"].weight
         ids_T = tokens_T - self.mesh.tp_rank * len(weight_vD)
         here_T = (ids_T >= 0) & (ids_T < len(weight_vD))
@@ -348,20 +429,29 @@ class Qwen3MoE(nn.Module):
         return reduce_scatter(x_TD, self.mesh.tp_group)
 
     def forward(self, tokens_T, cu_seqlens, max_seqlen: int, given_ids_LtK=None):
-        """The row's final hidden states, whole on every rank of the tp group, and the experts that were chosen.
+        """The row's final hidden states, whole on every rank of the tp group, and the experts that
+        were chosen.
 
-        The hidden states' gradient is this rank's share: the ranks' shares are added up on the way back.
-        Shapes: tokens_T (T,) int64, T a multiple of tp; cu_seqlens (sequences+1,) int32; given_ids_LtK: experts to
-            use instead of the router's choice -> hidden_TD (T, D) in the head's dtype, ids_LtK (L, t, K) int64.
+        The hidden states' gradient is this rank's share: the ranks' shares are added up on the way
+        back. Shapes: tokens_T (T,) int64, T a multiple of tp; cu_seqlens (sequences+1,) int32;
+        given_ids_LtK: experts to
+            use instead of the router's choice -> hidden_TD (T, D) in the head's dtype, ids_LtK (L,
+            t, K) int64.
         """
-        cos_TC, sin_TC = rope_tables(cu_seqlens, len(tokens_T), self.cfg.head_dim, self.cfg.rope_theta)
+        cos_TC, sin_TC = rope_tables(
+            cu_seqlens, len(tokens_T), self.cfg.head_dim, self.cfg.rope_theta
+        )
         norm, ids = self.model["norm"], []
         x_tD = self.embed(tokens_T).to(norm.weight.dtype)
         for layer in self.model["layers"]:
-            given_ids_tK = given_ids_LtK[len(ids)] if given_ids_LtK is not None and layer.is_moe else None
+            given_ids_tK = (
+                given_ids_LtK[len(ids)] if given_ids_LtK is not None and layer.is_moe else None
+            )
             args = (x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen, given_ids_tK)
             recompute = self.recompute and torch.is_grad_enabled()
-            x_tD, ids_tK = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+            x_tD, ids_tK = (
+                checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+            )
             ids += [ids_tK] if layer.is_moe else []
         hidden_TD = all_gather(norm(x_tD), self.mesh.tp_group)
         return hidden_TD.to(self.head_weight.dtype), torch.stack(ids) if ids else None
@@ -376,7 +466,8 @@ class Qwen3MoE(nn.Module):
                 p.fill_(1.0)
 
     def split_of(self, name: str) -> Split:
-        """What this rank holds of a parameter: the one table of what is sharded, how, and who has the same."""
+        """What this rank holds of a parameter: the one table of what is sharded, how, and who has
+        the same."""
         mesh, layer_kind = self.mesh, name.split(".")[-2]
         if ".experts." in name:
             return Split(0, mesh.ep_rank, mesh.ep, mesh.expert_group)
@@ -387,15 +478,20 @@ class Qwen3MoE(nn.Module):
             return Split(0, mesh.tp_rank, mesh.tp, mesh.dp_group)
         if layer_kind in ("o_proj", "down_proj"):
             if name.endswith(".bias") and mesh.tp > 1:
-                raise ValueError(f"{name}: with --tp {mesh.tp} each rank would add it to its partial sum; add it on "
-                                 "one, and give it a rule of its own in split_of")  # fmt: skip
+                raise ValueError(
+                    f"{name}: with --tp {mesh.tp} each rank would add it to its partial sum; add it on "
+                    "one, and give it a rule of its own in split_of"
+                )
             if name.endswith(".bias"):
                 return Split(0, 0, 1, mesh.world_group)
             return Split(1, mesh.tp_rank, mesh.tp, mesh.dp_group)
-        return Split(0, 0, 1, mesh.world_group)  # norms and router: they see this rank's tokens only, or its heads
+        return Split(
+            0, 0, 1, mesh.world_group
+        )  # norms and router: they see this rank's tokens only, or its heads
 
     def hf_parts(self, name: str):
-        """A parameter as parts of Hugging Face tensors: (HF name, this rank's view, which slice of the whole it is)."""
+        """A parameter as parts of Hugging Face tensors: (HF name, this rank's view, which slice of
+        the whole it is)."""
         p, split = self.get_parameter(name).detach(), self.split_of(name)
         if ".experts." in name:  # an expert is a tensor of its own there, and whole on its rank
             for hf_name, expert in self.hf_views(name, p, first_expert=split.index * len(p)):
@@ -404,13 +500,15 @@ class Qwen3MoE(nn.Module):
             yield name, p, split
 
     def hf_tensors(self):
-        """(name, tensor view) of what this rank holds of the model's Hugging Face checkpoint, in layer order."""
+        """(name, tensor view) of what this rank holds of the model's Hugging Face checkpoint, in
+        layer order."""
         for name, _ in self.named_parameters():
             yield from ((hf_name, tensor) for hf_name, tensor, _ in self.hf_parts(name))
 
     @staticmethod
     def hf_views(name: str, tensor: torch.Tensor, first_expert: int = 0):
-        """A parameter's Hugging Face names and views: itself, or, for stacked experts, one of each expert."""
+        """A parameter's Hugging Face names and views: itself, or, for stacked experts, one of each
+        expert."""
         if ".experts." not in name:
             yield name, tensor
             return
@@ -419,6 +517,7 @@ class Qwen3MoE(nn.Module):
             yield f"{prefix}.{expert}.{projection}.weight", weight
 
     def checkpoint_shapes(self) -> dict[str, torch.Size]:
-        """The names and shapes of the whole model's Hugging Face checkpoint, whatever this rank holds of it."""
+        """The names and shapes of the whole model's Hugging Face checkpoint, whatever this rank
+        holds of it."""
         with torch.device("meta"):
             return {name: t.shape for name, t in Qwen3MoE(self.cfg).hf_tensors()}

@@ -1,4 +1,5 @@
-"""What a run needs before its ranks meet: model, prompts, tokenizer, and the refusal of what cannot work."""
+"""What a run needs before its ranks meet: model, prompts, tokenizer, and the refusal of what cannot
+work."""
 
 import contextlib
 import os
@@ -17,7 +18,15 @@ from bridge.hub import check_address
 from bridge.processes import cores
 from bridge.reward_pool import check_reward
 from bridge.reward_process import reward_digest, reward_sources
-from bridge.weights import INDEX, STATIC_FILES, checkpoint_files, digest, read_tensors, stored_tensors, tensor_bytes
+from bridge.weights import (
+    INDEX,
+    STATIC_FILES,
+    checkpoint_files,
+    digest,
+    read_tensors,
+    stored_tensors,
+    tensor_bytes,
+)
 from config import Config
 from model import KNOWN_MODELS, ModelConfig, Qwen3MoE
 from ranks import plan
@@ -28,20 +37,23 @@ from rollout import RolloutConfig
 
 
 def known_config(cfg) -> ModelConfig | None:
-    """What can be said of --model before anything is downloaded or made; None for a hub id that is not known here.
-    Raises: ValueError for that under --dry-run."""
+    """What can be said of --model before anything is downloaded or made; None for a hub id that is
+    not known here. Raises: ValueError for that under --dry-run."""
     if not cfg.model:
         return task.tiny_config(cfg.task)
     if Path(cfg.model).is_dir():
         return ModelConfig.from_dir(cfg.model)
     if cfg.dry_run and cfg.model not in KNOWN_MODELS:
-        raise ValueError(f"--dry-run: --model {cfg.model!r} is neither a directory nor {', '.join(KNOWN_MODELS)}; "
-                         "a directory with the model's config.json is enough")  # fmt: skip
+        raise ValueError(
+            f"--dry-run: --model {cfg.model!r} is neither a directory nor {', '.join(KNOWN_MODELS)}; "
+            "a directory with the model's config.json is enough"
+        )
     return KNOWN_MODELS.get(cfg.model)
 
 
 def fetch_model(name: str, files: list[str]) -> Path:
-    """A model's directory: the one of that name, or what the Hugging Face Hub has of these files."""
+    """A model's directory: the one of that name, or what the Hugging Face Hub has of these
+    files."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -49,7 +61,9 @@ def fetch_model(name: str, files: list[str]) -> Path:
     try:
         path = Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as e:
-        where = f"--model {name!r}: no directory {Path(name).absolute()}, nor to be had from the Hub"
+        where = (
+            f"--model {name!r}: no directory {Path(name).absolute()}, nor to be had from the Hub"
+        )
         raise data.hub_error(where, e) from None
     if not (path / "config.json").exists():
         raise ValueError(f"--model {name!r}: the repository has no config.json")
@@ -57,27 +71,35 @@ def fetch_model(name: str, files: list[str]) -> Path:
 
 
 def resolve_model(cfg: Config, rank: int) -> Path:
-    """The checkpoint directory to start from: --model, or the tiny one, which rank 0 makes when it is missing.
-    Raises: ValueError for one that cannot be trained."""
+    """The checkpoint directory to start from: --model, or the tiny one, which rank 0 makes when it
+    is missing. Raises: ValueError for one that cannot be trained."""
     if cfg.model:
-        # The small files first, since they may be of a model that is not for here; of the large ones the weights alone.
+        # The small files first, since they may be of a model that is not for here; of the large
+        # ones the weights alone.
         path = fetch_model(cfg.model, [*STATIC_FILES, INDEX])
         ModelConfig.from_dir(path)
-        fetch_model(cfg.model, [*STATIC_FILES, INDEX, *(file.name for file in checkpoint_files(path))])
+        fetch_model(
+            cfg.model, [*STATIC_FILES, INDEX, *(file.name for file in checkpoint_files(path))]
+        )
         return path
     digest = task.task_digest(cfg.task)
-    path = Path("checkpoints") / f"tiny-{cfg.task}-{digest}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
+    path = (
+        Path("checkpoints") / f"tiny-{cfg.task}-{digest}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
+    )
     if rank == 0 and not path.exists():
         task.warm_start(path, cfg.task, cfg.seed, cfg.warm_start_accuracy, say)
     return path
 
 
 def load_examples(cfg: Config) -> data.Examples:
-    """The run's data set. Raises: ValueError for one that cannot be read, or has not what the template names."""
+    """The run's data set. Raises: ValueError for one that cannot be read, or has not what the
+    template names."""
     if cfg.data:
         examples = data.read_data(cfg.data, cfg.data_split, cfg.prompt_column, cfg.answer_column)
     else:
-        examples = data.Examples(task.task_examples(cfg.task, 20_000, cfg.seed), name=f"--task {cfg.task}")
+        examples = data.Examples(
+            task.task_examples(cfg.task, 20_000, cfg.seed), name=f"--task {cfg.task}"
+        )
     examples.template(data.text_of(cfg.prompt_template))
     return examples
 
@@ -89,53 +111,80 @@ def load_held_out(cfg: Config, examples: data.Examples) -> data.Examples | None:
     if not cfg.val_data:
         found = task.held_out_examples(cfg.task, 64, cfg.seed, examples)
         if len(found) < 64:
-            say(f"--task {cfg.task}: all but {len(found)} of its prompts are trained on; these validate")
+            say(
+                f"--task {cfg.task}: all but {len(found)} of its prompts are trained on; these validate"
+            )
         return data.Examples(found, name=f"--task {cfg.task}")
-    held_out = data.read_data(cfg.val_data, cfg.val_data_split, cfg.prompt_column, cfg.answer_column, "--val-data")
+    held_out = data.read_data(
+        cfg.val_data, cfg.val_data_split, cfg.prompt_column, cfg.answer_column, "--val-data"
+    )
     held_out.template(examples.template(data.text_of(cfg.prompt_template)))
     return held_out
 
 
-def origin_of(cfg: Config, checkpoint: Path, examples: data.Examples, held_out: data.Examples | None) -> dict[str, str]:
-    """Digests of what a run is made from, mostly by flag: a resumed run must have the same or say what changed."""
-    texts = {name: data.text_of(getattr(cfg, name)) for name in ("system_prompt", "prompt_template", "interrupt_text")}
-    files = [checkpoint / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
+def origin_of(
+    cfg: Config, checkpoint: Path, examples: data.Examples, held_out: data.Examples | None
+) -> dict[str, str]:
+    """Digests of what a run is made from, mostly by flag: a resumed run must have the same or say
+    what changed."""
+    texts = {
+        name: data.text_of(getattr(cfg, name))
+        for name in ("system_prompt", "prompt_template", "interrupt_text")
+    }
+    files = [
+        checkpoint / name
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    ]
     return {
-        "data": examples.digest(), "val_data": held_out.digest() if held_out else "", "model": model_digest(checkpoint),
-        "reward": reward_digest(cfg.reward), **{name: digest(text.encode()) for name, text in texts.items()},
+        "data": examples.digest(),
+        "val_data": held_out.digest() if held_out else "",
+        "model": model_digest(checkpoint),
+        "reward": reward_digest(cfg.reward),
+        **{name: digest(text.encode()) for name, text in texts.items()},
         "tokenizer": " ".join(digest(file.read_bytes()) for file in files if file.exists()),
-    }  # fmt: skip
+    }
 
 
 def model_digest(path: Path) -> str:
-    """Of a starting checkpoint: its architecture, and its tensors by name, in whatever files they lie. Of large ones
-    four pieces of 16 KiB count; no training leaves all of these as they were."""
+    """Of a starting checkpoint: its architecture, and its tensors by name, in whatever files they
+    lie. Of large ones four pieces of 16 KiB count; no training leaves all of these as they were."""
     parts = []
-    with contextlib.suppress(OSError, ValueError, SafetensorError):  # what is missing or damaged makes it another one
+    with contextlib.suppress(
+        OSError, ValueError, SafetensorError
+    ):  # what is missing or damaged makes it another one
         parts.append(repr(ModelConfig.from_dir(path)))
         for name, tensor in read_tensors(path):
             data, hasher = tensor_bytes(tensor), blake3()
-            stride, piece = (len(data), len(data)) if len(data) <= 1 << 16 else (len(data) // 4, 1 << 14)
+            stride, piece = (
+                (len(data), len(data)) if len(data) <= 1 << 16 else (len(data) // 4, 1 << 14)
+            )
             for at in range(0, len(data), stride):
                 hasher.update(data[at : at + piece])
             parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {hasher.hexdigest()}")
     return digest("\n".join(parts).encode())
 
 
-def load_prompts(cfg: Config, checkpoint: Path, examples: data.Examples, held_out: data.Examples | None = None):
-    """The run's prompts, their tokenizer, and the list of held-out examples. Raises: ValueError when none of a data
-    set is short enough to be answered, or the checkpoint's tokenizer or its template cannot do it."""
+def load_prompts(
+    cfg: Config, checkpoint: Path, examples: data.Examples, held_out: data.Examples | None = None
+):
+    """The run's prompts, their tokenizer, and the list of held-out examples. Raises: ValueError
+    when none of a data set is short enough to be answered, or the checkpoint's tokenizer or its
+    template cannot do it."""
     template = examples.template(data.text_of(cfg.prompt_template))
     codec = task.Codec(checkpoint, data.text_of(cfg.system_prompt), template, cfg.chat_template)
     vocab_size = ModelConfig.from_dir(checkpoint).vocab_size
     if outside := [i for i in task.eos_token_ids(checkpoint) if not 0 <= i < vocab_size]:
-        raise ValueError(f"{checkpoint}: eos_token_id {outside[0]} is outside the vocabulary of {vocab_size}: no "
-                         "sample would end by it; mend generation_config.json or config.json")  # fmt: skip
+        raise ValueError(
+            f"{checkpoint}: eos_token_id {outside[0]} is outside the vocabulary of {vocab_size}: no "
+            "sample would end by it; mend generation_config.json or config.json"
+        )
     for rows in filter(None, (examples, held_out)):
         for note in rows.notes:
             say(note)
         if rows.num_chats and template != "{problem}":
-            say(f"{rows.name}: --prompt-template is for prompts that are text, and {rows.num_chats} are chats")
+            say(
+                f"{rows.name}: --prompt-template is for prompts that are text, and {rows.num_chats} are chats"
+            )
     interruption(cfg, codec)  # raises what it raises before there is a run
     limit = f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens {cfg.max_new_tokens}"
     if cfg.max_input_seq_length is not None:
@@ -152,41 +201,56 @@ def load_prompts(cfg: Config, checkpoint: Path, examples: data.Examples, held_ou
 
     skip = too_long(examples, "prompt")
     left_out = too_long(held_out, "held-out prompt") if held_out else set()
-    val_examples = [held_out[i] for i in range(len(held_out)) if i not in left_out] if held_out else []
+    val_examples = (
+        [held_out[i] for i in range(len(held_out)) if i not in left_out] if held_out else []
+    )
     return task.Prompts(examples, cfg.seed, skip), codec, val_examples
 
 
 def interruption(cfg: Config, codec: task.Codec) -> dict:
-    """What a rollout node must know of --interrupt-at-tokens. Raises: ValueError when it leaves no room to answer."""
+    """What a rollout node must know of --interrupt-at-tokens. Raises: ValueError when it leaves no
+    room to answer."""
     if not cfg.interrupt_at_tokens:
         return {}
     ids = codec.tokenizer.encode(data.text_of(cfg.interrupt_text), add_special_tokens=False).ids
     if cfg.interrupt_at_tokens + len(ids) >= cfg.max_new_tokens:
-        raise ValueError(f"--interrupt-at-tokens {cfg.interrupt_at_tokens} and the {len(ids)} tokens of "
-                         f"--interrupt-text leave nothing of --max-new-tokens {cfg.max_new_tokens}")  # fmt: skip
+        raise ValueError(
+            f"--interrupt-at-tokens {cfg.interrupt_at_tokens} and the {len(ids)} tokens of "
+            f"--interrupt-text leave nothing of --max-new-tokens {cfg.max_new_tokens}"
+        )
     return {"interrupt_at": cfg.interrupt_at_tokens, "interrupt_ids": ids}
 
 
 def uncompilable_path() -> str:
-    """A path that torch gives to the C++ compiler without quotes, and that needs them; "" if there is none."""
-    paths = (str(Path(torch.__file__).parent), os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir())
+    """A path that torch gives to the C++ compiler without quotes, and that needs them; "" if there
+    is none."""
+    paths = (
+        str(Path(torch.__file__).parent),
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(),
+    )
     return next((path for path in paths if set(path) & set(" \t\n\"'\\")), "")
 
 
 def use_cpu(cfg: Config, local_world_size: int) -> None:
     """For a machine without a GPU. Raises: ValueError for what it cannot train or compile."""
-    if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():  # a directory may hold a small one
-        raise ValueError(f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
-                         "--dry-run prints the plan")  # fmt: skip
+    if (
+        cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir()
+    ):  # a directory may hold a small one
+        raise ValueError(
+            f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
+            "--dry-run prints the plan"
+        )
     if cfg.compile and (path := uncompilable_path()):
-        raise ValueError(f"--compile: torch's compiler cannot use {path!r}, for the space or quote in it; use "
-                         "--no-compile, or other places (.venv, TORCHINDUCTOR_CACHE_DIR, TMPDIR)")  # fmt: skip
+        raise ValueError(
+            f"--compile: torch's compiler cannot use {path!r}, for the space or quote in it; use "
+            "--no-compile, or other places (.venv, TORCHINDUCTOR_CACHE_DIR, TMPDIR)"
+        )
     torch.set_num_threads(cfg.cpu_threads or max(1, cores() // (2 * local_world_size)))
 
 
 def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
-    """What `train` takes beside its flags. All that can be refused is refused here, before ranks meet and before
-    anything that takes long. Raises: ValueError, CheckpointError, WeightsError."""
+    """What `train` takes beside its flags. All that can be refused is refused here, before ranks
+    meet and before anything that takes long. Raises: ValueError, CheckpointError, WeightsError."""
     if model_cfg := known_config(cfg):
         plan.check(model_cfg, cfg, world_size)
     if rank == 0:
@@ -204,7 +268,9 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
     if model_cfg is None:
         plan.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
     data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
-    if cfg.model and local_rank == 0:  # raises what loading would; the others of this node have the same files
+    if (
+        cfg.model and local_rank == 0
+    ):  # raises what loading would; the others of this node have the same files
         with torch.device("meta"):
             shapes = Qwen3MoE(ModelConfig.from_dir(checkpoint)).checkpoint_shapes()
         stored_tensors(checkpoint, shapes)

@@ -1,7 +1,8 @@
-"""What a run says of itself: lines on the console, a record a step in metrics.jsonl, the picture at the end.
-
-Metrics stay tensors on the device until a step is over; names ending in _min or _max reduce by that over updates,
-micro-batches and ranks, all others by sum. Their meaning and healthy ranges are in the README.
+"""What a run says of itself: lines on the console, a record a step in metrics.jsonl, the picture at
+the end.
+ Metrics stay tensors on the device until a step is over; names ending in _min or _max reduce by
+that over updates, micro-batches and ranks, all others by sum. Their meaning and healthy ranges are
+in the README.
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ from loss import ratio_quantile
 from ranks.checkpoint import best_step
 
 
-# ---- console -------------------------------------------------------------------------------------------------
+# ---- console -------------------------------------------------------------------------------------
 def say(message: str) -> None:
     tqdm.write(f"[{time.strftime('%H:%M:%S')}] {in_utf8(message)}", file=sys.stdout)
     sys.stdout.flush()
@@ -37,9 +38,9 @@ def say(message: str) -> None:
 
 
 def say_something(describe: Callable[[], str], log: Path | None, stop: threading.Event) -> None:
-    """A thread: a sign of life when nothing was said for 9 s, as while vLLM starts or the loss is compiled. `describe`
-    says what goes on now; what another process has written to its log is added once, when it is new. With nothing new
-    the next such line comes after 30 s."""
+    """A thread: a sign of life when nothing was said for 9 s, as while vLLM starts or the loss is
+    compiled. `describe` says what goes on now; what another process has written to its log is added
+    once, when it is new. With nothing new the next such line comes after 30 s."""
     mine = None
     while not stop.wait(0.5):
         if (quiet := time.monotonic() - say.last) > 9:
@@ -57,15 +58,21 @@ def last_line(path: Path, within_s: float) -> str:
     return re.sub(r"^\[[\d:]+\] ", "", lines[-1]) if lines else ""
 
 
-# ---- metrics -------------------------------------------------------------------------------------------------
-DOING = {"exposed_generation": "waiting for rollouts", "data_processing": "packing the batch",
-         "policy_and_reference_logprobs": "log-probs of the batch", "policy_training": "updates",
-         "publish_copy": "copying the weights to publish", "log": "log and checkpoint",
-         "validation": "waiting for the last validation"}  # a part of the step, as the console says it  # fmt: skip
+# ---- metrics -------------------------------------------------------------------------------------
+DOING = {
+    "exposed_generation": "waiting for rollouts",
+    "data_processing": "packing the batch",
+    "policy_and_reference_logprobs": "log-probs of the batch",
+    "policy_training": "updates",
+    "publish_copy": "copying the weights to publish",
+    "log": "log and checkpoint",
+    "validation": "waiting for the last validation",
+}  # a part of the step, as the console says it
 
 
 class Clock:
-    """Seconds of each part of a step, on the host's clock. `begin` a part; it ends where the next begins."""
+    """Seconds of each part of a step, on the host's clock. `begin` a part; it ends where the next
+    begins."""
 
     def __init__(self, part: str = "start"):
         self.start = self.last = time.perf_counter()
@@ -77,7 +84,8 @@ class Clock:
         self.doing, self.last = part, now
 
     def says(self, compiles: bool) -> str:
-        """What goes on and for how long. compiles: in this step the computing parts call torch.compile."""
+        """What goes on and for how long. compiles: in this step the computing parts call
+        torch.compile."""
         compiling = ", compiled first" if compiles and self.doing.startswith("policy") else ""
         return f"{DOING.get(self.doing, self.doing)}{compiling}, for {time.perf_counter() - self.last:.0f} s"
 
@@ -88,7 +96,8 @@ class Clock:
 
 
 def merge(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Two sets of partial metrics as one: names ending in _min and _max by that, the others added up."""
+    """Two sets of partial metrics as one: names ending in _min and _max by that, the others added
+    up."""
     if not (a and b):
         return {**a, **b}
     ops = {"_min": torch.minimum, "_max": torch.maximum}
@@ -98,53 +107,78 @@ def merge(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, t
 def fetch(metrics: dict[str, torch.Tensor]) -> dict[str, float | list[float]]:
     """All values at once: the one time in a step that the host waits for the device."""
     values = iter(torch.cat([x.flatten().double() for x in metrics.values()]).tolist())
-    return {n: list(itertools.islice(values, x.numel())) if x.ndim else next(values) for n, x in metrics.items()}
+    return {
+        n: list(itertools.islice(values, x.numel())) if x.ndim else next(values)
+        for n, x in metrics.items()
+    }
 
 
 def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
     """Of the samples as they came: rewards, lengths, ages."""
-    rewards, lengths = (torch.cat([getattr(g, n) for g in groups]).double() for n in ("rewards", "lengths"))
+    rewards, lengths = (
+        torch.cat([getattr(g, n) for g in groups]).double() for n in ("rewards", "lengths")
+    )
     ages = torch.tensor([step - g.oldest_version for g in groups]).double()
     return {
         "train/reward": rewards.mean().item(),
-        "train/groups_without_signal": sum(g.rewards.unique().numel() == 1 for g in groups) / len(groups),
-        "train/num_valid_samples": len(rewards), "train/mean_gen_tokens_per_sample": lengths.mean().item(),
+        "train/groups_without_signal": sum(g.rewards.unique().numel() == 1 for g in groups)
+        / len(groups),
+        "train/num_valid_samples": len(rewards),
+        "train/mean_gen_tokens_per_sample": lengths.mean().item(),
         "train/truncation_rate": torch.cat([g.truncated for g in groups]).double().mean().item(),
-        "train/interrupted_rate": sum(int((v == NOT_SAMPLED).any()) for g in groups
-                                      for v in g.versions.split(g.lengths.tolist())) / len(rewards),
-        "train/avg_trajectory_age": ages.mean().item(), "train/max_trajectory_age": ages.max().item(),
-    }  # fmt: skip
+        "train/interrupted_rate": sum(
+            int((v == NOT_SAMPLED).any())
+            for g in groups
+            for v in g.versions.split(g.lengths.tolist())
+        )
+        / len(rewards),
+        "train/avg_trajectory_age": ages.mean().item(),
+        "train/max_trajectory_age": ages.max().item(),
+    }
 
 
 def gradient_metrics(norms: list[float]) -> dict:
-    """The norms of a step's updates before clipping. One that is not finite is null: that update was skipped."""
+    """The norms of a step's updates before clipping. One that is not finite is null: that update
+    was skipped."""
     found = [norm for norm in norms if math.isfinite(norm)]
-    return {"train/grad_norm": sum(found) / len(found) if found else None,
-            "train/grad_norms": [norm if math.isfinite(norm) else None for norm in norms],
-            "train/updates_skipped": len(norms) - len(found)}  # fmt: skip
+    return {
+        "train/grad_norm": sum(found) / len(found) if found else None,
+        "train/grad_norms": [norm if math.isfinite(norm) else None for norm in norms],
+        "train/updates_skipped": len(norms) - len(found),
+    }
 
 
 def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> dict:
-    """Means over the updates of a step that were made, null if there was none; the drift values are sums over tokens,
-    divided by their own counts here. counts: loss tokens and samples of each."""
+    """Means over the updates of a step that were made, null if there was none; the drift values are
+    sums over tokens, divided by their own counts here. counts: loss tokens and samples of each."""
     record = {}
     if not counts:
-        kept = [name for name in values if name != "ratio_histogram"] + ["ratio_p50", "ratio_p95", "ratio_p99"]
+        kept = [name for name in values if name != "ratio_histogram"] + [
+            "ratio_p50",
+            "ratio_p95",
+            "ratio_p99",
+        ]
         return dict.fromkeys([f"train/{name}" for name in kept])
     for name, value in values.items():
         if name.startswith("tokens_"):
             record[f"train/{name}"] = int(value)
         elif name == "ratio_histogram":
-            record.update({f"train/ratio_p{q}": ratio_quantile(value, q / 100) for q in (50, 95, 99)})
+            record.update(
+                {f"train/ratio_p{q}": ratio_quantile(value, q / 100) for q in (50, 95, 99)}
+            )
         elif name.startswith("moe_"):
             record[f"train/{name}"] = value
         elif name.endswith("_version"):  # null where no token is of that kind
             tokens = values["tokens_" + name.split("_error_")[1]]
             record[f"train/{name}"] = value / tokens if tokens else None
         else:
-            record[f"train/{name}"] = value if name.endswith(("_min", "_max")) else value / len(counts)
+            record[f"train/{name}"] = (
+                value if name.endswith(("_min", "_max")) else value / len(counts)
+            )
     clipped = values["would_clip"]
-    record["train/low_prob_share_of_would_clip"] = values["low_prob_would_clip"] / clipped if clipped else None
+    record["train/low_prob_share_of_would_clip"] = (
+        values["low_prob_would_clip"] / clipped if clipped else None
+    )
     record["train/global_valid_toks"] = sum(tokens for tokens, _ in counts) / len(counts)
     record["train/global_valid_seqs"] = sum(seqs for _, seqs in counts) / len(counts)
     return record
@@ -156,34 +190,48 @@ def log_step(record: dict, run_dir: Path) -> None:
         f.write(json.dumps(record) + "\n")
     r = lambda name: math.nan if (value := record[f"train/{name}"]) is None else value
     t = lambda name: record[f"timing/train/{name}"]
-    say(f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  "
+    say(
+        f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  "
         f"ratio {r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl {r('gen_kl_error'):.1e}  "
         f"age {r('avg_trajectory_age'):.1f}  grad {r('grad_norm'):.2f}  "
-        f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})")  # fmt: skip
+        f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})"
+    )
 
 
 def count_without_signal(record: dict, before: int, reward: str, run_dir: Path) -> int:
-    """How many steps in a row had no group whose samples differ in reward. The third says so, and the 30th."""
+    """How many steps in a row had no group whose samples differ in reward. The third says so, and
+    the 30th."""
     steps = before + 1 if record["train/groups_without_signal"] == 1 else 0
     if steps in (3, 30, 300):
         why = f"all samples of a prompt have the same reward, {record['train/reward']:.3f} on the average"
-        say(f"warning: no signal for {steps} steps: {why}, nothing is learned. Does --reward {reward} read what is "
-            f"in {run_dir / 'samples.jsonl'}? Else the task is too hard or too easy for the model")  # fmt: skip
+        say(
+            f"warning: no signal for {steps} steps: {why}, nothing is learned. Does --reward {reward} read what is "
+            f"in {run_dir / 'samples.jsonl'}? Else the task is too hard or too easy for the model"
+        )
     return steps
 
 
-def log_samples(groups: list[Group], step: int, prompts, decode: Callable[[list[int]], str], run_dir: Path) -> None:
-    """Of the step's first two prompts the samples with the highest and the lowest reward, to samples.jsonl."""
+def log_samples(
+    groups: list[Group], step: int, prompts, decode: Callable[[list[int]], str], run_dir: Path
+) -> None:
+    """Of the step's first two prompts the samples with the highest and the lowest reward, to
+    samples.jsonl."""
     # Half of a character, which UTF-8 lacks, is written as JSON's \\ud83d.
     with open(run_dir / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as f:
         for group in groups[:2]:
-            best_and_worst = dict.fromkeys((int(group.rewards.argmax()), int(group.rewards.argmin())))
-            for sample in readable(group, best_and_worst, prompts[group.ordinal].get("answer"), decode):
+            best_and_worst = dict.fromkeys(
+                (int(group.rewards.argmax()), int(group.rewards.argmin()))
+            )
+            for sample in readable(
+                group, best_and_worst, prompts[group.ordinal].get("answer"), decode
+            ):
                 sample = {"step": step, "ordinal": group.ordinal, **sample}
                 f.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
-def log_validations(hub, decode: Callable[[list[int]], str], run_dir: Path, trackers) -> dict[int, float]:
+def log_validations(
+    hub, decode: Callable[[list[int]], str], run_dir: Path, trackers
+) -> dict[int, float]:
     """The scores of the validations that were finished since the last call."""
     scores = {}
     for done in hub.take_validations():
@@ -193,20 +241,32 @@ def log_validations(hub, decode: Callable[[list[int]], str], run_dir: Path, trac
     return scores
 
 
-def log_validation(done: Round, validation: Validation, decode: Callable[[list[int]], str], run_dir: Path) -> dict:
-    """A finished round: its samples to validation/vN.jsonl, its record to validation.jsonl and a line to the console.
-    Returns the record."""
+def log_validation(
+    done: Round, validation: Validation, decode: Callable[[list[int]], str], run_dir: Path
+) -> dict:
+    """A finished round: its samples to validation/vN.jsonl, its record to validation.jsonl and a
+    line to the console. Returns the record."""
     path = run_dir / "validation" / f"v{done.version}.jsonl"
     path.parent.mkdir(exist_ok=True)
     lines = [json.dumps(s, ensure_ascii=False) for s in samples(done, validation.examples, decode)]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-    record, k = score(done, validation.num_samples, validation.pass_threshold), validation.num_samples
-    solved = "" if validation.pass_threshold == 1 else f" (reward {validation.pass_threshold:g} or more)"
+    path.write_text(
+        "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
+    )
+    record, k = (
+        score(done, validation.num_samples, validation.pass_threshold),
+        validation.num_samples,
+    )
+    solved = (
+        "" if validation.pass_threshold == 1 else f" (reward {validation.pass_threshold:g} or more)"
+    )
     with open(run_dir / "validation.jsonl", "a") as f:
         f.write(json.dumps(record) + "\n")
     (first, last), r = record["versions"], lambda name: record[f"validation/{name}"]
-    wrong = [f"{r(name)} {name.replace('_', ' ')}" for name in
-             ("prompts_failed", "samples_dropped", "leases_repeated") if r(name)]  # fmt: skip
+    wrong = [
+        f"{r(name)} {name.replace('_', ' ')}"
+        for name in ("prompts_failed", "samples_dropped", "leases_repeated")
+        if r(name)
+    ]
     say(
         f"validation of v{done.version}: avg@{k} {r(f'avg@{k}'):.3f}, pass@{k} {r(f'pass@{k}'):.3f}{solved} on "
         f"{r('prompts')} prompts, tokens of v{first}..v{last}, {done.seconds:.1f} s{''.join(f', {w}' for w in wrong)}"
@@ -214,7 +274,7 @@ def log_validation(done: Round, validation: Validation, decode: Callable[[list[i
     return record
 
 
-# ---- elsewhere -------------------------------------------------------------------------------------------------
+# ---- elsewhere -----------------------------------------------------------------------------------
 def numbers(record: dict) -> dict[str, float]:
     """The metrics of a record that are one number."""
     return {name: x for name, x in record.items() if "/" in name and isinstance(x, int | float)}
@@ -223,10 +283,10 @@ def numbers(record: dict) -> dict[str, float]:
 class Trackers:
     """Weights & Biases (--wandb-project) and TensorBoard (--tensorboard), where they are asked for.
 
-    start: the step that the run goes on from. What comes after it is made again, and is nowhere twice: TensorBoard is
-    told to drop it; W&B, which cannot, goes on as the run it was, and is not sent again what it has. Its id, and the
-    last step and version that it was sent, are in runs/NAME/wandb.json.
-    Raises: SystemExit when W&B cannot be started.
+    start: the step that the run goes on from. What comes after it is made again, and is nowhere
+    twice: TensorBoard is told to drop it; W&B, which cannot, goes on as the run it was, and is not
+    sent again what it has. Its id, and the last step and version that it was sent, are in
+    runs/NAME/wandb.json. Raises: SystemExit when W&B cannot be started.
     """
 
     def __init__(self, cfg, start: int = 0):
@@ -245,34 +305,57 @@ class Trackers:
             known = json.loads(self.sent_path.read_text()) if self.sent_path.exists() else {}
             self.sent = {"id": secrets.token_hex(4), "step": -1, "version": -1, **known}
             try:
-                self.wandb = wandb.init(project=cfg.wandb_project, group=cfg.name, name=cfg.name, id=self.sent["id"],
-                                        resume="allow", dir=cfg.run_dir, config=json.loads(cfg.text))  # fmt: skip
+                self.wandb = wandb.init(
+                    project=cfg.wandb_project,
+                    group=cfg.name,
+                    name=cfg.name,
+                    id=self.sent["id"],
+                    resume="allow",
+                    dir=cfg.run_dir,
+                    config=json.loads(cfg.text),
+                )
             except wandb.errors.Error as e:
-                raise SystemExit(f"train_cispo.py: error: --wandb-project {cfg.wandb_project}: {e}") from None
-            for names, axis in [("train/*", "step"), ("timing/*", "step"), ("weights/*", "step"),
-                                ("validation/*", "version")]:  # fmt: skip
+                raise SystemExit(
+                    f"train_cispo.py: error: --wandb-project {cfg.wandb_project}: {e}"
+                ) from None
+            for names, axis in [
+                ("train/*", "step"),
+                ("timing/*", "step"),
+                ("weights/*", "step"),
+                ("validation/*", "version"),
+            ]:
                 self.wandb.define_metric(names, step_metric=axis)
             if self.sent["step"] >= start:
-                say(f"W&B has the steps up to {self.sent['step']} of an earlier attempt: they are not sent again")
+                say(
+                    f"W&B has the steps up to {self.sent['step']} of an earlier attempt: they are not sent again"
+                )
 
     @staticmethod
     def check(cfg) -> None:
         """Raises: ValueError when a package or W&B's login is missing."""
-        for wanted, flag, package in [(cfg.tensorboard, "--tensorboard", "tensorboard"),
-                                      (cfg.wandb_project, "--wandb-project", "wandb")]:  # fmt: skip
+        for wanted, flag, package in [
+            (cfg.tensorboard, "--tensorboard", "tensorboard"),
+            (cfg.wandb_project, "--wandb-project", "wandb"),
+        ]:
             if wanted and importlib.util.find_spec(package) is None:
-                raise ValueError(f"{flag}: the package {package} is not installed; pip install '.[track]'")
+                raise ValueError(
+                    f"{flag}: the package {package} is not installed; pip install '.[track]'"
+                )
         if cfg.wandb_project and not cfg.dry_run and int(os.environ.get("RANK", 0)) == 0:
             import wandb
 
             flag = f"--wandb-project {cfg.wandb_project}"
             try:  # whether there is a key, not whether it is good: that would need the network
-                if wandb.setup().settings.mode in ("offline", "disabled") or wandb.login(prompt=False, verify=False):
+                if wandb.setup().settings.mode in ("offline", "disabled") or wandb.login(
+                    prompt=False, verify=False
+                ):
                     return
             except wandb.errors.Error as e:
                 raise ValueError(f"{flag}: {e}") from None
-            raise ValueError(f"{flag}: there is no login to Weights & Biases; `wandb login`, WANDB_API_KEY=..., or "
-                             "WANDB_MODE=offline")  # fmt: skip
+            raise ValueError(
+                f"{flag}: there is no login to Weights & Biases; `wandb login`, WANDB_API_KEY=..., or "
+                "WANDB_MODE=offline"
+            )
 
     def _draw(self, record: dict, axis: str) -> None:
         for name, value in numbers(record).items():
@@ -304,16 +387,24 @@ def sum_up(run_dir: Path, version: int, scores: dict[int, float]) -> None:
     records = watch.read_metrics(run_dir)
     first, last = ([r["train/reward"] for r in part] for part in (records[:5], records[-5:]))
     if records:
-        say(f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
-            f"of the last {len(last)} {sum(last) / len(last):.3f}")  # fmt: skip
+        say(
+            f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
+            f"of the last {len(last)} {sum(last) / len(last):.3f}"
+        )
     else:
         say(f"no step was left to train: --max-num-steps are done at step {version}")
     steps = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-??????")]
     if (best := best_step({str(v): s for v, s in scores.items()}, steps)) is not None:
-        say(f"best checkpoint: {run_dir / 'checkpoints' / f'step-{best:06d}'} (score {scores[best]:.3f})")
+        say(
+            f"best checkpoint: {run_dir / 'checkpoints' / f'step-{best:06d}'} (score {scores[best]:.3f})"
+        )
     last = run_dir / "weights" / f"v{version}"
     whole = all(file.exists() for file in checkpoint_files(last))  # not where nodes share no disk
-    what = "opens in transformers and vLLM as it is" if whole else "a share: the other trainer nodes have the rest"
+    what = (
+        "opens in transformers and vLLM as it is"
+        if whole
+        else "a share: the other trainer nodes have the rest"
+    )
     say(f"weights: {last} ({what})")
     if records:
         say(f"curves: {watch.plot(run_dir)}")

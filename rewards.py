@@ -1,24 +1,26 @@
-"""Rewards: what a sample is worth. They run in processes of their own on the rollout node (bridge/reward_process.py).
+"""Rewards: what a sample is worth. They run in processes of their own on the rollout node
+(bridge/reward_process.py).
 
 The contract of a reward function, `--reward FILE.py:FUNCTION`:
     def score(completion: str, example: dict) -> float        or        async def score(...)
-`completion` is the sample's text, without the end token. `example` is the whole row of the data set, and besides
-example["prompt"] and example["answer"] whatever their columns are called. The result is one finite number. A function
-that raises, returns anything else, exits, or takes longer than the node's --reward-timeout-s costs that sample: it is
-left out, counted by kind (hub counts `reward_*`) and named in the node's log. A prompt all of whose samples are lost
-so is tried once more and then set aside. An error of the network, or an HTTP status 429 or 5xx, is no verdict: the
+`completion` is the sample's text, without the end token. `example` is the whole row of the data
+set, and besides example["prompt"] and example["answer"] whatever their columns are called. The
+result is one finite number. A function that raises, returns anything else, exits, or takes longer
+than the node's --reward-timeout-s costs that sample: it is left out, counted by kind (hub counts
+`reward_*`) and named in the node's log. A prompt all of whose samples are lost so is tried once
+more and then set aside. An error of the network, or an HTTP status 429 or 5xx, is no verdict: the
 sample is asked for again, for the node's --reward-away-timeout-s.
-
-Samples of a plain function are scored one after the other in each of --reward-workers processes; those of an async one
-together. The file and those beside it that it imports are read once: a run goes on with what it has started with.
-
-The built-in ones judge the final answer: what follows the last </think>. A thought that is begun and not ended has
-none, and is worth 0. (Where the chat template begins it, the sample's text does not show that.) `numeric` and `math`
-take what is marked as the answer: in <answer>...</answer>, in it or else in all the last \\boxed{...}, or a line
-"#### 72". Without a mark `numeric` takes the last number of the text ("72 apples and 5 pears" is 5), `math` what
-math-verify finds. A last box that is not closed, or holds several numbers for `numeric`, is no answer: better to miss a
-right answer than to reward a wrong one. The row's answer may be written in the same ways; of a dict its "ground_truth"
-counts, as verl has it, of a list its only element.
+ Samples of a plain function are scored one after the other in each of --reward-workers processes;
+those of an async one together. The file and those beside it that it imports are read once: a run
+goes on with what it has started with.
+ The built-in ones judge the final answer: what follows the last </think>. A thought that is begun
+and not ended has none, and is worth 0. (Where the chat template begins it, the sample's text does
+not show that.) `numeric` and `math` take what is marked as the answer: in <answer>...</answer>, in
+it or else in all the last \\boxed{...}, or a line "#### 72". Without a mark `numeric` takes the
+last number of the text ("72 apples and 5 pears" is 5), `math` what math-verify finds. A last box
+that is not closed, or holds several numbers for `numeric`, is no answer: better to miss a right
+answer than to reward a wrong one. The row's answer may be written in the same ways; of a dict its
+"ground_truth" counts, as verl has it, of a list its only element.
 """
 
 import re
@@ -28,7 +30,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 
-# ---- the final answer ----------------------------------------------------------------------------------------
+# ---- the final answer ----------------------------------------------------------------------------
 def after_thought(completion: str) -> str | None:
     """What a sample says after it has thought; None while it still thinks."""
     said = completion.rpartition("</think>")[2]
@@ -36,7 +38,8 @@ def after_thought(completion: str) -> str | None:
 
 
 def final_answer(text: str) -> tuple[str, str]:
-    """The part of a text that is its answer, and what it was marked by: "box", "line", "tag" or "", nothing."""
+    """The part of a text that is its answer, and what it was marked by: "box", "line", "tag" or "",
+    nothing."""
     end = text.rfind("</answer>")
     tag = text.rfind("<answer>", 0, max(0, end))
     text = text[tag + len("<answer>") : end] if tag >= 0 else text
@@ -60,7 +63,8 @@ def in_braces(text: str) -> str:
 
 
 def reference(answer):
-    """The answer of a row, out of what it is wrapped in. Raises: ValueError for what is not one answer."""
+    """The answer of a row, out of what it is wrapped in. Raises: ValueError for what is not one
+    answer."""
     if isinstance(answer, dict) and "ground_truth" in answer:
         return reference(answer["ground_truth"])
     if isinstance(answer, list | tuple) and len(answer) == 1:
@@ -71,34 +75,51 @@ def reference(answer):
 
 
 def stated(answer) -> str:
-    """The final answer in a row's answer, which may be a whole solution, as GSM8K has it ("... #### 72")."""
+    """The final answer in a row's answer, which may be a whole solution, as GSM8K has it ("... ####
+    72")."""
     return final_answer(str(reference(answer)).rpartition("####")[2])[0]
 
 
-SIGNS = str.maketrans({
-    "\u2212": "-", "\u2013": "-", "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u00f7": "\\div ", "\u2044": "/",
-    "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u03c0": "\\pi ", "\u221e": "\\infty ",
-    "\u00b1": "\\pm ",
-})  # fmt: skip
+SIGNS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u2013": "-",
+        "\u00d7": "\\times ",
+        "\u00b7": "\\cdot ",
+        "\u00f7": "\\div ",
+        "\u2044": "/",
+        "\u2264": "\\le ",
+        "\u2265": "\\ge ",
+        "\u2260": "\\ne ",
+        "\u03c0": "\\pi ",
+        "\u221e": "\\infty ",
+        "\u00b1": "\\pm ",
+    }
+)
 
 
 def as_text(text: str) -> str:
     """Unicode's mathematics as LaTeX: minus, times, one half, root of 2."""
-    halves = lambda c: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", c[1]).split("\u2044"))
+    halves = lambda c: "\\frac{{{}}}{{{}}}".format(
+        *unicodedata.normalize("NFKC", c[1]).split("\u2044")
+    )
     text = re.sub(r" ?([\u00bc-\u00be\u2150-\u215e])", halves, text).translate(SIGNS)
     return re.sub(r"\u221a ?(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}", text)
 
 
-# ---- exact ---------------------------------------------------------------------------------------------------
+# ---- exact ---------------------------------------------------------------------------------------
 def exact_match(completion: str, example: dict) -> float:
-    """1.0 if what follows the thought is the expected answer, or one of a list of them, letter by letter; spaces and
-    line ends around it do not count. A number in the data is compared as a number, so 42.0 is 42; true is True.
+    """1.0 if what follows the thought is the expected answer, or one of a list of them, letter by
+    letter; spaces and line ends around it do not count. A number in the data is compared as a
+    number, so 42.0 is 42; true is True.
 
     Raises: ValueError when the expected answer is a dict or the like.
     """
     said, wanted = after_thought(completion), example["answer"]
     several = wanted if isinstance(wanted, list | tuple) and wanted else [wanted]
-    found = [is_exactly(said, reference(one)) for one in several]  # before a thought is looked at: it may raise
+    found = [
+        is_exactly(said, reference(one)) for one in several
+    ]  # before a thought is looked at: it may raise
     return float(any(found))
 
 
@@ -115,11 +136,11 @@ def is_exactly(said: str | None, wanted) -> bool:
     return said.strip() == str(wanted).strip()
 
 
-# ---- numeric -------------------------------------------------------------------------------------------------
+# ---- numeric -------------------------------------------------------------------------------------
 def numeric_match(completion: str, example: dict) -> float:
-    """1.0 if the number of the final answer is the expected one, exactly: 1,024 is 1024.0, 1/2 is 0.5; 7 %, $7 and
-    7 km are 7, 2 million is 2000000. What is no number (2x, 2^10, 3:2, a range, a pair) is not right, whatever stands
-    before it.
+    """1.0 if the number of the final answer is the expected one, exactly: 1,024 is 1024.0, 1/2 is
+    0.5; 7 %, $7 and 7 km are 7, 2 million is 2000000. What is no number (2x, 2^10, 3:2, a range, a
+    pair) is not right, whatever stands before it.
 
     Raises: ValueError when the expected answer is not one number.
     """
@@ -130,33 +151,64 @@ def numeric_match(completion: str, example: dict) -> float:
 
 
 # Between thousands: 10\,000 and 10 000.
-SPACE = (r"(?<=\d)(?:\\[,;:! ]|\{,\}|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))|"
-         r"(?:(?<=\b\d)|(?<=\b\d\d)|(?<=\b\d{3})) (?=\d{3}\b(?!/))")  # fmt: skip
+SPACE = (
+    r"(?<=\d)(?:\\[,;:! ]|\{,\}|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))|"
+    r"(?:(?<=\b\d)|(?<=\b\d\d)|(?<=\b\d{3})) (?=\d{3}\b(?!/))"
+)
 
 
-# LaTeX, Unicode and Markdown as one would type it, without spaces in what belongs together. In this order.
-REWRITES = [(re.compile(pattern), by) for pattern, by in [
-    (r"\\(?:text\w*|math\w+|mbox|operatorname|underline)\s*\{([^{}]*)\}(?:\^\{?-?\d\}?)?", r" \1 "),  # m^2: a unit's
-    (r"\\\\", "\n"), (SPACE, ","),
-    (r"\\?([-+]?)\\?[$€£¥₹]", r" \1"), (r"</?[A-Za-z]\w*/?>|\\[()\[\]]|\^\{?\\circ\}?|\\?[%°]|\*\*(?!\d)|[~`]", " "),
-    (r"\\[,;:! ]|\\(?:left|right|quad|displaystyle)(?![a-z])", " "),
-    (r"\\(?:times|cdot)(?![a-z]) *", "*"), (r"\\div(?![a-z]) *", "/"),
-    (r"[-=]>|[→⇒≈]|\\(?:to|approx|implies|[rR]ightarrow)(?![a-z])|(?<=[A-Za-z]):", "= "),
-    (r"[<>!]=|\\(?:[gln]eq?|[gl]t)(?![a-z])", "<"), (r"(?<=[^\s=]) *([<>]) *", r"\1"),
-    (r"(?<=\d) *(?=\\[dtc]?frac)|(?<=\d) +(?=\d+/\d+(?![\d/]))", "&"),  # a mixed number
-    (r"\\[dtc]?frac\s*(?:\{ *(-?[\d.,]+) *\}|(\d)) *(?:\{ *([\d.,]+) *\}|(\d))", r"\1\2/\3\4"),
-    (r"(?<=\d) : (?=\d)", ":"), (r"(\\(?:pm|sqrt|log|ln|sin|cos|tan)\S*) +(?=[\d\\])", r"\1"), (r"= *- *", "= -"),
-    (r"(?<=[\d)}]) *([*/^+]|x(?= ?\d)|-(?= )) *(?=[-\d({\\√π.])", r"\1"),
-    (r"[(\[{][^()\[\]{}A-Za-z]*[)\]}]", lambda c: c[0].replace(" ", "") if "," in c[0] else c[0]),  # a pair
-]]  # fmt: skip
+# LaTeX, Unicode and Markdown as one would type it, without spaces in what belongs together. In this
+# order.
+REWRITES = [
+    (re.compile(pattern), by)
+    for pattern, by in [
+        (
+            r"\\(?:text\w*|math\w+|mbox|operatorname|underline)\s*\{([^{}]*)\}(?:\^\{?-?\d\}?)?",
+            r" \1 ",
+        ),  # m^2: a unit's
+        (r"\\\\", "\n"),
+        (SPACE, ","),
+        (r"\\?([-+]?)\\?[$€£¥₹]", r" \1"),
+        (r"</?[A-Za-z]\w*/?>|\\[()\[\]]|\^\{?\\circ\}?|\\?[%°]|\*\*(?!\d)|[~`]", " "),
+        (r"\\[,;:! ]|\\(?:left|right|quad|displaystyle)(?![a-z])", " "),
+        (r"\\(?:times|cdot)(?![a-z]) *", "*"),
+        (r"\\div(?![a-z]) *", "/"),
+        (r"[-=]>|[→⇒≈]|\\(?:to|approx|implies|[rR]ightarrow)(?![a-z])|(?<=[A-Za-z]):", "= "),
+        (r"[<>!]=|\\(?:[gln]eq?|[gl]t)(?![a-z])", "<"),
+        (r"(?<=[^\s=]) *([<>]) *", r"\1"),
+        (r"(?<=\d) *(?=\\[dtc]?frac)|(?<=\d) +(?=\d+/\d+(?![\d/]))", "&"),  # a mixed number
+        (r"\\[dtc]?frac\s*(?:\{ *(-?[\d.,]+) *\}|(\d)) *(?:\{ *([\d.,]+) *\}|(\d))", r"\1\2/\3\4"),
+        (r"(?<=\d) : (?=\d)", ":"),
+        (r"(\\(?:pm|sqrt|log|ln|sin|cos|tan)\S*) +(?=[\d\\])", r"\1"),
+        (r"= *- *", "= -"),
+        (r"(?<=[\d)}]) *([*/^+]|x(?= ?\d)|-(?= )) *(?=[-\d({\\√π.])", r"\1"),
+        (
+            r"[(\[{][^()\[\]{}A-Za-z]*[)\]}]",
+            lambda c: c[0].replace(" ", "") if "," in c[0] else c[0],
+        ),  # a pair
+    ]
+]
 NUMBER = r"(\d{1,3}(?:[,'_]\d{2,3})*[,'_]\d{3}(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 UNIT = r"([-/]?(?![nxyzei](?![A-Za-z]))[A-Za-z][A-Za-z.²³/-]*(?:\^\{?\d\}?)?)?"  # and no variable
-VALUE = re.compile(rf"([-+]?)(?:(\d+)&)?{NUMBER}(?:[eE]([-+]?\d+)|\*10\^\{{?([-+]?\d+)\}}?)?(?:/{NUMBER})?{UNIT}/?")
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "k": 3, "K": 3, "M": 6, "B": 9}
+VALUE = re.compile(
+    rf"([-+]?)(?:(\d+)&)?{NUMBER}(?:[eE]([-+]?\d+)|\*10\^\{{?([-+]?\d+)\}}?)?(?:/{NUMBER})?{UNIT}/?"
+)
+SCALES = {
+    "hundred": 2,
+    "thousand": 3,
+    "million": 6,
+    "billion": 9,
+    "trillion": 12,
+    "k": 3,
+    "K": 3,
+    "M": 6,
+    "B": 9,
+}
 
 
 def number_of(text: str, marked: str) -> Fraction | None:
-    """The last number of a text or, of what is marked as the answer, the only one. None: it has none there."""
+    """The last number of a text or, of what is marked as the answer, the only one. None: it has
+    none there."""
     text = as_text(text)
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
@@ -167,7 +219,11 @@ def number_of(text: str, marked: str) -> Fraction | None:
     around = "*_'\"()[]{}#,;:?…" + ("" if marked else "|!")  # in a box 5! is 120, and |-5| is 5
     words = [word.rpartition("=")[2].strip(around).rstrip(around + ".-") for word in text.split()]
     # H2O, x_1 and f(2) are words, and so is the 3rd; 2x, 2^10, 3:2 and 5-10 are expressions.
-    at = [i for i, w in enumerate(words) if re.search(r"\d", w) and not re.match(r"[A-Za-z]|\d+(?:st|nd|rd|th)$", w)]
+    at = [
+        i
+        for i, w in enumerate(words)
+        if re.search(r"\d", w) and not re.match(r"[A-Za-z]|\d+(?:st|nd|rd|th)$", w)
+    ]
     if not at or (marked and (len(at) > 1 or any(re.match(r"\\[a-z]|\|", w) for w in words))):
         return None
     found, behind = VALUE.fullmatch(words[at[-1]][:400]), " ".join(words[at[-1] + 1 : at[-1] + 2])
@@ -182,19 +238,23 @@ def number_of(text: str, marked: str) -> Fraction | None:
     return value * Fraction(10) ** exponent * (-1 if sign == "-" else 1)
 
 
-# ---- math ----------------------------------------------------------------------------------------------------
+# ---- math ----------------------------------------------------------------------------------------
 def math_match(completion: str, example: dict) -> float:
-    """1.0 if the completion's final answer, marked as one or as the last expression, equals the answer as mathematics.
+    """1.0 if the completion's final answer, marked as one or as the last expression, equals the
+    answer as mathematics.
 
-    Raises: TimeoutError when it takes sympy more than 5 s, which is no wrong answer (where sympy does not hear of it,
-    this process is ended); ValueError when the answer itself cannot be read.
-    Source: NeMo RL's hf_math_verify; the answer is read as LaTeX in \\boxed{}, the completion as LaTeX or plain.
+    Raises: TimeoutError when it takes sympy more than 5 s, which is no wrong answer (where sympy
+    does not hear of it, this process is ended); ValueError when the answer itself cannot be read.
+    Source: NeMo RL's hf_math_verify; the answer is read as LaTeX in \\boxed{}, the completion as
+    LaTeX or plain.
     """
     import math_verify  # half a second: only who needs it
     from math_verify.errors import TimeoutException
 
     latex, plain = math_verify.LatexExtractionConfig(), math_verify.ExprExtractionConfig()
-    boxed = lambda text: math_verify.parse(f"\\boxed{{{as_latex(text)}}}", [latex], raise_on_error=True)
+    boxed = lambda text: math_verify.parse(
+        f"\\boxed{{{as_latex(text)}}}", [latex], raise_on_error=True
+    )
     wanted = stated(example["answer"])
     said, marked = final_answer(after_thought(completion) or "")
     try:
@@ -203,18 +263,28 @@ def math_match(completion: str, example: dict) -> float:
             raise ValueError(f"the answer {example['answer']!r:.100} is not mathematics")
         if not said:
             return 0.0
-        if marked and word_in(wanted) and word_in(said):  # as mathematics, on is no: a product of letters
+        if (
+            marked and word_in(wanted) and word_in(said)
+        ):  # as mathematics, on is no: a product of letters
             return float(word_in(said) == word_in(wanted))
-        if marked and "\\text" not in wanted and TWO_NUMBERS.search(said[:1000]):  # math-verify would see the first
+        if (
+            marked and "\\text" not in wanted and TWO_NUMBERS.search(said[:1000])
+        ):  # math-verify would see the first
             return 0.0
         prose = not marked or (marked == "tag" and re.search(r"\b[A-Za-z]{2,} +[A-Za-z]{2,}", said))
-        found = math_verify.parse(as_text(said), [plain, latex], raise_on_error=True) if prose else boxed(said)
+        found = (
+            math_verify.parse(as_text(said), [plain, latex], raise_on_error=True)
+            if prose
+            else boxed(said)
+        )
         return float(math_verify.verify(gold, found, raise_on_error=True))
     except TimeoutException as e:  # a BaseException
         raise TimeoutError(str(e)) from None
 
 
-TWO_NUMBERS = re.compile(r"\d[^=]*\\text\w*\{[^{}]*[A-Za-z][^{}]*\}(?!\s*\^)[^=]*\d")  # 3 \text{ of } 4
+TWO_NUMBERS = re.compile(
+    r"\d[^=]*\\text\w*\{[^{}]*[A-Za-z][^{}]*\}(?!\s*\^)[^=]*\d"
+)  # 3 \text{ of } 4
 
 
 def as_latex(text: str) -> str:
@@ -225,7 +295,9 @@ def as_latex(text: str) -> str:
 
 def word_in(text: str) -> str:
     """The word or words, where a text is nothing else, or ""."""
-    found = re.fullmatch(r"(?:\\text\w*\{)?[( ]*([A-Za-z]{2}[A-Za-z ]*?)[) ]*\}?[. ]*", text.strip())
+    found = re.fullmatch(
+        r"(?:\\text\w*\{)?[( ]*([A-Za-z]{2}[A-Za-z ]*?)[) ]*\}?[. ]*", text.strip()
+    )
     return found[1].lower() if found else ""
 
 
@@ -233,22 +305,27 @@ REWARDS = {"exact": exact_match, "numeric": numeric_match, "math": math_match}
 
 
 def check_answers(spec: str, examples, name: str) -> str:
-    """Whether a built-in reward can give 1 at all: the answers of some rows are scored against themselves, for half a
-    second at most. Returns a warning about some of them, or "".
+    """Whether a built-in reward can give 1 at all: the answers of some rows are scored against
+    themselves, for half a second at most. Returns a warning about some of them, or "".
 
     Raises: ValueError when it is so for none.
     """
     if spec == "math":
-        import math_verify  # noqa: F401 - half a second that is not the answers'
+        pass
     tried, failed, end = 0, [], time.monotonic() + 0.5
     for i in range(0, len(examples) if spec in REWARDS else 0, max(1, len(examples) // 50)):
         tried, why = tried + 1, "scored against itself it is worth 0"
         answer = (example := examples[i])["answer"]
         try:
             if spec == "exact" and "####" in str(answer):
-                raise ValueError(f"the answer {answer!r:.100} is a whole solution; --reward numeric reads its number")
+                raise ValueError(
+                    f"the answer {answer!r:.100} is a whole solution; --reward numeric reads its number"
+                )
             same = str(reference(answer if not isinstance(answer, list) else answer[:1]))
-            right = REWARDS[spec](same if spec == "exact" else f"\\boxed{{{stated(answer)}}}", example) == 1
+            right = (
+                REWARDS[spec](same if spec == "exact" else f"\\boxed{{{stated(answer)}}}", example)
+                == 1
+            )
         except Exception as e:  # any: sympy's too
             right, why = False, str(e) or repr(e)
         if not right:

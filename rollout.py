@@ -1,14 +1,15 @@
-"""A rollout node: answers the trainer's prompts with vLLM, and keeps vLLM on the trainer's newest weights.
+"""A rollout node: answers the trainer's prompts with vLLM, and keeps vLLM on the trainer's newest
+weights.
 
     CISPO_TOKEN=... python rollout.py http://trainer:port
-
-For every prompt: lease -> generate (all samples in one request) -> score -> push. Beside that, one task follows the
-weights: fetch and verify while vLLM keeps generating, then pause -> load -> resume; requests in flight go on with
-the new weights, and vLLM says of every token which version sampled it.
-
-The node keeps nothing that matters. It only ever calls the hub, so it needs no open port, no data set and no shared
-disk, and may be killed at any time: what it held is leased again. Its vLLM listens on the loopback address alone,
-and is started again, on the current weights, whenever it dies.
+ For every prompt: lease -> generate (all samples in one request) -> score -> push. Beside that, one
+task follows the weights: fetch and verify while vLLM keeps generating, then pause -> load ->
+resume; requests in flight go on with the new weights, and vLLM says of every token which version
+sampled it.
+ The node keeps nothing that matters. It only ever calls the hub, so it needs no open port, no data
+set and no shared disk, and may be killed at any time: what it held is leased again. Its vLLM
+listens on the loopback address alone, and is started again, on the current weights, whenever it
+dies.
 """
 
 import asyncio
@@ -46,20 +47,30 @@ from task import Codec
 class RolloutConfig:
     """Flags of a rollout node."""
 
-    hub: Annotated[str, tyro.conf.Positional]  # the trainer's address, as it prints it: http://host:port
+    hub: Annotated[
+        str, tyro.conf.Positional
+    ]  # the trainer's address, as it prints it: http://host:port
     dir: str = ""  # local weights and vllm.log; default: a directory in /dev/shm, which is RAM
     max_groups: int = 64  # prompts in flight at once
     vllm_threads: int = 0  # OpenMP threads of vLLM on a CPU; 0: half of the cores
     vllm_args: str = ""  # further arguments for vLLM's server, e.g. "--tensor-parallel-size 4"
     vllm_start_timeout_s: float = 900.0  # for vLLM to load the model and answer
-    vllm_command: str = ""  # in place of "python -m vllm.entrypoints.openai.api_server"; it gets the same arguments
-    stall_timeout_s: float = 60.0  # vLLM may make no token for so long with requests in flight, or it is started again
+    vllm_command: str = (
+        ""  # in place of "python -m vllm.entrypoints.openai.api_server"; it gets the same arguments
+    )
+    stall_timeout_s: float = (
+        60.0  # vLLM may make no token for so long with requests in flight, or it is started again
+    )
     load_timeout_s: float = 300.0  # for one weight update
     max_tries: int = 5  # of a prompt on this node, before it goes back to the hub
     reward_workers: int = 2  # processes that run the reward function
     reward_timeout_s: float = 60.0  # for the reward of one sample
-    reward_start_timeout_s: float = 300.0  # for importing the reward function's file, with what it loads
-    reward_away_timeout_s: float = 600.0  # the service that a reward function asks may be away this long
+    reward_start_timeout_s: float = (
+        300.0  # for importing the reward function's file, with what it loads
+    )
+    reward_away_timeout_s: float = (
+        600.0  # the service that a reward function asks may be away this long
+    )
     beat_s: float = 3.0  # between signs of life to the hub
     hub_timeout_s: float = 600.0  # the trainer may be silent this long before the node gives up
 
@@ -98,21 +109,36 @@ def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:
     """A sample of two requests, with tokens between them that no policy sampled, as one."""
     cut, start = len(first["token_ids"]), len(first["token_ids"]) + len(inserted)
     entries = lambda choice: (choice.get("logprobs") or {}).get("content") or []
-    spans = [{**s, "start": s["start"] + start, "end": s["end"] + start} for s in rest.get("weight_versions") or []]
+    spans = [
+        {**s, "start": s["start"] + start, "end": s["end"] + start}
+        for s in rest.get("weight_versions") or []
+    ]
     return {
         "token_ids": [*first["token_ids"], *inserted, *(rest.get("token_ids") or [])],
-        "logprobs": {"content": [*entries(first), *[{"logprob": 0.0}] * len(inserted), *entries(rest)]},
-        "weight_versions": [*first["weight_versions"], {"version": NOT_SAMPLED, "start": cut, "end": start}, *spans],
+        "logprobs": {
+            "content": [*entries(first), *[{"logprob": 0.0}] * len(inserted), *entries(rest)]
+        },
+        "weight_versions": [
+            *first["weight_versions"],
+            {"version": NOT_SAMPLED, "start": cut, "end": start},
+            *spans,
+        ],
         "finish_reason": rest.get("finish_reason"),
     }
 
 
 def damage(choice: dict, max_new_tokens: int | None = None) -> str:
-    """Why a sample cannot be trained on, or "": it needs a finite log-prob and a version for each of its tokens. vLLM
-    may send NaN, which JSON may make null."""
+    """Why a sample cannot be trained on, or "": it needs a finite log-prob and a version for each
+    of its tokens. vLLM may send NaN, which JSON may make null."""
     try:
-        tokens, entries = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("content") or []
-        spans = [(int(span["version"]), span["end"] - span["start"]) for span in choice.get("weight_versions") or []]
+        tokens, entries = (
+            choice.get("token_ids") or [],
+            (choice.get("logprobs") or {}).get("content") or [],
+        )
+        spans = [
+            (int(span["version"]), span["end"] - span["start"])
+            for span in choice.get("weight_versions") or []
+        ]
         covered = sum(length for _, length in spans)
         choice["finish_reason"], [x["logprob"] for x in entries]
     except (AttributeError, KeyError, TypeError, ValueError) as e:
@@ -121,7 +147,9 @@ def damage(choice: dict, max_new_tokens: int | None = None) -> str:
         return "no tokens"
     if max_new_tokens and len(tokens) > max_new_tokens:
         return f"{len(tokens)} tokens, asked for at most {max_new_tokens}"
-    if not all(isinstance(x["logprob"], float | int) and math.isfinite(x["logprob"]) for x in entries):
+    if not all(
+        isinstance(x["logprob"], float | int) and math.isfinite(x["logprob"]) for x in entries
+    ):
         return "a log-prob that is not finite"
     if not len(entries) == len(tokens) == covered:
         return f"{len(tokens)} tokens, {len(entries)} log-probs, versions of {covered}"
@@ -129,10 +157,11 @@ def damage(choice: dict, max_new_tokens: int | None = None) -> str:
 
 
 def next_limit(limit: int, most: int, in_flight: int, vitals: dict, preempted: bool) -> int:
-    """Prompts that may be in flight, by what vLLM says of itself: up by a quarter while there is room and all are
-    used; when its KV cache is full, down to three quarters of those in flight, and no lower until some have ended: an
-    answer takes minutes, and a look comes each second. A preempted request is computed again from its start, so a full
-    cache costs more than an idle place; a queue that stands means that more prompts would only stand in it."""
+    """Prompts that may be in flight, by what vLLM says of itself: up by a quarter while there is
+    room and all are used; when its KV cache is full, down to three quarters of those in flight, and
+    no lower until some have ended: an answer takes minutes, and a look comes each second. A
+    preempted request is computed again from its start, so a full cache costs more than an idle
+    place; a queue that stands means that more prompts would only stand in it."""
     if preempted or vitals["kv"] > 0.9:
         return min(limit, max(1, in_flight * 3 // 4))
     if in_flight >= limit and vitals["kv"] < 0.7 and not vitals["waiting"]:
@@ -140,9 +169,11 @@ def next_limit(limit: int, most: int, in_flight: int, vitals: dict, preempted: b
     return limit
 
 
-async def ask(hub: aiohttp.ClientSession, method: str, route: str, patience_s: float, **kwargs) -> bytes:
-    """A request to the hub, repeated for patience_s while the network fails: the trainer may be starting again.
-    Raises: RunOver, RunChanged, HubRefusal; WaitOver for its silence."""
+async def ask(
+    hub: aiohttp.ClientSession, method: str, route: str, patience_s: float, **kwargs
+) -> bytes:
+    """A request to the hub, repeated for patience_s while the network fails: the trainer may be
+    starting again. Raises: RunOver, RunChanged, HubRefusal; WaitOver for its silence."""
     wait, attempt = Wait("hub", patience_s, whom=f"the hub's answer to {route}"), 0
     while True:
         try:
@@ -164,17 +195,21 @@ async def ask(hub: aiohttp.ClientSession, method: str, route: str, patience_s: f
             wait.check(why)
             if attempt > 3:
                 log(f"hub does not answer {route}, asking again: {why}")
-            await asyncio.sleep(min(backoff_s(attempt, most=5.0), max(0.05, patience_s - wait.waited_s)))
+            await asyncio.sleep(
+                min(backoff_s(attempt, most=5.0), max(0.05, patience_s - wait.waited_s))
+            )
             attempt += 1
 
 
-# ---- the node ------------------------------------------------------------------------------------------------
+# ---- the node ------------------------------------------------------------------------------------
 class Node:
     """The tasks of a rollout node around one vLLM."""
 
     def __init__(self, cfg: RolloutConfig, hub: aiohttp.ClientSession):
         self.cfg, self.hub = cfg, hub
-        self.name = node_name(os.getpid(), os.environ.get("CISPO_NODE_MARK") or secrets.token_hex(4))
+        self.name = node_name(
+            os.getpid(), os.environ.get("CISPO_NODE_MARK") or secrets.token_hex(4)
+        )
         self.root = own_directory(cfg)
         self.vllm = self.workers = None
         self.run: dict = {}
@@ -184,7 +219,8 @@ class Node:
         self.version, self.checkpoint, self.loading = -1, None, False
         self.held: dict[str, asyncio.Task] = {}  # leases, and who answers them
         self.limit, self.in_vllm, self.vitals = min(32, cfg.max_groups), 0, {}
-        # aiohttp keeps as many connections as were ever needed at once: few of each node are enough for the hub.
+        # aiohttp keeps as many connections as were ever needed at once: few of each node are enough
+        # for the hub.
         self.pushing = asyncio.Semaphore(4)
         self.idle_s, self.idle_from = 0.0, time.monotonic()  # how long vLLM had nothing to do
         self.ends = ""  # why, where another start would end the same way
@@ -210,11 +246,20 @@ class Node:
         if not fits:
             await self.close()
             self.vllm = VLLM(self.cfg, run, self.root / "vllm.log")
-            self.workers = RewardWorkers(run["reward"], self.cfg.reward_workers, self.cfg.reward_timeout_s,
-                                         self.cfg.reward_start_timeout_s, self.cfg.reward_away_timeout_s)  # fmt: skip
+            self.workers = RewardWorkers(
+                run["reward"],
+                self.cfg.reward_workers,
+                self.cfg.reward_timeout_s,
+                self.cfg.reward_start_timeout_s,
+                self.cfg.reward_away_timeout_s,
+            )
         self.run = self.vllm.run = run
         self.hub.headers["X-Run"] = run["id"]
-        self.version, self.loading, self.held = -1, False, {}  # an answer that met the change would raise it for ever
+        self.version, self.loading, self.held = (
+            -1,
+            False,
+            {},
+        )  # an answer that met the change would raise it for ever
         self.ready.clear()
         self.joined.clear()
 
@@ -224,8 +269,9 @@ class Node:
             await self.workers.close()
 
     async def follow_weights(self) -> None:
-        """Fetch every newer version as it is published, and load it. One that cannot be had whole and proven is
-        refused: vLLM keeps what it has, the hub is told why, and the next attempt trusts nothing that is here."""
+        """Fetch every newer version as it is published, and load it. One that cannot be had whole
+        and proven is refused: vLLM keeps what it has, the hub is told why, and the next attempt
+        trusts nothing that is here."""
         refused = 0
         while True:
             body = await self.ask("GET", f"/weights/latest?after={self.version}&node={self.name}")
@@ -233,8 +279,14 @@ class Node:
                 continue
             try:
                 receive.check_manifest(manifest, self.run["id"], self.version)
-                have, headers, start = self.checkpoint if refused == 0 else None, self.hub.headers, time.perf_counter()
-                checkpoint, timing = await receive.fetch(manifest, self.root, have, self.cfg.hub, dict(headers))
+                have, headers, start = (
+                    self.checkpoint if refused == 0 else None,
+                    self.hub.headers,
+                    time.perf_counter(),
+                )
+                checkpoint, timing = await receive.fetch(
+                    manifest, self.root, have, self.cfg.hub, dict(headers)
+                )
             except (weights.WeightsError, WaitOver, OSError) as e:
                 if self.version < 0 and isinstance(e, receive.NoRoom):
                     raise RuntimeError(str(e)) from None  # it will not get better
@@ -249,16 +301,27 @@ class Node:
     async def refuse(self, why: str, mine: bool) -> None:
         """mine: the files may be whole; it is this node or its link that cannot take them."""
         log(f"weights {why}; still on v{self.version}")
-        word = {"node": self.name, "version": self.version, "digest": "", "timing": {}, "refused": why, "mine": mine}
+        word = {
+            "node": self.name,
+            "version": self.version,
+            "digest": "",
+            "timing": {},
+            "refused": why,
+            "mine": mine,
+        }
         await self.ask("POST", "/receipts", json=word)
 
-    async def update(self, manifest: dict, digest: str, checkpoint: Path, timing: dict, start: float) -> None:
+    async def update(
+        self, manifest: dict, digest: str, checkpoint: Path, timing: dict, start: float
+    ) -> None:
         """Load a proven version into vLLM, and send the receipt."""
-        # Those versions that all nodes look at, so that the hub can compare; and the first, which has a new vLLM.
+        # Those versions that all nodes look at, so that the hub can compare; and the first, which
+        # has a new vLLM.
         version, compared = manifest["version"], self.version < 0 or manifest["full"]
         async with self.engine:
             previous, self.checkpoint = self.checkpoint, checkpoint
-            self.ready.clear()  # a request sent now would run on the new weights with the old ones' cache salt
+            # a request sent now would run on the new weights with the old ones' cache salt
+            self.ready.clear()
             self.loading = True
             if self.vllm.process is None:
                 sums = await self._start(version)
@@ -268,7 +331,8 @@ class Node:
                     sums = await self.vllm.checksums() if compared else {}
                     self.version = version
                 except (RuntimeError, *NO_ANSWER) as e:
-                    # A load that broke off leaves the model in an unknown state: only a fresh start is safe.
+                    # A load that broke off leaves the model in an unknown state: only a fresh start
+                    # is safe.
                     log(f"loading v{version} failed, vLLM is started again: {e!r}")
                     sums = await self._start(version, kill=True)
             self.loading = False
@@ -284,32 +348,39 @@ class Node:
         self.ready.set()  # after the receipt, since the hub leases by the version it names
 
     async def _start(self, version: int, kill: bool = False) -> dict[str, str]:
-        """Start vLLM on self.checkpoint, and prove that the reload path is sound before anything depends on it:
-        reloading the very weights that it just loaded by itself must leave every runtime tensor as it is. Returns the
-        tensors' checksums.
-        Raises: RuntimeError when it does not come up three times in a row, or when the proof fails."""
+        """Start vLLM on self.checkpoint, and prove that the reload path is sound before anything
+        depends on it: reloading the very weights that it just loaded by itself must leave every
+        runtime tensor as it is. Returns the tensors' checksums. Raises: RuntimeError when it does
+        not come up three times in a row, or when the proof fails."""
         for attempt in range(3):
             try:
                 await self.vllm.stop(kill=kill)
                 await self.vllm.start(self.checkpoint)
                 fresh = await self.vllm.checksums()
-                await self.vllm.load(self.checkpoint, version)  # also gives the weights their version label
+                await self.vllm.load(
+                    self.checkpoint, version
+                )  # also gives the weights their version label
                 reloaded = await self.vllm.checksums()
                 break
             except (RuntimeError, *NO_ANSWER) as e:
                 if attempt == 2:
-                    raise RuntimeError(f"vLLM did not start {attempt + 1} times in a row: {e}") from e
+                    raise RuntimeError(
+                        f"vLLM did not start {attempt + 1} times in a row: {e}"
+                    ) from e
                 log(f"vLLM did not start, trying again: {e}")
                 await asyncio.sleep(backoff_s(attempt + 2))
         if changed := [name for name in fresh if fresh[name] != reloaded.get(name)]:
-            raise RuntimeError(f"reloading the same weights changed {len(changed)} tensors in vLLM: {changed[:3]}")
+            raise RuntimeError(
+                f"reloading the same weights changed {len(changed)} tensors in vLLM: {changed[:3]}"
+            )
         log(f"reloading v{version} onto itself leaves all {len(fresh)} tensors equal")
         self.version = version
         return fresh
 
     async def watch_vllm(self) -> None:
-        """Once a second: is it alive, do tokens move, and how many prompts does it bear? A hang is a vLLM that says it
-        is well while requests are in flight and no token moves; it is ended like a dead one and started again."""
+        """Once a second: is it alive, do tokens move, and how many prompts does it bear? A hang is
+        a vLLM that says it is well while requests are in flight and no token moves; it is ended
+        like a dead one and started again."""
         stall, last, version = Wait("vllm progress", self.cfg.stall_timeout_s), None, self.version
         while True:
             await asyncio.sleep(1.0)  # polling another process
@@ -323,19 +394,26 @@ class Node:
                 found, why = None, str(e)
             if self.engine.locked() or not self.ready.is_set():
                 stall = Wait("vllm progress", self.cfg.stall_timeout_s)
-                continue  # a weight update, with a deadline of its own, which also starts what has died
+                # a weight update, with a deadline of its own, which also starts what has died
+                continue
             if found:
                 moved = (found["tokens"], found["prompt_tokens"])
                 if moved != last or not self.in_vllm:
                     stall = Wait("vllm progress", self.cfg.stall_timeout_s)
                 # A weight update preempts what is in flight, too, which says nothing of the cache.
-                preempted = version == self.version and found["preemptions"] > self.vitals.get("preemptions", math.inf)
-                self.limit = next_limit(self.limit, self.cfg.max_groups, len(self.held), found, preempted)
+                preempted = version == self.version and found["preemptions"] > self.vitals.get(
+                    "preemptions", math.inf
+                )
+                self.limit = next_limit(
+                    self.limit, self.cfg.max_groups, len(self.held), found, preempted
+                )
                 last, version, self.vitals = moved, self.version, found
             if not why and not stall.over:
                 continue
             async with self.engine:
-                log(f"{why or stall.message(f'{self.in_vllm} requests in flight')}; starting it on v{self.version}")
+                log(
+                    f"{why or stall.message(f'{self.in_vllm} requests in flight')}; starting it on v{self.version}"
+                )
                 self.ready.clear()
                 self.loading = True
                 await self._start(self.version, kill=True)
@@ -350,18 +428,27 @@ class Node:
         self.in_vllm, self.idle_from = self.in_vllm + change, now
 
     async def beat(self) -> None:
-        """A sign of life, with what this node holds: the hub leases the rest again, and says what is void here."""
+        """A sign of life, with what this node holds: the hub leases the rest again, and says what
+        is void here."""
         last, last_idle_s, tokens = time.monotonic(), self.idle_s, 0.0
         while True:
             await self.joined.wait()
             self.in_flight(0)
             now, made = time.monotonic(), self.vitals.get("tokens", 0.0)
             passed = max(1e-3, now - last)
-            load = {"over_s": passed, "idle_s": self.idle_s - last_idle_s, "made": max(0.0, made - tokens)}
+            load = {
+                "over_s": passed,
+                "idle_s": self.idle_s - last_idle_s,
+                "made": max(0.0, made - tokens),
+            }
             last, last_idle_s, tokens = now, self.idle_s, made
             vitals = {n: self.vitals.get(n, 0) for n in ("running", "waiting", "kv", "preemptions")}
             held = [name for name, task in self.held.items() if not task.done()]
-            body = {"node": self.name, "leases": held, "vllm": {**vitals, "limit": self.limit, **load}}
+            body = {
+                "node": self.name,
+                "leases": held,
+                "vllm": {**vitals, "limit": self.limit, **load},
+            }
             body["failed_rewards"], self.workers.failed = dict(self.workers.failed), Counter()
             for lease in json.loads(await self.ask("POST", "/beat", json=body))["drop"]:
                 if (task := self.held.get(lease)) and not task.done():
@@ -370,8 +457,11 @@ class Node:
             await asyncio.sleep(self.cfg.beat_s)
 
     async def answer(self, lease: dict) -> None:
-        """`try_to_answer`, until the lease ends: the hub will have handed the prompt out again by then."""
-        wait = Wait("generation", lease["deadline_s"], whom=f"vLLM's answer to lease {lease['lease']}")
+        """`try_to_answer`, until the lease ends: the hub will have handed the prompt out again by
+        then."""
+        wait = Wait(
+            "generation", lease["deadline_s"], whom=f"vLLM's answer to lease {lease['lease']}"
+        )
         try:
             async with asyncio.timeout(lease["deadline_s"]):
                 await self.try_to_answer(lease)
@@ -379,8 +469,8 @@ class Node:
             log(wait.message())
 
     async def try_to_answer(self, lease: dict) -> None:
-        """One prompt, from lease to push, or back to the hub after max_tries. A vLLM that dies under it is waited
-        for, and counts as a try: it may be this prompt that kills it."""
+        """One prompt, from lease to push, or back to the hub after max_tries. A vLLM that dies
+        under it is waited for, and counts as a try: it may be this prompt that kills it."""
         name, why = lease["lease"], ""
         # A sample that is trained on needs a sibling to be compared with.
         kind, fewest = ("sampling", 2) if lease["validates"] is None else ("val_sampling", 1)
@@ -404,31 +494,42 @@ class Node:
             choices, rewards, failed, why = await self.score(choices, lease["example"])
             if why:
                 log(f"lease {name}: {why}")
-            if len(choices) < fewest and failed:  # here another try would cost as much, and most likely end alike
+            if (
+                len(choices) < fewest and failed
+            ):  # here another try would cost as much, and most likely end alike
                 by_reward = failed == sampled
                 return await self.give_back(name, why, self.cfg.hub_timeout_s, by_reward)
             if len(choices) < fewest:
                 continue
             try:
                 async with self.pushing:
-                    await self.ask("POST", "/groups", data=pack_group(choices, rewards, name, gen_s))
+                    await self.ask(
+                        "POST", "/groups", data=pack_group(choices, rewards, name, gen_s)
+                    )
                 return
             except HubRefusal as e:
                 log(f"lease {name}: {e}")
-                if e.status == 409:  # expired, or it came through in an earlier attempt; the hub has counted it
+                if (
+                    e.status == 409
+                ):  # expired, or it came through in an earlier attempt; the hub has counted it
                     return
                 why = str(e)
-        await self.give_back(name, f"{self.cfg.max_tries} tries, the last: {why}", self.cfg.hub_timeout_s)
+        await self.give_back(
+            name, f"{self.cfg.max_tries} tries, the last: {why}", self.cfg.hub_timeout_s
+        )
 
     async def generate(self, prompt_ids: list[int], sampling: dict) -> list[dict]:
-        """All samples of a prompt in one request. With --interrupt-at-tokens those that are not done by then go on in
-        a request each, after the text that ends their thinking, unless they have ended it themselves (ScaleRL)."""
+        """All samples of a prompt in one request. With --interrupt-at-tokens those that are not
+        done by then go on in a request each, after the text that ends their thinking, unless they
+        have ended it themselves (ScaleRL)."""
         inserted = self.run.get("interrupt_ids", [])
         most = min(self.run["max_new_tokens"], self.run["max_model_len"] - len(prompt_ids))
         first = self.run.get("interrupt_at", 0)
         if not 0 < first < most - len(inserted):
             first = most
-        choices = await self.vllm.generate(prompt_ids, {**sampling, "max_tokens": first}, self.version)
+        choices = await self.vllm.generate(
+            prompt_ids, {**sampling, "max_tokens": first}, self.version
+        )
         choices = choices[: sampling["n"]]
 
         async def go_on(choice: dict) -> dict:
@@ -444,29 +545,41 @@ class Node:
 
         if first == most:
             return choices
-        found = await asyncio.gather(*map(go_on, choices), return_exceptions=True)  # none is left running
+        found = await asyncio.gather(
+            *map(go_on, choices), return_exceptions=True
+        )  # none is left running
         if errors := [e for e in found if isinstance(e, BaseException)]:
             raise errors[0]
         return found
 
-    async def give_back(self, lease: str, why: str, patience_s: float, by_reward: bool = False) -> None:
+    async def give_back(
+        self, lease: str, why: str, patience_s: float, by_reward: bool = False
+    ) -> None:
         try:
             body = {"node": self.name, "lease": lease, "why": why, "by_reward": by_reward}
             await ask(self.hub, "POST", "/return", patience_s, json=body)
         except HubRefusal as e:
             log(f"lease {lease}: {e}")  # expired meanwhile
 
-    async def score(self, choices: list[dict], example: dict) -> tuple[list[dict], list[float], int, str]:
-        """The samples that can be trained on, their rewards, how many others the reward function is to blame for, and
-        what was wrong with the others."""
+    async def score(
+        self, choices: list[dict], example: dict
+    ) -> tuple[list[dict], list[float], int, str]:
+        """The samples that can be trained on, their rewards, how many others the reward function is
+        to blame for, and what was wrong with the others."""
         wrong = [damage(c, self.run["max_new_tokens"]) for c in choices]
         whole = [c for c, bad in zip(choices, wrong) if not bad]
-        scores = await self.workers.score([self.codec.decode(c["token_ids"]) for c in whole], example)
+        scores = await self.workers.score(
+            [self.codec.decode(c["token_ids"]) for c in whole], example
+        )
         unscored = [s for s in scores if isinstance(s, str)]
         wrong = [*filter(None, wrong), *(f"reward: {s}" for s in unscored)]
         scored = [(c, s) for c, s in zip(whole, scores) if not isinstance(s, str)]
-        kinds = [bad.partition(" since ")[0] for bad in wrong]  # time-outs differ by their time of day
-        reasons = ", ".join(f"{kinds.count(kind)} x {wrong[kinds.index(kind)]}" for kind in dict.fromkeys(kinds))
+        kinds = [
+            bad.partition(" since ")[0] for bad in wrong
+        ]  # time-outs differ by their time of day
+        reasons = ", ".join(
+            f"{kinds.count(kind)} x {wrong[kinds.index(kind)]}" for kind in dict.fromkeys(kinds)
+        )
         why = f"samples dropped: {reasons[:600]}; of {str(example)[:200]}" if wrong else ""
         failed = sum(not isinstance(s, Away) for s in unscored)
         return [c for c, _ in scored], [s for _, s in scored], failed, why
@@ -477,8 +590,12 @@ class Node:
         try:
             while True:
                 if len(self.held) >= self.limit:  # the second is for when the limit has grown
-                    await asyncio.wait(self.held.values(), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-                for task in [task for task in self.held.values() if task.done() and not task.cancelled()]:
+                    await asyncio.wait(
+                        self.held.values(), timeout=1.0, return_when=asyncio.FIRST_COMPLETED
+                    )
+                for task in [
+                    task for task in self.held.values() if task.done() and not task.cancelled()
+                ]:
                     task.result()  # raises what it raised
                 self.held = {lease: task for lease, task in self.held.items() if not task.done()}
                 if len(self.held) >= self.limit:
@@ -490,12 +607,21 @@ class Node:
             while left := [task for task in self.held.values() if not task.done()]:
                 for task in left:
                     task.cancel()
-                await asyncio.wait(left, timeout=1.0)  # or they would go on beside whoever closes the node
+                await asyncio.wait(
+                    left, timeout=1.0
+                )  # or they would go on beside whoever closes the node
 
     async def leave(self) -> None:
-        """Give back what is held, without a word against the prompts: the node ends, or has failed by itself."""
+        """Give back what is held, without a word against the prompts: the node ends, or has failed
+        by itself."""
         if self.ends:
-            word = {"node": self.name, "version": self.version, "digest": "", "timing": {}, "ends": self.ends}
+            word = {
+                "node": self.name,
+                "version": self.version,
+                "digest": "",
+                "timing": {},
+                "ends": self.ends,
+            }
             await ask(self.hub, "POST", "/receipts", 1.0, json=word)
         for lease, task in self.held.items():
             if task.cancelled() or not task.done():
@@ -503,8 +629,9 @@ class Node:
 
 
 def own_directory(cfg: RolloutConfig) -> Path:
-    """The node's directory, locked while it lives. Directories in /dev/shm that nodes killed by -9 left are removed:
-    their locks are free. Raises: RuntimeError when another node holds this one and does not end."""
+    """The node's directory, locked while it lives. Directories in /dev/shm that nodes killed by -9
+    left are removed: their locks are free. Raises: RuntimeError when another node holds this one
+    and does not end."""
     for left in Path("/dev/shm").glob("cispo-*") if not cfg.dir else ():
         with contextlib.suppress(OSError), open(left / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -516,7 +643,9 @@ def own_directory(cfg: RolloutConfig) -> Path:
     while True:
         try:
             fcntl.flock(own_directory.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in root.glob("v*/"):  # weights of a node that was killed: they would fill the disk, unproven
+            for left in root.glob(
+                "v*/"
+            ):  # weights of a node that was killed: they would fill the disk, unproven
                 shutil.rmtree(left)
             return root
         except OSError:
@@ -527,7 +656,10 @@ def own_directory(cfg: RolloutConfig) -> Path:
 
 async def main(cfg: RolloutConfig) -> None:
     token = os.environ.get("CISPO_TOKEN", "")
-    headers, timeout = {"Authorization": f"Bearer {token}"}, aiohttp.ClientTimeout(total=None, sock_read=120)
+    headers, timeout = (
+        {"Authorization": f"Bearer {token}"},
+        aiohttp.ClientTimeout(total=None, sock_read=120),
+    )
     async with aiohttp.ClientSession(cfg.hub, headers=headers, timeout=timeout) as hub:
         node = Node(cfg, hub)
         loop = asyncio.get_running_loop()
@@ -541,7 +673,12 @@ async def main(cfg: RolloutConfig) -> None:
                 await node.join()
                 try:
                     async with asyncio.TaskGroup() as tasks:
-                        for work in (node.follow_weights, node.watch_vllm, node.answer_prompts, node.beat):
+                        for work in (
+                            node.follow_weights,
+                            node.watch_vllm,
+                            node.answer_prompts,
+                            node.beat,
+                        ):
                             tasks.create_task(work())
                 except* RunChanged:
                     log("the trainer was started again: what was in flight is dropped")
@@ -550,7 +687,9 @@ async def main(cfg: RolloutConfig) -> None:
                     raise
         finally:
             with contextlib.suppress(RunOver, RunChanged, RuntimeError, *NO_ANSWER):
-                async with asyncio.timeout(5.0):  # a hub that is gone does not answer for any of the leases
+                async with asyncio.timeout(
+                    5.0
+                ):  # a hub that is gone does not answer for any of the leases
                     await node.leave()
             await node.close()
             if not cfg.dir:

@@ -4,13 +4,12 @@ Three ways in, none of which needs an edit:
     --data NAME          a JSONL, JSON, CSV or Parquet file, a data set saved by `datasets`, or one on the Hub
     --reward NAME        exact, numeric, math, or FILE.py:FUNCTION (the contract is in rewards.py)
     --task reverse | add the built-in character tasks, small enough to be learned on a laptop in two minutes
-
-A row's prompt is a text or a list of chat messages. Both go through the chat template of the model's tokenizer; where
-it has none, or with --no-chat-template, a text is given to the model as it is. What would be lost on the way, as a
-message of an unknown form or half of a character, is refused with its row when the data is read.
-
-The built-in tasks come with a tokenizer of single characters and a supervised warm start, since from random weights
-no sample is ever right and a policy gradient has nothing to reinforce.
+ A row's prompt is a text or a list of chat messages. Both go through the chat template of the
+model's tokenizer; where it has none, or with --no-chat-template, a text is given to the model as it
+is. What would be lost on the way, as a message of an unknown form or half of a character, is
+refused with its row when the data is read.
+ The built-in tasks come with a tokenizer of single characters and a supervised warm start, since
+from random weights no sample is ever right and a policy gradient has nothing to reinforce.
 """
 
 import hashlib
@@ -28,9 +27,10 @@ from data import chat_of, filled_in, split_template
 
 
 class Prompts:
-    """An endless sequence of prompts: ordinal -> example. Each epoch is a permutation of its own, which depends on
-    nothing but the seed, so an ordinal names the same prompt in every process and after every restart. `skip`: rows
-    that are not sampled; their ordinals are passed over by the ledger, so that the others' stay what they are."""
+    """An endless sequence of prompts: ordinal -> example. Each epoch is a permutation of its own,
+    which depends on nothing but the seed, so an ordinal names the same prompt in every process and
+    after every restart. `skip`: rows that are not sampled; their ordinals are passed over by the
+    ledger, so that the others' stay what they are."""
 
     def __init__(self, examples, seed: int, skip: set[int] = frozenset()):
         self.examples, self.seed, self.skip = examples, seed, skip
@@ -40,9 +40,15 @@ class Prompts:
         """The row of the data set that an ordinal names."""
         epoch, position = divmod(ordinal, len(self.examples))
         if epoch not in self._orders:
-            # RandomState, since numpy promises its stream for ever: a checkpoint of today resumes under any numpy.
-            order = np.random.RandomState([self.seed % 2**32, epoch]).permutation(len(self.examples))
-            self._orders = {**{e: o for e, o in self._orders.items() if e == epoch - 1}, epoch: order}
+            # RandomState, since numpy promises its stream for ever: a checkpoint of today resumes
+            # under any numpy.
+            order = np.random.RandomState([self.seed % 2**32, epoch]).permutation(
+                len(self.examples)
+            )
+            self._orders = {
+                **{e: o for e, o in self._orders.items() if e == epoch - 1},
+                epoch: order,
+            }
         return int(self._orders[epoch][position])
 
     def __getitem__(self, ordinal: int) -> dict:
@@ -52,10 +58,17 @@ class Prompts:
 class Codec:
     """Text to token ids and back, from a checkpoint's tokenizer.json and its chat template.
 
-    Raises: ValueError without a tokenizer.json, or for a system prompt where there is no chat template to take it.
+    Raises: ValueError without a tokenizer.json, or for a system prompt where there is no chat
+    template to take it.
     """
 
-    def __init__(self, checkpoint: str | Path, system_prompt: str = "", template: str = "{problem}", chat: bool = True):
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        system_prompt: str = "",
+        template: str = "{problem}",
+        chat: bool = True,
+    ):
         from tokenizers import Tokenizer
 
         self.path = Path(checkpoint)
@@ -78,15 +91,18 @@ class Codec:
         )
         self.chat, self._hf, self._around = chat and has_chat, None, None
         if self.system and not self.chat:
-            raise ValueError(f"--system-prompt: {checkpoint} has no chat template to take it, or it is switched off")
+            raise ValueError(
+                f"--system-prompt: {checkpoint} has no chat template to take it, or it is switched off"
+            )
 
     def encode(self, example: dict) -> list[int]:
         """Raises: ValueError when the chat template refuses the chat or leaves a message out."""
         return self.tokenizer.encode(self._text(example), add_special_tokens=False).ids
 
     def most_tokens(self, example: dict) -> float:
-        """A bound on them that is quickly known: a token is at least a byte of the text as the tokenizer sees it. What
-        the chat template adds, and how often it shows the text, is taken from one that it cannot have."""
+        """A bound on them that is quickly known: a token is at least a byte of the text as the
+        tokenizer sees it. What the chat template adds, and how often it shows the text, is taken
+        from one that it cannot have."""
         if self._around is None:
             rare = "\ue000"
             text = self._chat([{"role": "user", "content": rare}]) if self.chat else rare
@@ -100,7 +116,9 @@ class Codec:
 
     def _filled(self, example: dict) -> str:
         """The template with a prompt that is text, and the row's columns."""
-        values = (filled_in(example["prompt" if name == "problem" else name]) for name in self.parts[1::2])
+        values = (
+            filled_in(example["prompt" if name == "problem" else name]) for name in self.parts[1::2]
+        )
         return "".join(part + next(values, "") for part in self.parts[::2])
 
     def _text(self, example: dict) -> str:
@@ -117,18 +135,32 @@ class Codec:
             chat = [*self.system, *chat]
         try:
             if self._hf is None:
-                from transformers import AutoTokenizer  # takes seconds to import: only chats need it
+                from transformers import (
+                    AutoTokenizer,
+                )  # takes seconds to import: only chats need it
 
                 self._hf = AutoTokenizer.from_pretrained(self.path)
             text = self._hf.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        except (jinja2.TemplateError, OSError, TypeError, AttributeError, KeyError, ValueError) as e:
+        except (
+            jinja2.TemplateError,
+            OSError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            ValueError,
+        ) as e:
             raise ValueError(
                 f"is refused by the chat template of {self.path}: {' '.join(str(e).split())[:300]}"
             ) from None
         for message in chat:
-            if message["role"] in ("user", "system", "developer") and message["content"].strip() not in text:
-                raise ValueError(f"loses its {message['role']} message {message['content']!r:.60} in the chat template "
-                                 f"of {self.path}")  # fmt: skip
+            if (
+                message["role"] in ("user", "system", "developer")
+                and message["content"].strip() not in text
+            ):
+                raise ValueError(
+                    f"loses its {message['role']} message {message['content']!r:.60} in the chat template "
+                    f"of {self.path}"
+                )
         return text
 
     def decode(self, ids: list[int], special: bool = False) -> str:
@@ -142,10 +174,12 @@ def eos_token_ids(checkpoint: str | Path) -> list[int]:
         ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
         if ids not in (None, []):
             return ids if isinstance(ids, list) else [ids]
-    raise ValueError(f"{checkpoint}: neither generation_config.json nor config.json names an eos_token_id")
+    raise ValueError(
+        f"{checkpoint}: neither generation_config.json nor config.json names an eos_token_id"
+    )
 
 
-# ---- the built-in character tasks ----------------------------------------------------------------------------
+# ---- the built-in character tasks ----------------------------------------------------------------
 def _reverse(rng: random.Random) -> dict:
     word = "".join(rng.sample("abcdefghijklmnopqrstuvwxyz", k=5))
     return {"prompt": word + ">", "answer": word[::-1]}
@@ -156,8 +190,8 @@ def _add(rng: random.Random) -> dict:
     return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
 
 
-# FORK HERE: an entry is a function that makes an example, and all characters of its prompts and answers; --task takes
-# its name. An answer and its end must fit --max-new-tokens.
+# FORK HERE: an entry is a function that makes an example, and all characters of its prompts and
+# answers; --task takes its name. An answer and its end must fit --max-new-tokens.
 TASKS = {"reverse": (_reverse, "abcdefghijklmnopqrstuvwxyz>"), "add": (_add, "0123456789+=")}
 PAD, EOS = "<pad>", "<eos>"
 MAX_WARM_STEPS = 2000
@@ -169,8 +203,8 @@ def task_examples(task: str, count: int, seed: int) -> list[dict]:
 
 
 def held_out_examples(task: str, count: int, seed: int, trained: list[dict]) -> list[dict]:
-    """Examples of the task that are not among those trained on: fewer than `count` where a thousand draws for each
-    find no more. Raises: ValueError when there is none."""
+    """Examples of the task that are not among those trained on: fewer than `count` where a thousand
+    draws for each find no more. Raises: ValueError when there is none."""
     rng, seen, found = random.Random(f"{task}/{seed}/held out"), {e["prompt"] for e in trained}, []
     for _ in range(1000 * count):
         if (example := TASKS[task][0](rng))["prompt"] not in seen:
@@ -179,19 +213,23 @@ def held_out_examples(task: str, count: int, seed: int, trained: list[dict]) -> 
             if len(found) == count:
                 break
     if not found:
-        raise ValueError(f"--task {task}: all of its {len(seen)} prompts are trained on, none is left for validation; "
-                         "use --val-data, or --val-every-steps 0")  # fmt: skip
+        raise ValueError(
+            f"--task {task}: all of its {len(seen)} prompts are trained on, none is left for validation; "
+            "use --val-data, or --val-every-steps 0"
+        )
     return found
 
 
 def task_digest(task: str) -> str:
-    """Another one for another task, as its examples and its model show it: its warm start is made anew."""
+    """Another one for another task, as its examples and its model show it: its warm start is made
+    anew."""
     what = [task_examples(task, 100, 0), TASKS[task][1], tiny_config(task).to_hf(0)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def write_char_tokenizer(path: Path, alphabet: str) -> dict[str, int]:
-    """tokenizer.json and tokenizer_config.json of one token per character, after <pad> = 0 and <eos> = 1."""
+    """tokenizer.json and tokenizer_config.json of one token per character, after <pad> = 0 and
+    <eos> = 1."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {token: i for i, token in enumerate([PAD, EOS, *alphabet])}
@@ -211,26 +249,39 @@ def tiny_config(task: str):
     from model import ModelConfig
 
     return ModelConfig(
-        vocab_size=math.ceil((2 + len(TASKS[task][1])) / 8) * 8, hidden_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=256, num_experts=8,
-        num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True, rope_theta=1e4,
+        vocab_size=math.ceil((2 + len(TASKS[task][1])) / 8) * 8,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=256,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        rope_theta=1e4,
         max_position_embeddings=512,
-    )  # fmt: skip
+    )
 
 
 def check_alphabet(task: str, seed: int) -> None:
     """Raises: ValueError for an example with a character that the task's entry does not name."""
     for example in task_examples(task, 1000, seed):
         if unknown := set(example["prompt"] + example["answer"]) - set(TASKS[task][1]):
-            raise ValueError(f"--task {task}: {example} has {min(unknown)!r}, which is not among the task's characters")
+            raise ValueError(
+                f"--task {task}: {example} has {min(unknown)!r}, which is not among the task's characters"
+            )
 
 
-def warm_start(path: Path, task: str, seed: int, until: float, progress: Callable[[str], None]) -> None:
+def warm_start(
+    path: Path, task: str, seed: int, until: float, progress: Callable[[str], None]
+) -> None:
     """Write a tiny Qwen3-MoE (0.5 M parameters) that has half learned the task.
 
-    Supervised training on fresh examples, until a sample drawn from the model is right with probability `until`:
-    that probability is exact, exp(sum of the answer's log-probs), and needs no sampling. Another process may write
-    the same at the same time; who is done first has made it.
+    Supervised training on fresh examples, until a sample drawn from the model is right with
+    probability `until`: that probability is exact, exp(sum of the answer's log-probs), and needs no
+    sampling. Another process may write the same at the same time; who is done first has made it.
 
     Raises: ValueError when it is not reached.
     """
@@ -245,10 +296,14 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
     # Renamed as a whole, so that an interrupted warm start leaves no checkpoint.
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     vocab, cfg = write_char_tokenizer(scratch, alphabet), tiny_config(task)
-    (scratch / "config.json").write_text(json.dumps({**cfg.to_hf(vocab[EOS]), "dtype": "float32"}, indent=1))
+    (scratch / "config.json").write_text(
+        json.dumps({**cfg.to_hf(vocab[EOS]), "dtype": "float32"}, indent=1)
+    )
     model, rng = Qwen3MoE(cfg), random.Random(f"warm start/{seed}")
     model.init_weights(torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     accuracy, max_steps = 0.0, MAX_WARM_STEPS
     for step in range(max_steps):
         examples = [make(rng) for _ in range(128)]
@@ -262,22 +317,34 @@ def warm_start(path: Path, task: str, seed: int, until: float, progress: Callabl
         hidden, _ = model(tokens, cu_seqlens, max_seqlen=int(cu_seqlens.diff().max()))
         logits = hidden[rows - 1] @ model.head_weight.t()  # the state before a token predicts it
         logprobs = -F.cross_entropy(logits.detach(), tokens[rows], reduction="none")
-        right = torch.stack([x.sum() for x in logprobs.split(answer_lengths.tolist())]).exp().mean().item()
+        right = (
+            torch.stack([x.sum() for x in logprobs.split(answer_lengths.tolist())])
+            .exp()
+            .mean()
+            .item()
+        )
         accuracy = 0.9 * accuracy + 0.1 * right
         if step % 25 == 0:
-            progress(f"warm start on {task!r}: step {step}, a sample is right with probability {accuracy:.2f}")
+            progress(
+                f"warm start on {task!r}: step {step}, a sample is right with probability {accuracy:.2f}"
+            )
         if accuracy >= until:
             break
         optimizer.zero_grad()
-        # Smoothed labels leave the policy unsure. Stopped half-way without them it is sure of wrong answers; their
-        # groups are then wrong throughout, and a group without one right sample teaches nothing.
+        # Smoothed labels leave the policy unsure. Stopped half-way without them it is sure of wrong
+        # answers; their groups are then wrong throughout, and a group without one right sample
+        # teaches nothing.
         F.cross_entropy(logits, tokens[rows], label_smoothing=0.15).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     else:
         shutil.rmtree(scratch)
-        raise ValueError(f"--warm-start-accuracy {until}: --task {task} has {accuracy:.2f} after {max_steps} steps")
-    progress(f"warm start on {task!r}: done after {step} steps, a sample is right with probability {accuracy:.2f}")
+        raise ValueError(
+            f"--warm-start-accuracy {until}: --task {task} has {accuracy:.2f} after {max_steps} steps"
+        )
+    progress(
+        f"warm start on {task!r}: done after {step} steps, a sample is right with probability {accuracy:.2f}"
+    )
     write_safetensors(scratch / "model.safetensors", list(model.hf_tensors()))
     try:
         scratch.rename(path)

@@ -29,39 +29,58 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return read_jsonl(run_dir / "metrics.jsonl")
 
 
-# ---- the bottleneck --------------------------------------------------------------------------------------------
+# ---- the bottleneck ------------------------------------------------------------------------------
 def mean(records: list[dict], name: str) -> float | None:
-    """Mean over the last steps that have the metric. The first step is left out where there are others: it holds
-    vLLM's start and the compilation."""
+    """Mean over the last steps that have the metric. The first step is left out where there are
+    others: it holds vLLM's start and the compilation."""
     values = [r[name] for r in records[1:][-WINDOW:] or records if r.get(name) is not None]
     return sum(values) / len(values) if values else None
 
 
 def load(records: list[dict]) -> tuple[float, float]:
-    """Of the rollout nodes over the last steps: share of the time in which vLLM had nothing to do, and tokens a second
-    of a node. From sums, since a node's beats and the trainer's steps do not keep time with each other."""
-    total = lambda name: sum(r.get(f"rollout/{name}", 0.0) for r in records[1:][-WINDOW:] or records)
+    """Of the rollout nodes over the last steps: share of the time in which vLLM had nothing to do,
+    and tokens a second of a node. From sums, since a node's beats and the trainer's steps do not
+    keep time with each other."""
+    total = lambda name: sum(
+        r.get(f"rollout/{name}", 0.0) for r in records[1:][-WINDOW:] or records
+    )
     node_s = total("node_s") or math.inf
     return total("idle_s") / node_s, total("tokens") / node_s
 
 
 def bottleneck(records: list[dict], config: dict) -> tuple[str, str]:
-    """What holds the run back ("generation", "trainer", "weights" or "lockstep"), and a sentence that says so with the
-    flag that would help. Who never waits is the bottleneck; where both wait, it is what lies between them."""
+    """What holds the run back ("generation", "trainer", "weights" or "lockstep"), and a sentence
+    that says so with the flag that would help. Who never waits is the bottleneck; where both wait,
+    it is what lies between them."""
     get = lambda name: mean(records, name) or 0.0
     step_s, wait_s = get("timing/train/total_step_time"), get("timing/train/exposed_generation")
     idle = load(records)[0]
     parts = {
-        "writing": (get("timing/train/publish_total"), "--publish-dtype bfloat16 or a faster disk under runs/"),
-        "fetching": (get("timing/rollout/fetch_s"), "--publish-dtype bfloat16 or a faster link to the rollout nodes"),
-        "patching": (get("timing/rollout/patch_s") + get("timing/rollout/verify_s"), "rollout.py's --dir in RAM"),
+        "writing": (
+            get("timing/train/publish_total"),
+            "--publish-dtype bfloat16 or a faster disk under runs/",
+        ),
+        "fetching": (
+            get("timing/rollout/fetch_s"),
+            "--publish-dtype bfloat16 or a faster link to the rollout nodes",
+        ),
+        "patching": (
+            get("timing/rollout/patch_s") + get("timing/rollout/verify_s"),
+            "rollout.py's --dir in RAM",
+        ),
         "loading": (get("timing/rollout/load_s"), "rollout.py's --dir in RAM"),
     }
     part = max(parts, key=lambda name: parts[name][0])
-    broadcast_s, age = sum(seconds for seconds, _ in parts.values()), config["max_trajectory_age_steps"]
+    broadcast_s, age = (
+        sum(seconds for seconds, _ in parts.values()),
+        config["max_trajectory_age_steps"],
+    )
     waits = f"the trainer waits {wait_s:.2f} of {step_s:.2f} s a step"
     if wait_s < 0.15 * step_s:
-        prev_s, update_s = get("timing/train/policy_and_reference_logprobs"), get("timing/train/policy_training")
+        prev_s, update_s = (
+            get("timing/train/policy_and_reference_logprobs"),
+            get("timing/train/policy_training"),
+        )
         helps = "more ranks (torchrun --nproc-per-node) or a larger --max-tokens-per-micro-batch"
         if prev_s > 0.3 * step_s:
             helps = "--ratio-anchor sampler --no-use-importance-sampling-correction spares the first, more ranks both"
@@ -86,7 +105,7 @@ def bottleneck(records: list[dict], config: dict) -> tuple[str, str]:
     )
 
 
-# ---- one screen ------------------------------------------------------------------------------------------------
+# ---- one screen ----------------------------------------------------------------------------------
 BOLD, DIM, RED, GREEN, YELLOW, CYAN, OFF = (f"\x1b[{code}m" for code in (1, 2, 31, 32, 33, 36, 0))
 
 
@@ -94,9 +113,13 @@ def spark(values: list[float | None], width: int = 30) -> str:
     """The course of a metric in one line of text."""
     values = [v for v in values if v is not None]
     size = max(1, -(-len(values) // width))
-    points = [sum(part) / len(part) for i in range(0, len(values), size) if (part := values[i : i + size])]
+    points = [
+        sum(part) / len(part) for i in range(0, len(values), size) if (part := values[i : i + size])
+    ]
     low, high = min(points, default=0.0), max(points, default=0.0)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (p - low) / (high - low))] if high > low else "▁" for p in points)
+    return "".join(
+        "▁▂▃▄▅▆▇█"[round(7 * (p - low) / (high - low))] if high > low else "▁" for p in points
+    )
 
 
 def bar(share: float, width: int = 14) -> str:
@@ -119,10 +142,14 @@ def frame(run_dir: Path, width: int = 100) -> str:
     t = lambda name: mean(records, f"timing/{name}") or 0.0
     steps, step_s = config["max_num_steps"], t("train/total_step_time")
     ago, left = time.time() - (run_dir / "metrics.jsonl").stat().st_mtime, steps - now["step"] - 1
-    state = f"{left * step_s / 60:.1f} min left, last step {ago:.0f} s ago" if left > 0 else "finished"
+    state = (
+        f"{left * step_s / 60:.1f} min left, last step {ago:.0f} s ago" if left > 0 else "finished"
+    )
     loss = "CISPO" if config["use_cispo"] else "PPO clip"
-    lines = [f"{BOLD}{run_dir}{OFF}  {loss}  step {now['step'] + 1} of {steps} {GREEN}{bar((now['step'] + 1) / steps)}"
-             f"{OFF}  {step_s:.2f} s a step, {state}"]  # fmt: skip
+    lines = [
+        f"{BOLD}{run_dir}{OFF}  {loss}  step {now['step'] + 1} of {steps} {GREEN}{bar((now['step'] + 1) / steps)}"
+        f"{OFF}  {step_s:.2f} s a step, {state}"
+    ]
     _, sentence = bottleneck(records, config)
     lines += [f"{YELLOW}{line}{OFF}" for line in textwrap.wrap(sentence, width)]
 
@@ -140,23 +167,52 @@ def frame(run_dir: Path, width: int = 100) -> str:
         for name, course in zip(names, scores):
             label = f"validation {name}, v{v['version']}"
             lines.append(f"  {label:34}{show(course[-1], '.3f'):>22}   {GREEN}{spark(course)}{OFF}")
-    row("groups without signal", show(train("groups_without_signal"), ".0%"), "groups_without_signal")
+    row(
+        "groups without signal",
+        show(train("groups_without_signal"), ".0%"),
+        "groups_without_signal",
+    )
     row("entropy, nats", show(train("entropy"), ".3f"), "entropy")
-    row("tokens a sample", show(train("mean_gen_tokens_per_sample"), ".1f"), "mean_gen_tokens_per_sample")
+    row(
+        "tokens a sample",
+        show(train("mean_gen_tokens_per_sample"), ".1f"),
+        "mean_gen_tokens_per_sample",
+    )
     row("samples cut off", show(train("truncation_rate"), ".1%"), "truncation_rate")
     row("gradient norm", show(train("grad_norm"), ".2f"), "grad_norm")
     lines += ["", f"{BOLD}TRAINER AGAINST SAMPLER{OFF}"]
     row("tokens PPO would clip", show(train("would_clip"), ".2%"), "would_clip")
-    row("ratio, median and largest", f"{show(train('ratio_p50'), '.2f')} {show(train('probs_ratio_max'), '.2f')}",
-        "probs_ratio_max")  # fmt: skip
-    row("KL, same weights", show(train("gen_kl_error_same_version"), ".1e"), "gen_kl_error_same_version")
-    row("KL, older weights", show(train("gen_kl_error_older_version"), ".1e"), "gen_kl_error_older_version")
-    row("age in steps, mean and largest", f"{train('avg_trajectory_age'):.2f} {now['train/max_trajectory_age']:.0f}",
-        "avg_trajectory_age")  # fmt: skip
+    row(
+        "ratio, median and largest",
+        f"{show(train('ratio_p50'), '.2f')} {show(train('probs_ratio_max'), '.2f')}",
+        "probs_ratio_max",
+    )
+    row(
+        "KL, same weights",
+        show(train("gen_kl_error_same_version"), ".1e"),
+        "gen_kl_error_same_version",
+    )
+    row(
+        "KL, older weights",
+        show(train("gen_kl_error_older_version"), ".1e"),
+        "gen_kl_error_older_version",
+    )
+    row(
+        "age in steps, mean and largest",
+        f"{train('avg_trajectory_age'):.2f} {now['train/max_trajectory_age']:.0f}",
+        "avg_trajectory_age",
+    )
 
-    busy = {"waits for a batch": "exposed_generation", "prev log-probs": "policy_and_reference_logprobs",
-            "updates": "policy_training", "packing": "data_processing", "copying weights": "publish_copy"}  # fmt: skip
-    left = [f"{n:17} {t(f'train/{p}'):7.2f} s {bar(t(f'train/{p}') / step_s)}" for n, p in busy.items()]
+    busy = {
+        "waits for a batch": "exposed_generation",
+        "prev log-probs": "policy_and_reference_logprobs",
+        "updates": "policy_training",
+        "packing": "data_processing",
+        "copying weights": "publish_copy",
+    }
+    left = [
+        f"{n:17} {t(f'train/{p}'):7.2f} s {bar(t(f'train/{p}') / step_s)}" for n, p in busy.items()
+    ]
     (idle, node_tokens_per_s), nodes = load(records), hub["nodes"].values()
     vllm = [node["vllm"] for node in nodes if "vllm" in node]
     largest = lambda name: max((v.get(name, 0) for v in vllm), default=0)
@@ -170,7 +226,10 @@ def frame(run_dir: Path, width: int = 100) -> str:
     tokens_per_s = config["num_prompts_per_step"] * config["num_generations_per_prompt"] / step_s
     tokens_per_s *= train("mean_gen_tokens_per_sample")
     made = f"{node_tokens_per_s * len(nodes):,.0f} tokens/s on {len(nodes)} node{'s' * (len(nodes) != 1)}"
-    lines += ["", f"{BOLD}{'TRAINER':14}{OFF}{f'{tokens_per_s:,.0f} tokens/s':<34}{BOLD}ROLLOUTS{OFF}      {made}"]
+    lines += [
+        "",
+        f"{BOLD}{'TRAINER':14}{OFF}{f'{tokens_per_s:,.0f} tokens/s':<34}{BOLD}ROLLOUTS{OFF}      {made}",
+    ]
     lines += [f"  {a:46}{b}" for a, b in zip(left, right)]
     landed = sum(node["version"] == hub["published"] for node in nodes)
     lines += [
@@ -183,30 +242,67 @@ def frame(run_dir: Path, width: int = 100) -> str:
         f"buffered + {hub['leased']} leased + {hub['returned']} returned + {hub['set_aside']} set aside"
         + (f" + {hub['skipped']} skipped" if hub.get("skipped") else ""),
     ]
-    counts = {**hub["counts"], **{f"validation {k}": n for k, n in hub.get("validation", {}).get("counts", {}).items()}}
+    counts = {
+        **hub["counts"],
+        **{f"validation {k}": n for k, n in hub.get("validation", {}).get("counts", {}).items()},
+    }
     if trouble := ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n):
         lines += [f"{RED}{line}{OFF}" for line in textwrap.wrap(trouble, width)]
     for r in hub.get("validation", {}).get("rounds", ()):
-        lines.append(f"{BOLD}VALIDATION{OFF} of v{r['version']}: {r['answered']} of {r['of']} prompts answered")
+        lines.append(
+            f"{BOLD}VALIDATION{OFF} of v{r['version']}: {r['answered']} of {r['of']} prompts answered"
+        )
     return "\n".join(lines) + "\n"
 
 
-# ---- curves ----------------------------------------------------------------------------------------------------
+# ---- curves --------------------------------------------------------------------------------------
 # Panels: title, axis label, logarithmic?, and {legend: metric}
 PANELS = [
-    ("Reward", "mean of the step's samples", False,
-     {"reward": "train/reward", "groups without signal": "train/groups_without_signal"}),
+    (
+        "Reward",
+        "mean of the step's samples",
+        False,
+        {"reward": "train/reward", "groups without signal": "train/groups_without_signal"},
+    ),
     ("Entropy", "nats per token", False, {"entropy": "train/entropy"}),
-    ("Importance ratio", "pi / pi_prev", True,
-     {"max": "train/probs_ratio_max", "mean": "train/probs_ratio", "min": "train/probs_ratio_min"}),
-    ("Trainer against sampler", "KL, nats per token", True,
-     {"same version": "train/gen_kl_error_same_version", "older version": "train/gen_kl_error_older_version"}),
-    ("Staleness", "steps", False, {"mean age": "train/avg_trajectory_age", "max age": "train/max_trajectory_age"}),
-    ("Seconds per step", "s", False,
-     {"total": "timing/train/total_step_time", "waiting for rollouts": "timing/train/exposed_generation",
-      "prev log-probs": "timing/train/policy_and_reference_logprobs", "updates": "timing/train/policy_training",
-      "vLLM stopped for weights": "timing/rollout/stopped_s"}),
-]  # fmt: skip
+    (
+        "Importance ratio",
+        "pi / pi_prev",
+        True,
+        {
+            "max": "train/probs_ratio_max",
+            "mean": "train/probs_ratio",
+            "min": "train/probs_ratio_min",
+        },
+    ),
+    (
+        "Trainer against sampler",
+        "KL, nats per token",
+        True,
+        {
+            "same version": "train/gen_kl_error_same_version",
+            "older version": "train/gen_kl_error_older_version",
+        },
+    ),
+    (
+        "Staleness",
+        "steps",
+        False,
+        {"mean age": "train/avg_trajectory_age", "max age": "train/max_trajectory_age"},
+    ),
+    (
+        "Seconds per step",
+        "s",
+        False,
+        {
+            "total": "timing/train/total_step_time",
+            "waiting for rollouts": "timing/train/exposed_generation",
+            "prev log-probs": "timing/train/policy_and_reference_logprobs",
+            "updates": "timing/train/policy_training",
+            "vLLM stopped for weights": "timing/rollout/stopped_s",
+        },
+    ),
+]
 
 
 def plot(run_dir: Path) -> Path:
@@ -221,8 +317,12 @@ def plot(run_dir: Path) -> Path:
     for ax, (title, label, log, curves) in zip(axes.flat, PANELS):
         for legend, metric in curves.items():
             points = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
-            if points:  # dots where a metric does not exist at every step: a line would invent the steps between
-                ax.plot(*zip(*points), "-" if len(points) == len(records) > 1 else ".", label=legend)
+            # dots where a metric does not exist at every step: a line would invent the steps
+            # between
+            if points:
+                ax.plot(
+                    *zip(*points), "-" if len(points) == len(records) > 1 else ".", label=legend
+                )
         ax.set(title=title, xlabel="step", ylabel=label, yscale="log" if log else "linear")
         ax.grid(alpha=0.3)
     validations = read_jsonl(run_dir / "validation.jsonl")
@@ -244,13 +344,17 @@ def plot(run_dir: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--once", action="store_true", help="draw the screen once and end")
     parser.add_argument("--png", action="store_true", help="write curves.png and end")
     args = parser.parse_args()
     if not (args.run_dir / "config.json").exists():
-        sys.exit(f"watch.py: error: {args.run_dir} is not the directory of a run: it has no config.json")
+        sys.exit(
+            f"watch.py: error: {args.run_dir} is not the directory of a run: it has no config.json"
+        )
     if args.png:
         print(plot(args.run_dir))
         return

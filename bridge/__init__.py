@@ -1,1 +1,2 @@
-"""All that travels between the trainer and the rollout nodes: prompts and answers one way, weights the other."""
+"""All that travels between the trainer and the rollout nodes: prompts and answers one way, weights
+the other."""

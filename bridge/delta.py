@@ -1,19 +1,21 @@
 """What changed in a tensor from one version to the next, bit for bit, in few bytes.
+ A bf16 weight moves only when its fp32 master crosses a rounding boundary, so a step at RL learning
+rates changes a few per cent of them, and most of those by one unit in the last place. A code says
+where and by how much:
 
-A bf16 weight moves only when its fp32 master crosses a rounding boundary, so a step at RL learning rates changes a few
-per cent of them, and most of those by one unit in the last place. A code says where and by how much:
-
-- where: for each changed element the number of unchanged ones before it, in 16 bits; 65535 means that many unchanged
+- where: for each changed element the number of unchanged ones before it, in 16 bits; 65535 means
+that many unchanged
   ones and no change after them, so that a longer gap takes several entries;
-- by how much: as a difference of integers. A float's bit pattern is a sign and a magnitude; as two's complement it
-  counts through the floats in order, -0.0 just below 0.0, so a small step is a small number across zero, too, and any
-  pattern (NaN payloads) to any other is some number.
-
-Either is cut into planes, the low bytes of all entries, then the next higher, each compressed by itself: the low bytes
-are skewed, the higher ones nearly all zero, so rare long gaps and large steps need no other escape.
-
-Applying a code twice steps twice: the base must be the very bytes the code was made from, and the result is proven by
-its digest (receive.py patches a copy of a verified version and starts again from that).
+- by how much: as a difference of integers. A float's bit pattern is a sign and a magnitude; as
+two's complement it
+  counts through the floats in order, -0.0 just below 0.0, so a small step is a small number across
+  zero, too, and any pattern (NaN payloads) to any other is some number.
+ Either is cut into planes, the low bytes of all entries, then the next higher, each compressed by
+itself: the low bytes are skewed, the higher ones nearly all zero, so rare long gaps and large steps
+need no other escape.
+ Applying a code twice steps twice: the base must be the very bytes the code was made from, and the
+result is proven by its digest (receive.py patches a copy of a verified version and starts again
+from that).
 """
 
 import struct
@@ -22,19 +24,24 @@ import numpy as np
 import torch
 import zstandard
 
-_HEADER = struct.Struct("<BQQQ")  # element size, elements, gap entries, changed elements; the planes' lengths follow
+_HEADER = struct.Struct(
+    "<BQQQ"
+)  # element size, elements, gap entries, changed elements; the planes' lengths follow
 _SKIP = 65535  # a gap entry: so many unchanged elements, and no changed one
 _BIAS = 127  # steps from -127 to 128 have zeros in all bytes but the lowest
 
 
-# The low bytes are as good as independent, which Huffman coding takes and matches spoil: the fewest possible are looked
-# for, 64 places long ones. Against plain level 1 the steps shrink by a tenth, and it is no slower.
+# The low bytes are as good as independent, which Huffman coding takes and matches spoil: the fewest
+# possible are looked for, 64 places long ones. Against plain level 1 the steps shrink by a tenth,
+# and it is no slower.
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's bit patterns as signed integers, sharing its memory."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu", "deltas are of contiguous tensors in host memory"
+    assert tensor.is_contiguous() and tensor.device.type == "cpu", (
+        "deltas are of contiguous tensors in host memory"
+    )
     return tensor.detach().view(-1).view(torch.uint8).numpy().view(f"i{tensor.element_size()}")
 
 
@@ -49,8 +56,11 @@ def _planes(numbers: np.ndarray) -> list[np.ndarray]:
 
 
 def encode(old: torch.Tensor, new: torch.Tensor) -> bytes:
-    """What turns `old` into `new`, two tensors of one dtype and shape; b"" when they are equal, bit for bit."""
-    assert old.dtype == new.dtype and old.shape == new.shape, f"{old.dtype} {old.shape}, {new.dtype} {new.shape}"
+    """What turns `old` into `new`, two tensors of one dtype and shape; b"" when they are equal, bit
+    for bit."""
+    assert old.dtype == new.dtype and old.shape == new.shape, (
+        f"{old.dtype} {old.shape}, {new.dtype} {new.shape}"
+    )
     a, b = _bits(old), _bits(new)
     where = np.flatnonzero(a != b)
     if len(where) == 0:
@@ -58,7 +68,9 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> bytes:
     gaps = np.diff(where, prepend=-1) - 1
     if gaps.max() >= _SKIP:
         gaps = np.insert(gaps % _SKIP, np.repeat(np.arange(len(gaps)), gaps // _SKIP), _SKIP)
-    steps = _ordered(b.take(where)) - _ordered(a.take(where)) + a.dtype.type(_BIAS)  # wraps around, and back in apply
+    steps = (
+        _ordered(b.take(where)) - _ordered(a.take(where)) + a.dtype.type(_BIAS)
+    )  # wraps around, and back in apply
     zstd = zstandard.ZstdCompressor(compression_params=_ZSTD)
     frames = [zstd.compress(plane) for plane in _planes(gaps.astype("<u2")) + _planes(steps)]
     header = _HEADER.pack(a.itemsize, a.size, len(gaps), len(where))
@@ -73,7 +85,8 @@ def changed(code: bytes) -> int:
 def apply(code: bytes, tensor: torch.Tensor) -> None:
     """Turn the tensor that was `old` into `new`, in place.
 
-    Raises: ValueError when the code is malformed or for a tensor of another size; the tensor is then as it was.
+    Raises: ValueError when the code is malformed or for a tensor of another size; the tensor is
+    then as it was.
     """
     if not code:
         return
@@ -82,9 +95,13 @@ def apply(code: bytes, tensor: torch.Tensor) -> None:
         raise ValueError(f"delta of {len(code)} bytes is shorter than its header")
     itemsize, numel, entries, changed = _HEADER.unpack_from(code)
     if (itemsize, numel) != (bits.itemsize, bits.size):
-        raise ValueError(f"delta of {numel} elements of {itemsize} bytes, tensor has {bits.size} of {bits.itemsize}")
+        raise ValueError(
+            f"delta of {numel} elements of {itemsize} bytes, tensor has {bits.size} of {bits.itemsize}"
+        )
     if not 0 < changed <= entries <= numel:  # bounds what is decompressed below
-        raise ValueError(f"delta changes {changed} elements in {entries} entries, tensor has {numel}")
+        raise ValueError(
+            f"delta changes {changed} elements in {entries} entries, tensor has {numel}"
+        )
     start = _HEADER.size + 8 * (2 + itemsize)
     if len(code) < start:
         raise ValueError(f"delta of {len(code)} bytes is shorter than its header")
@@ -99,14 +116,20 @@ def apply(code: bytes, tensor: torch.Tensor) -> None:
     is_change = gaps != _SKIP
     where = (np.cumsum(gaps + is_change) - 1)[is_change]
     if len(where) != changed or where[-1] >= numel:
-        raise ValueError(f"delta changes {len(where)} elements up to {where[-1:]}, not {changed} of {numel}")
+        raise ValueError(
+            f"delta changes {len(where)} elements up to {where[-1:]}, not {changed} of {numel}"
+        )
     bits[where] = _ordered(_ordered(bits[where]) + (steps - bits.dtype.type(_BIAS)))
 
 
 def _decompress(frame: bytes, size: int) -> np.ndarray:
     try:
-        if zstandard.get_frame_parameters(frame).content_size != size:  # said before any of it is allocated
+        if (
+            zstandard.get_frame_parameters(frame).content_size != size
+        ):  # said before any of it is allocated
             raise ValueError(f"a plane of the delta is not {size} bytes")
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False), np.uint8)
+        return np.frombuffer(
+            zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False), np.uint8
+        )
     except zstandard.ZstdError as e:
         raise ValueError(f"a plane of the delta is damaged: {e}") from None

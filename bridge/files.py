@@ -14,15 +14,16 @@ from bridge.weights import STATIC_FILES, WeightsError
 
 
 def served_file(root: Path, version: str, name: str) -> Path | None:
-    """The file of a version that a node may fetch under this name, if it is there. Whatever is being written has
-    another name."""
+    """The file of a version that a node may fetch under this name, if it is there. Whatever is
+    being written has another name."""
     path = root / f"v{version}" / name
     known = name in STATIC_FILES or re.fullmatch(r"model-\d{5}-of-\d{5}\.(safetensors|delta)", name)
     return path if known and version.isdigit() and path.is_file() else None
 
 
 def has_token(request: web.Request, token: str) -> bool:
-    """Whether the request carries the run's bearer token; compared in a time that does not depend on it."""
+    """Whether the request carries the run's bearer token; compared in a time that does not depend
+    on it."""
     given = request.headers.get("Authorization", "").removeprefix("Bearer ")
     return hmac.compare_digest(given.encode(errors="surrogateescape"), token.encode())
 
@@ -32,7 +33,8 @@ def http_url(host: str, port: int) -> str:
 
 
 class FileServer:
-    """What a trainer node other than rank 0's serves, in a thread: the files of its ranks' shares."""
+    """What a trainer node other than rank 0's serves, in a thread: the files of its ranks'
+    shares."""
 
     def __init__(self, root: Path, token: str, host: str, port: int):
         self.root, self.token, started = root, token, threading.Event()
@@ -58,10 +60,16 @@ class FileServer:
         if not has_token(request, self.token):
             return web.json_response({"error": "missing or wrong bearer token"}, status=401)
         path = served_file(self.root, **request.match_info)
-        return web.FileResponse(path) if path else web.json_response({"error": "no such file"}, status=404)
+        return (
+            web.FileResponse(path)
+            if path
+            else web.json_response({"error": "no such file"}, status=404)
+        )
 
 
 def own_address() -> str:
     """Where other hosts reach this one: the address of the connection to torchrun's store."""
-    with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=30) as s:
+    with socket.create_connection(
+        (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=30
+    ) as s:
         return s.getsockname()[0]

@@ -1,8 +1,8 @@
 """Flags: a dataclass is parsed by tyro, and what is wrong with the flags is one line.
-
-Also `train_cispo.py --help`: every flag on one line, in its group, with the value that it has under the chosen preset.
-The text is read from the source of the Config class: a comment that stands alone begins a group, and the one behind a
-field is that field's help. So whoever adds a field has documented it.
+ Also `train_cispo.py --help`: every flag on one line, in its group, with the value that it has
+under the chosen preset. The text is read from the source of the Config class: a comment that stands
+alone begins a group, and the one behind a field is that field's help. So whoever adds a field has
+documented it.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ import tyro
 
 @contextlib.contextmanager
 def piped():
-    """What is printed here may go to a reader that leaves when it has seen enough, as `head` does: that is no error."""
+    """What is printed here may go to a reader that leaves when it has seen enough, as `head` does:
+    that is no error."""
     try:
         yield
         sys.stdout.flush()
@@ -32,8 +33,10 @@ def piped():
 
 
 def parse_flags(cls, argv: list[str], default=None):
-    """The dataclass as the flags have it. Raises: ValueError with one line that says what is wrong."""
-    # Flags that hold flags: tyro would take the value of `--vllm-args "--tensor-parallel-size 8"` for another flag.
+    """The dataclass as the flags have it. Raises: ValueError with one line that says what is
+    wrong."""
+    # Flags that hold flags: tyro would take the value of `--vllm-args "--tensor-parallel-size 8"`
+    # for another flag.
     joined, rest = [], iter(argv)
     for flag in rest:
         value = next(rest, None) if re.fullmatch(r"--[\w-]+[-_]args", flag) else None
@@ -45,14 +48,22 @@ def parse_flags(cls, argv: list[str], default=None):
     except SystemExit as e:
         if e.code == 0:
             raise  # --help
-        plain = re.sub(r"\x1b\[[\d;]*m", "", said.getvalue())  # a box: title, text, and what "helptext" begins
+        plain = re.sub(
+            r"\x1b\[[\d;]*m", "", said.getvalue()
+        )  # a box: title, text, and what "helptext" begins
         lines = [line.strip(" ╭╮╰╯│─-") for line in plain.strip().splitlines()]
-        words = " ".join(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:])).split())
-        hint = "; one that begins with - is given as --FLAG=VALUE" if "Missing value" in words else ""
+        words = " ".join(
+            " ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:])).split()
+        )
+        hint = (
+            "; one that begins with - is given as --FLAG=VALUE" if "Missing value" in words else ""
+        )
         raise ValueError(f"{words.rstrip('.')}{hint}") from None
     if unknown:
         names = [f.name.replace("_", "-") for f in dataclasses.fields(cls)]
-        close = difflib.get_close_matches(unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1)
+        close = difflib.get_close_matches(
+            unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1
+        )
         hint = f"did you mean {close[0]}?" if close else "--help lists all"
         if not unknown[0].startswith("-"):
             hint = "a value stands behind its flag, and a switch takes none: --NAME or --no-NAME"
@@ -62,13 +73,21 @@ def parse_flags(cls, argv: list[str], default=None):
 
 def choices(kind) -> list[str]:
     """Of a Literal, or of one or None; else none."""
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else [kind]
+    kinds = (
+        typing.get_args(kind)
+        if typing.get_origin(kind) in (types.UnionType, typing.Union)
+        else [kind]
+    )
     return [str(c) for k in kinds for c in typing.get_args(k)]
 
 
 def help_text(cfg, presets: dict[str, str], resolved: dict) -> str:
-    """All flags as `cfg` has them. presets: name and what it is; resolved: values for fields that are unset."""
-    lines = [f"usage: train_cispo.py [--preset NAME] [--flag VALUE ...]      values shown: --preset {cfg.preset}", ""]
+    """All flags as `cfg` has them. presets: name and what it is; resolved: values for fields that
+    are unset."""
+    lines = [
+        f"usage: train_cispo.py [--preset NAME] [--flag VALUE ...]      values shown: --preset {cfg.preset}",
+        "",
+    ]
     lines += [f"  --preset {name:16} {what}" for name, what in presets.items()]
     lines += ["", "A switch that is on is turned off by --no-NAME, and the other way round."]
     kinds = typing.get_type_hints(type(cfg))
@@ -82,7 +101,13 @@ def help_text(cfg, presets: dict[str, str], resolved: dict) -> str:
             if isinstance(value, bool):
                 shown = f"--{'' if value else 'no-'}{flag}"
             else:
-                text = "unset" if value is None else repr(value) if isinstance(value, str) else str(value)
+                text = (
+                    "unset"
+                    if value is None
+                    else repr(value)
+                    if isinstance(value, str)
+                    else str(value)
+                )
                 shown = f"--{flag} {text if len(text) < 48 else text[:40] + '...'}"
             if options := choices(kinds[name]):
                 what = f"{' | '.join(options)}: {what}"

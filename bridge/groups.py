@@ -19,15 +19,20 @@ class Refused(Exception):
         self.status, self.reason = status, reason
 
 
-# ---- groups --------------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 GROUP_TENSORS = {
-    "lengths": torch.int32, "token_ids": torch.int32, "logprobs": torch.float32, "versions": torch.int32,
-    "rewards": torch.float32, "truncated": torch.uint8,
-}  # fmt: skip
+    "lengths": torch.int32,
+    "token_ids": torch.int32,
+    "logprobs": torch.float32,
+    "versions": torch.int32,
+    "rewards": torch.float32,
+    "truncated": torch.uint8,
+}
 
 
 def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of a /groups body. Raises: Refused (400) unless it is exactly the format above."""
+    """Metadata and tensors of a /groups body. Raises: Refused (400) unless it is exactly the format
+    above."""
     try:
         tensors = load(body)
         (header_bytes,) = struct.unpack("<Q", body[:8])
@@ -40,25 +45,47 @@ def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         if name not in tensors:
             raise Refused(400, f"tensor {name} is missing")
         if tensors[name].dtype != dtype or tensors[name].dim() != 1:
-            raise Refused(400, f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected 1-D {dtype}")
+            raise Refused(
+                400,
+                f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected 1-D {dtype}",
+            )
     if extra := tensors.keys() - GROUP_TENSORS.keys():
         raise Refused(400, f"unexpected tensor {sorted(extra)[0]}")
     return metadata, tensors
 
 
-def check_group(t: dict[str, torch.Tensor], num_samples, max_new_tokens: int, vocab_size: int, versions,
-                max_inserted: int = 0):  # fmt: skip
-    """Raises: Refused (422) unless the tensors are what was asked for. `num_samples`: (fewest, most) of the prompt;
-    `versions`: (oldest, newest) that are possible; max_inserted: tokens of a sample that may be NOT_SAMPLED."""
+def check_group(
+    t: dict[str, torch.Tensor],
+    num_samples,
+    max_new_tokens: int,
+    vocab_size: int,
+    versions,
+    max_inserted: int = 0,
+):
+    """Raises: Refused (422) unless the tensors are what was asked for. `num_samples`: (fewest,
+    most) of the prompt; `versions`: (oldest, newest) that are possible; max_inserted: tokens of a
+    sample that may be NOT_SAMPLED."""
     samples, tokens = len(t["lengths"]), len(t["token_ids"])
     (fewest, most), (low, high) = num_samples, versions
     for ok, reason in [
         (fewest <= samples <= most, f"{samples} samples, expected {fewest} to {most}"),
-        (all(len(t[n]) == samples for n in ("rewards", "truncated")), "rewards or truncated: not one for each sample"),
-        (all(len(t[n]) == tokens for n in ("logprobs", "versions")), "logprobs or versions: not one for each token"),
+        (
+            all(len(t[n]) == samples for n in ("rewards", "truncated")),
+            "rewards or truncated: not one for each sample",
+        ),
+        (
+            all(len(t[n]) == tokens for n in ("logprobs", "versions")),
+            "logprobs or versions: not one for each token",
+        ),
         (samples and int(t["lengths"].min()) >= 1, "a sample has no tokens"),
-        (samples and int(t["lengths"].max()) <= max_new_tokens, f"a sample has more than {max_new_tokens} tokens"),
-        (int(t["lengths"].sum()) == tokens, f"lengths add up to {int(t['lengths'].sum())}, not {tokens} tokens"),
+        (
+            samples and int(t["lengths"].max()) <= max_new_tokens,
+            f"a sample has more than {max_new_tokens} tokens",
+        ),
+        (
+            int(t["lengths"].sum()) == tokens,
+            f"lengths add up to {int(t['lengths'].sum())}, not {tokens} tokens",
+        ),
     ]:
         if not ok:
             raise Refused(422, reason)
@@ -69,23 +96,33 @@ def check_group(t: dict[str, torch.Tensor], num_samples, max_new_tokens: int, vo
             raise Refused(422, reason)
     sampled_versions = t["versions"][sampled]
     for ok, reason in [  # value checks, once the shapes are known to be right
-        (int(t["token_ids"].min()) >= 0 and int(t["token_ids"].max()) < vocab_size,
-         f"a token id is outside the vocabulary of {vocab_size}"),
-        (t["logprobs"].isfinite().all() and t["logprobs"].max() <= 1e-3, "a log-prob is not finite or above 0"),
+        (
+            int(t["token_ids"].min()) >= 0 and int(t["token_ids"].max()) < vocab_size,
+            f"a token id is outside the vocabulary of {vocab_size}",
+        ),
+        (
+            t["logprobs"].isfinite().all() and t["logprobs"].max() <= 1e-3,
+            "a log-prob is not finite or above 0",
+        ),
         (t["rewards"].isfinite().all(), "a reward is not finite"),
-        (low <= int(sampled_versions.min()) and int(sampled_versions.max()) <= high,
-         f"policy versions {int(sampled_versions.min())}..{int(sampled_versions.max())} outside {low}..{high}"),
-    ]:  # fmt: skip
+        (
+            low <= int(sampled_versions.min()) and int(sampled_versions.max()) <= high,
+            f"policy versions {int(sampled_versions.min())}..{int(sampled_versions.max())} outside {low}..{high}",
+        ),
+    ]:
         if not ok:
             raise Refused(422, reason)
 
 
-NOT_SAMPLED = -1  # in place of a policy version: a token that was put there, as --interrupt-text is; no loss row
+NOT_SAMPLED = (
+    -1
+)  # in place of a policy version: a token that was put there, as --interrupt-text is; no loss row
 
 
 @dataclass
 class Group:
-    """All samples of one prompt. Flat tensors over the samples' response tokens, R of them in all."""
+    """All samples of one prompt. Flat tensors over the samples' response tokens, R of them in
+    all."""
 
     ordinal: int
     prompt_ids: list[int]
@@ -105,17 +142,23 @@ class Group:
         return self.versions[self.versions != NOT_SAMPLED]
 
 
-# ---- groups --------------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: float) -> bytes:
     """The safetensors body of POST /groups; hub.Group says what each tensor is."""
-    versions = [int(span["version"]) for c in choices for span in c["weight_versions"]
-                for _ in range(span["start"], span["end"])]  # fmt: skip
+    versions = [
+        int(span["version"])
+        for c in choices
+        for span in c["weight_versions"]
+        for _ in range(span["start"], span["end"])
+    ]
     tensors = {
         "lengths": torch.tensor([len(c["token_ids"]) for c in choices], dtype=torch.int32),
         "token_ids": torch.tensor([t for c in choices for t in c["token_ids"]], dtype=torch.int32),
         "logprobs": torch.tensor([x["logprob"] for c in choices for x in c["logprobs"]["content"]]),
         "versions": torch.tensor(versions, dtype=torch.int32),
         "rewards": torch.tensor(rewards, dtype=torch.float32),
-        "truncated": torch.tensor([c["finish_reason"] == "length" for c in choices], dtype=torch.uint8),
+        "truncated": torch.tensor(
+            [c["finish_reason"] == "length" for c in choices], dtype=torch.uint8
+        ),
     }
     return save(tensors, metadata={"lease": lease, "gen_s": f"{gen_s:.6f}"})

@@ -1,4 +1,5 @@
-"""Processes that end with whoever started them; the rollout node on the trainer's own machine is one."""
+"""Processes that end with whoever started them; the rollout node on the trainer's own machine is
+one."""
 
 import os
 import secrets
@@ -16,7 +17,8 @@ from bridge.waits import Wait, backoff_s, in_utf8
 
 
 def cores() -> int:
-    """The cores that this process may use: by its affinity, and by its cgroup's quota, as a container has one."""
+    """The cores that this process may use: by its affinity, and by its cgroup's quota, as a
+    container has one."""
     allowed = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -43,18 +45,22 @@ def node_name(pid: int, mark: str) -> str:
 
 
 def with_parent(command: list[str]) -> list[str]:
-    """The command, to end with SIGTERM when this process is gone (Linux), so that even kill -9 leaves no orphan.
+    """The command, to end with SIGTERM when this process is gone (Linux), so that even kill -9
+    leaves no orphan.
 
-    The child asks for it itself, and then becomes the command. A preexec_fn would ask in a fork of this process, whose
-    other threads may hold any lock at that moment: such a child hangs, and whoever started it with it.
+    The child asks for it itself, and then becomes the command. A preexec_fn would ask in a fork of
+    this process, whose other threads may hold any lock at that moment: such a child hangs, and
+    whoever started it with it.
     """
-    ask = f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {signal.SIGTERM:d}); "  # 1 = PR_SET_PDEATHSIG
+    # 1 = PR_SET_PDEATHSIG
+    ask = f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {signal.SIGTERM:d}); "
     ask += f"os.getppid() == {os.getpid()} or os._exit(1); os.execvp(sys.argv[1], sys.argv[1:])"
     return [sys.executable, "-I", "-S", "-c", ask, *command]
 
 
-# What is started may be many processes, hang while it ends, or leave some behind: a process that nothing can hang
-# stands between it and the node. Whoever loses its parent becomes the guard's child, in whatever session it is.
+# What is started may be many processes, hang while it ends, or leave some behind: a process that
+# nothing can hang stands between it and the node. Whoever loses its parent becomes the guard's
+# child, in whatever session it is.
 GUARD = """
 import ctypes, os, signal, subprocess, sys, time
 def end(*_):
@@ -104,14 +110,16 @@ finally:
 
 
 def guarded(command: list[str], grace_s: float = 10.0) -> list[str]:
-    """The command under a guard. Start it in a session of its own: its end, SIGTERM to the guard, or this process's
-    death end all that it has started, the session politely first, after grace_s by SIGKILL."""
+    """The command under a guard. Start it in a session of its own: its end, SIGTERM to the guard,
+    or this process's death end all that it has started, the session politely first, after grace_s
+    by SIGKILL."""
     return [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), str(grace_s), *command]
 
 
-# ---- the rollout node on the trainer's machine -----------------------------------------------------------------
+# ---- the rollout node on the trainer's machine ---------------------------------------------------
 def rollout_gpus(visible: str, ranks: int) -> str:
-    """CUDA_VISIBLE_DEVICES of the local rollout node: those that no rank of the trainer has, or all if none is left."""
+    """CUDA_VISIBLE_DEVICES of the local rollout node: those that no rank of the trainer has, or all
+    if none is left."""
     gpus = visible.split(",")
     return ",".join(gpus[ranks:] or gpus)
 
@@ -123,12 +131,34 @@ class LocalRollout:
 
     def __init__(self, hub, directory: Path, args: str, log_path: Path):
         self.hub, self.log_path = hub, log_path
-        self.command = [sys.executable, str(REPO / "rollout.py"), hub.url, "--dir", str(directory), *shlex.split(args)]
-        torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-        self.env = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith("TORCHELASTIC")}
+        self.command = [
+            sys.executable,
+            str(REPO / "rollout.py"),
+            hub.url,
+            "--dir",
+            str(directory),
+            *shlex.split(args),
+        ]
+        torchrun = (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "OMP_NUM_THREADS",
+        )
+        self.env = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in torchrun and not k.startswith("TORCHELASTIC")
+        }
         if torch.cuda.is_available():
-            given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-            self.env["CUDA_VISIBLE_DEVICES"] = rollout_gpus(given, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+                map(str, range(torch.cuda.device_count()))
+            )
+            self.env["CUDA_VISIBLE_DEVICES"] = rollout_gpus(
+                given, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            )
         self.starts, self.groups, self.not_before = 0, -1, 0.0
         self.process: subprocess.Popen | None = None
         self._start()
@@ -140,13 +170,12 @@ class LocalRollout:
         with open(self.log_path, "a") as out:
             print(f"[{time.strftime('%H:%M:%S')}] a rollout node is started", file=out, flush=True)
             self.process = subprocess.Popen(
-                with_parent(self.command), env=env, stdout=out, stderr=out,
-                stdin=subprocess.DEVNULL,
-            )  # fmt: skip
+                with_parent(self.command), env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL
+            )
 
     def keep(self, groups: int, say) -> None:
-        """Called while the trainer waits. groups: that have come in so far.
-        Raises: RuntimeError when the process has ended MAX_STARTS times and no group came between."""
+        """Called while the trainer waits. groups: that have come in so far. Raises: RuntimeError
+        when the process has ended MAX_STARTS times and no group came between."""
         if groups > self.groups:
             self.groups, self.starts = groups, min(self.starts, 1)
         if (status := self.process.poll()) is None:
@@ -155,7 +184,9 @@ class LocalRollout:
             lines = self.log_path.read_text(errors="replace").strip().splitlines()
             why = f"the rollout process ended with status {status}: {lines[-1] if lines else ''} ({self.log_path})"
             self.hub.release(node_name(self.process.pid, self.mark))
-            if self.starts >= self.MAX_STARTS or status == 2:  # 2: another start would end the same way
+            if (
+                self.starts >= self.MAX_STARTS or status == 2
+            ):  # 2: another start would end the same way
                 raise RuntimeError(f"{why}; started {self.starts} times without a group")
             pause_s = backoff_s(self.starts)
             say(f"{why}; starting it again in {pause_s:.1f} s")

@@ -14,9 +14,10 @@ from bridge.reward_process import KEPT, reward_sources
 from bridge.waits import Wait, backoff_s
 
 
-# ---- rewards -------------------------------------------------------------------------------------------------
+# ---- rewards -------------------------------------------------------------------------------------
 class RewardsEnd(ValueError):
-    """The reward function cannot be loaded, or its service is away for too long: the run cannot go on."""
+    """The reward function cannot be loaded, or its service is away for too long: the run cannot go
+    on."""
 
 
 class Away(str):
@@ -24,26 +25,41 @@ class Away(str):
 
 
 class RewardWorkers:
-    """Reward functions in processes of their own (reward_process.py): one that raises, hangs, exits or prints
-    costs a sample, and not the node. Each runs the sources as they were when this was made, and ends with all that it
-    has started. `failed` counts such samples by kind, and by "away" the calls that were made again, until somebody
-    takes the counts. Raises: ValueError when there is no such file; from `start` and `score`: RewardsEnd."""
+    """Reward functions in processes of their own (reward_process.py): one that raises, hangs, exits
+    or prints costs a sample, and not the node. Each runs the sources as they were when this was
+    made, and ends with all that it has started. `failed` counts such samples by kind, and by "away"
+    the calls that were made again, until somebody takes the counts. Raises: ValueError when there
+    is no such file; from `start` and `score`: RewardsEnd."""
 
     PATIENCE_S = 60.0  # with a service that answers others, and this sample not
 
-    def __init__(self, spec: str, count: int, timeout_s: float, start_timeout_s: float = 300.0,
-                 away_timeout_s: float = 600.0):  # fmt: skip
+    def __init__(
+        self,
+        spec: str,
+        count: int,
+        timeout_s: float,
+        start_timeout_s: float = 300.0,
+        away_timeout_s: float = 600.0,
+    ):
         self.spec, self.count, self.timeout_s = spec, count, timeout_s
         self.start_timeout_s, self.away_timeout_s = start_timeout_s, away_timeout_s
         self.processes: set[asyncio.subprocess.Process] = set()
         self.starting: set[asyncio.Task] = set()
         self.free: asyncio.Queue = asyncio.Queue()
         self.failed: Counter[str] = Counter()
-        self.judged, self.away, self.said = 0, None, 0.0  # rewards; the wait for a service; when that was last told
+        self.judged, self.away, self.said = (
+            0,
+            None,
+            0.0,
+        )  # rewards; the wait for a service; when that was last told
         for _ in range(count):
             self.free.put_nowait(None)  # a worker that is started when it is first needed
-        self.kept = os.fdopen(os.memfd_create("rewards"), "w")  # a file that no kill -9 leaves behind
-        json.dump({path: text.decode("latin-1") for path, text in reward_sources(spec).items()}, self.kept)
+        self.kept = os.fdopen(
+            os.memfd_create("rewards"), "w"
+        )  # a file that no kill -9 leaves behind
+        json.dump(
+            {path: text.decode("latin-1") for path, text in reward_sources(spec).items()}, self.kept
+        )
         self.kept.flush()
 
     async def start(self) -> None:
@@ -51,8 +67,9 @@ class RewardWorkers:
         await asyncio.gather(*(self._score([], {}) for _ in range(self.count)))
 
     async def score(self, completions: list[str], example: dict) -> list[float | str]:
-        """A reward for each completion, or a line that says why it has none (Away: not for want of a good function).
-        While the service that the function asks is away, one of them asks again and again; then the others follow."""
+        """A reward for each completion, or a line that says why it has none (Away: not for want of
+        a good function). While the service that the function asks is away, one of them asks again
+        and again; then the others follow."""
         judged, patience, attempt = self.judged, Wait("reward away", self.PATIENCE_S), 0
         answers = await self._score(completions, example)
         while again := [i for i, answer in enumerate(answers) if answer.get("kind") == "away"]:
@@ -61,18 +78,27 @@ class RewardWorkers:
                 break
             await self._be_patient(answers[again[0]]["error"], attempt)
             again, attempt = again[:1] if self.away else again, attempt + 1
-            for i, answer in zip(again, await self._score([completions[i] for i in again], example)):
+            for i, answer in zip(
+                again, await self._score([completions[i] for i in again], example)
+            ):
                 answers[i] = answer
-        return [answer["reward"] if "reward" in answer else (Away if answer["kind"] == "away" else str)(answer["error"])
-                for answer in answers]  # fmt: skip
+        return [
+            answer["reward"]
+            if "reward" in answer
+            else (Away if answer["kind"] == "away" else str)(answer["error"])
+            for answer in answers
+        ]
 
     async def _be_patient(self, why: str, attempt: int) -> None:
-        """Before a service is asked again. Raises: RewardsEnd when it has answered nobody for too long."""
+        """Before a service is asked again. Raises: RewardsEnd when it has answered nobody for too
+        long."""
         if self.away and self.away.over:
             raise RewardsEnd(self.away.message(why))
         if self.away and self.away.waited_s > 1 and time.monotonic() > self.said + 10:
             self.said = time.monotonic()
-            log(f"the reward function's service is away for {self.away.waited_s:.0f} s, asking it again: {why}")
+            log(
+                f"the reward function's service is away for {self.away.waited_s:.0f} s, asking it again: {why}"
+            )
         await asyncio.sleep(min(backoff_s(attempt), max(0.05, self.away_timeout_s / 4)))
 
     async def _score(self, completions: list[str], example: dict) -> list[dict]:
@@ -82,8 +108,11 @@ class RewardWorkers:
             worker = worker or await self._start()
             while left := completions[len(answers) :]:
                 worker = worker or await self._start()
-                # All at once: worker and node would else wait for each other's turn on the CPU at every sample.
-                with contextlib.suppress(ConnectionError):  # it has died; its silence is dealt with below
+                # All at once: worker and node would else wait for each other's turn on the CPU at
+                # every sample.
+                with contextlib.suppress(
+                    ConnectionError
+                ):  # it has died; its silence is dealt with below
                     for completion in left:
                         job = {"completion": completion, "example": example}
                         worker.stdin.write(json.dumps(job).encode() + b"\n")
@@ -102,15 +131,26 @@ class RewardWorkers:
         """A worker that has loaded the function."""
         env = {**os.environ, KEPT: f"/proc/{os.getpid()}/fd/{self.kept.fileno()}"}
         env.pop("CISPO_TOKEN", None)
-        # -P: this directory is not on its path, or a module of ours would be in the place of a user's or a library's.
-        command = guarded([sys.executable, "-P", str(REPO / "bridge/reward_process.py"), self.spec], grace_s=0.0)
+        # -P: this directory is not on its path, or a module of ours would be in the place of a
+        # user's or a library's.
+        command = guarded(
+            [sys.executable, "-P", str(REPO / "bridge/reward_process.py"), self.spec], grace_s=0.0
+        )
         attempt = 0
         while True:
-            start = asyncio.create_task(asyncio.create_subprocess_exec(
-                *command, env=env, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
-            ))  # fmt: skip
+            start = asyncio.create_task(
+                asyncio.create_subprocess_exec(
+                    *command,
+                    env=env,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    start_new_session=True,
+                )
+            )
             self.starting.add(start)
-            worker = await asyncio.shield(start)  # cancelled here, it would be a process nobody knows
+            worker = await asyncio.shield(
+                start
+            )  # cancelled here, it would be a process nobody knows
             self.starting.discard(start)
             self.processes.add(worker)
             try:
@@ -125,7 +165,9 @@ class RewardWorkers:
             if said is None:
                 raise RewardsEnd(f"--reward {self.spec!r}: {wait.message()}")
             if isinstance(said, int):
-                raise RewardsEnd(f"--reward {self.spec!r}: its process ended with status {said} while it was imported")
+                raise RewardsEnd(
+                    f"--reward {self.spec!r}: its process ended with status {said} while it was imported"
+                )
             self._count(said)
             if said["kind"] != "away":
                 raise RewardsEnd(said["error"])
@@ -135,20 +177,25 @@ class RewardWorkers:
     async def _line(self, worker, wait: Wait) -> dict | int | None:
         """The worker's next line; its status if it has ended; None if it takes too long."""
         try:
-            async with asyncio.timeout(wait.deadline_s):  # not wait_for: in Python 3.11 it may swallow a cancellation
+            async with asyncio.timeout(
+                wait.deadline_s
+            ):  # not wait_for: in Python 3.11 it may swallow a cancellation
                 line = await worker.stdout.readline()
         except TimeoutError:
             return None
         if line:
             return json.loads(line)
-        with contextlib.suppress(TimeoutError):  # it has closed its end: its own status, if it has one
+        with contextlib.suppress(
+            TimeoutError
+        ):  # it has closed its end: its own status, if it has one
             async with asyncio.timeout(2.0):
                 await worker.wait()
         self._kill(worker)
         return await worker.wait()
 
     async def _answer(self, worker) -> tuple[dict, asyncio.subprocess.Process | None]:
-        """The worker's answer to a job, or why there is none; and the worker, None if it is gone."""
+        """The worker's answer to a job, or why there is none; and the worker, None if it is
+        gone."""
         wait = Wait("reward", self.timeout_s)
         answer = await self._line(worker, wait)
         if not isinstance(answer, dict):
@@ -199,7 +246,8 @@ class RewardWorkers:
 
 
 def check_reward(spec: str, start_timeout_s: float, away_timeout_s: float) -> None:
-    """Load a reward function once, in a process of its own. Raises: ValueError that says why it cannot be."""
+    """Load a reward function once, in a process of its own. Raises: ValueError that says why it
+    cannot be."""
 
     async def load() -> None:
         workers = RewardWorkers(spec, 1, 0.0, start_timeout_s, away_timeout_s)

@@ -1,12 +1,12 @@
-"""Validation: prompts that are never trained on, answered by the rollout nodes beside the training prompts.
-
-A round begins under a version of the weights and hands out every held-out prompt once, to nodes that hold this version
-or a newer one; how far the versions of its tokens reach is in its record. It has books of its own, so the ledger's
-account, each prompt trained once, does not know of it. While both have prompts the hub grants them in turn, and all
-of them from the one that still has some: training never waits for more than its own half of vLLM.
-
-What has no reward in the end (a sample whose reward function failed, a prompt that no node could answer) scores 0 and
-is counted: a score never flatters.
+"""Validation: prompts that are never trained on, answered by the rollout nodes beside the training
+prompts.
+ A round begins under a version of the weights and hands out every held-out prompt once, to nodes
+that hold this version or a newer one; how far the versions of its tokens reach is in its record. It
+has books of its own, so the ledger's account, each prompt trained once, does not know of it. While
+both have prompts the hub grants them in turn, and all of them from the one that still has some:
+training never waits for more than its own half of vLLM.
+ What has no reward in the end (a sample whose reward function failed, a prompt that no node could
+answer) scores 0 and is counted: a score never flatters.
 """
 
 import json
@@ -29,7 +29,9 @@ class Round:
     todo: list[int]  # prompts to be leased, lowest first
     start: float
     groups: dict[int, Group] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)  # prompts that no node could answer, and why
+    failed: dict[int, str] = field(
+        default_factory=dict
+    )  # prompts that no node could answer, and why
     repeated: int = 0  # leases that ended without an answer
     seconds: float = 0.0  # from its beginning to the last answer
 
@@ -37,8 +39,14 @@ class Round:
 class Validation(Books):
     """The rounds that are open, and who has which of their prompts."""
 
-    def __init__(self, examples=(), num_samples: int = 1, lease_timeout_s: float = 600.0, max_failures: int = 5,
-                 pass_threshold: float = 1.0):  # fmt: skip
+    def __init__(
+        self,
+        examples=(),
+        num_samples: int = 1,
+        lease_timeout_s: float = 600.0,
+        max_failures: int = 5,
+        pass_threshold: float = 1.0,
+    ):
         super().__init__(lease_timeout_s, max_failures)
         self.pass_threshold = pass_threshold
         self.examples, self.num_samples = examples, num_samples
@@ -57,13 +65,18 @@ class Validation(Books):
             if found.todo and found.version <= node_version:
                 index, self.leases_made = found.todo.pop(0), self.leases_made + 1
                 name = f"v{found.version}-{index}-{self.leases_made}"
-                lease = Lease(name, index, node, node_version, now, now + self.lease_timeout_s, found.version)
+                lease = Lease(
+                    name, index, node, node_version, now, now + self.lease_timeout_s, found.version
+                )
                 self.leases[name] = lease
                 return lease
         return None
 
-    def give_back(self, lease_id: str, count: str, failure: str = "", by_reward: bool = False) -> None:
-        """A lease that ends without an answer: its prompt is leased again, or fails for good, as in Ledger."""
+    def give_back(
+        self, lease_id: str, count: str, failure: str = "", by_reward: bool = False
+    ) -> None:
+        """A lease that ends without an answer: its prompt is leased again, or fails for good, as in
+        Ledger."""
         lease = self.leases.pop(lease_id)
         found, key = self.rounds[lease.validates], (lease.validates, lease.ordinal)
         self.counts[count] += 1
@@ -73,8 +86,10 @@ class Validation(Books):
             insort(found.todo, lease.ordinal)
             return
         found.failed[lease.ordinal] = failure
-        self.news.append(f"validation of v{found.version}: prompt {lease.ordinal} failed {self.failures[key]} times "
-                         f"and scores 0: {failure}")  # fmt: skip
+        self.news.append(
+            f"validation of v{found.version}: prompt {lease.ordinal} failed {self.failures[key]} times "
+            f"and scores 0: {failure}"
+        )
         self._settle(found)
 
     def accept(self, lease_id: str, group: Group) -> None:
@@ -90,39 +105,49 @@ class Validation(Books):
             self.finished.append(self.rounds.pop(found.version))
 
     def status(self) -> dict:
-        rounds = [{"version": r.version, "answered": len(r.groups), "of": len(self.examples)}
-                  for r in self.rounds.values()]  # fmt: skip
+        rounds = [
+            {"version": r.version, "answered": len(r.groups), "of": len(self.examples)}
+            for r in self.rounds.values()
+        ]
         return {"rounds": rounds, "answered": self.answered, "counts": dict(self.counts)}
 
 
-def due_at_start(start: int, validates: bool, anew: bool, unscored: list[int], scores: dict) -> list[int]:
-    """The versions whose rounds a run asks for as it starts. One that goes on, after a kill too, asks again for those
-    that were open at its checkpoint, and never for one whose score is there. anew: the run, or its scores, start here.
+def due_at_start(
+    start: int, validates: bool, anew: bool, unscored: list[int], scores: dict
+) -> list[int]:
+    """The versions whose rounds a run asks for as it starts. One that goes on, after a kill too,
+    asks again for those that were open at its checkpoint, and never for one whose score is there.
+    anew: the run, or its scores, start here.
     """
     begun = {start} if anew else {*unscored, *([start] if validates else [])}
     return sorted(begun - scores.keys())
 
 
-# ---- scores --------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 def score(done: Round, num_samples: int, pass_threshold: float = 1.0) -> dict:
-    """The record of a finished round. avg@k: mean reward of all k samples of every prompt; pass@k: share of prompts
-    that one of their k solves, with a reward of at least pass_threshold."""
+    """The record of a finished round. avg@k: mean reward of all k samples of every prompt; pass@k:
+    share of prompts that one of their k solves, with a reward of at least pass_threshold."""
     prompts, groups = len(done.groups) + len(done.failed), list(done.groups.values())
     rewards = torch.cat([g.rewards for g in groups]).double() if groups else torch.zeros(0)
     lengths = torch.cat([g.lengths for g in groups]).double() if groups else torch.zeros(0)
-    versions = [int(v) for g in groups for v in (g.oldest_version, g.versions.max())] or [done.version]
+    versions = [int(v) for g in groups for v in (g.oldest_version, g.versions.max())] or [
+        done.version
+    ]
     passed = sum(bool((g.rewards >= pass_threshold).any()) for g in groups)
     return {
-        "version": done.version, "versions": [min(versions), max(versions)],
+        "version": done.version,
+        "versions": [min(versions), max(versions)],
         f"validation/avg@{num_samples}": rewards.sum().item() / (prompts * num_samples),
         f"validation/pass@{num_samples}": passed / prompts,
-        "validation/prompts": prompts, "validation/prompts_failed": len(done.failed),
+        "validation/prompts": prompts,
+        "validation/prompts_failed": len(done.failed),
         "validation/samples_dropped": prompts * num_samples - len(rewards),
         "validation/leases_repeated": done.repeated,
         "validation/mean_gen_tokens_per_sample": lengths.mean().item() if groups else None,
-        "validation/truncation_rate": sum(int(g.truncated.sum()) for g in groups) / max(1, len(rewards)),
+        "validation/truncation_rate": sum(int(g.truncated.sum()) for g in groups)
+        / max(1, len(rewards)),
         "timing/validation/total_s": done.seconds,
-    }  # fmt: skip
+    }
 
 
 def samples(done: Round, examples, decode: Callable[[list[int]], str]) -> list[dict]:
@@ -134,19 +159,26 @@ def samples(done: Round, examples, decode: Callable[[list[int]], str]) -> list[d
 
 
 def readable(group: Group, which, answer, decode: Callable[[list[int]], str]) -> list[dict]:
-    """These samples of a group as text, with what was expected. `decode` keeps special tokens: from here one sees
-    whether the chat template is the right one. inserted: what --interrupt-at-tokens has put in."""
+    """These samples of a group as text, with what was expected. `decode` keeps special tokens: from
+    here one sees whether the chat template is the right one. inserted: what --interrupt-at-tokens
+    has put in."""
     ids, versions = (t.split(group.lengths.tolist()) for t in (group.token_ids, group.versions))
     found = []
     for i in which:
         sampled = versions[i] != NOT_SAMPLED
-        found.append({
-            "prompt": decode(group.prompt_ids), "completion": decode(ids[i].tolist()), "answer": answer,
-            "reward": group.rewards[i].item(), "truncated": bool(group.truncated[i]),
-            "prompt_tokens": len(group.prompt_ids), "tokens": len(ids[i]),
-            "versions": [int(v) for v in versions[i][sampled].aminmax()],
-            **({} if sampled.all() else {"inserted": decode(ids[i][~sampled].tolist())}),
-        })  # fmt: skip
+        found.append(
+            {
+                "prompt": decode(group.prompt_ids),
+                "completion": decode(ids[i].tolist()),
+                "answer": answer,
+                "reward": group.rewards[i].item(),
+                "truncated": bool(group.truncated[i]),
+                "prompt_tokens": len(group.prompt_ids),
+                "tokens": len(ids[i]),
+                "versions": [int(v) for v in versions[i][sampled].aminmax()],
+                **({} if sampled.all() else {"inserted": decode(ids[i][~sampled].tolist())}),
+            }
+        )
     return found
 
 

@@ -1,8 +1,7 @@
-"""The processes that others start, watch and end: vLLM and the reward workers of a rollout node, and the rollout node
-that the trainer keeps on its own machine.
-
-Each is ended with whoever started it, even by kill -9 (`with_parent`, and `guarded` for vLLM), and none gets the hub's
-token but the node.
+"""The processes that others start, watch and end: vLLM and the reward workers of a rollout node,
+and the rollout node that the trainer keeps on its own machine.
+ Each is ended with whoever started it, even by kill -9 (`with_parent`, and `guarded` for vLLM), and
+none gets the hub's token but the node.
 """
 
 import asyncio
@@ -24,32 +23,47 @@ import torch
 from bridge.processes import REPO, cores, guarded, log
 from bridge.waits import Wait, WaitOver
 
-# ---- vLLM ----------------------------------------------------------------------------------------------------
+# ---- vLLM ----------------------------------------------------------------------------------------
 ROUTES = {  # what is used of vLLM, and what opens it
-    "/health": "vLLM", "/metrics": "vLLM", "/inference/v1/generate": "--enable-scale-out",
-    **dict.fromkeys(("/pause", "/resume", "/start_weight_update", "/update_weights", "/finish_weight_update",
-                     "/weight_checker"), "VLLM_SERVER_DEV_MODE=1"),
-}  # fmt: skip
+    "/health": "vLLM",
+    "/metrics": "vLLM",
+    "/inference/v1/generate": "--enable-scale-out",
+    **dict.fromkeys(
+        (
+            "/pause",
+            "/resume",
+            "/start_weight_update",
+            "/update_weights",
+            "/finish_weight_update",
+            "/weight_checker",
+        ),
+        "VLLM_SERVER_DEV_MODE=1",
+    ),
+}
 MENDED_BY = "versions 0.32 and 0.33 have them (bash launch.sh install); check --vllm-command and --vllm-args too"
 
 
-# What a request to a server on this machine or elsewhere may raise, besides its own refusal (RuntimeError).
+# What a request to a server on this machine or elsewhere may raise, besides its own refusal
+# (RuntimeError).
 NO_ANSWER = (aiohttp.ClientError, TimeoutError, OSError)
 
 
 class VLLMUnfit(Exception):
-    """This vLLM lacks something, and would after every restart; the message says all that is missing."""
+    """This vLLM lacks something, and would after every restart; the message says all that is
+    missing."""
 
 
 def reason_of(output: str) -> str:
-    """The line of vLLM's output that says why it did not start, or "": the last error that is not said to follow from
-    another process's."""
+    """The line of vLLM's output that says why it did not start, or "": the last error that is not
+    said to follow from another process's."""
     prefix = r"^\s*\(\w+ pid=\d+\)\s*(ERROR \S+ \S+ \[[^]]*\]\s*)?"
     lines, reason = [re.sub(prefix, "", line).strip() for line in output.splitlines()], ""
     for line, after in zip(lines, [*lines[1:], ""]):
         if re.match(r"[\w.]*(Error|Exception): |.*: error: argument |\S+: No module named ", line):
             if "initialization failed" not in line:  # else another process says why
-                reason = f"{line}: {after.split(' [type=')[0]}" if "ValidationError: " in line else line
+                reason = (
+                    f"{line}: {after.split(' [type=')[0]}" if "ValidationError: " in line else line
+                )
     return reason[:600]
 
 
@@ -57,8 +71,8 @@ HOPELESS = r"(Value|Import|ModuleNotFound|FileNotFound|NotImplemented)Error: |: 
 
 
 class VLLM:
-    """One vLLM server process on the loopback address. All that depends on vLLM's version is here, its flags and its
-    routes, but for the part that runs inside of it (vllm_engine.py)."""
+    """One vLLM server process on the loopback address. All that depends on vLLM's version is here,
+    its flags and its routes, but for the part that runs inside of it (vllm_engine.py)."""
 
     def __init__(self, cfg, run: dict, log_path: Path):
         self.cfg, self.run, self.log_path = cfg, run, log_path
@@ -69,7 +83,8 @@ class VLLM:
     async def start(self, checkpoint: Path) -> None:
         """Start the server on a checkpoint directory and wait until it is healthy.
 
-        Raises: RuntimeError with vLLM's own reason when it exits or takes too long, VLLMUnfit for one that stays.
+        Raises: RuntimeError with vLLM's own reason when it exits or takes too long, VLLMUnfit for
+        one that stays.
         """
         await self.stop()
         with socket.socket() as s:  # a free port; vLLM binds it a moment later
@@ -77,18 +92,28 @@ class VLLM:
             port = s.getsockname()[1]
         command, env = self._command(checkpoint, port)
         self.session = aiohttp.ClientSession(
-            f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0),
-            # vLLM closes connections that are idle for 5 s; a request may meet that, and POST is not repeated.
+            f"http://127.0.0.1:{port}",
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0),
+            # vLLM closes connections that are idle for 5 s; a request may meet that, and POST is
+            # not repeated.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
-        )  # fmt: skip
+        )
         with open(self.log_path, "a") as out:
             begin = out.tell()
-            self.starting = asyncio.create_task(asyncio.create_subprocess_exec(
-                *guarded(command), env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
-            ))  # fmt: skip
+            self.starting = asyncio.create_task(
+                asyncio.create_subprocess_exec(
+                    *guarded(command),
+                    env=env,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+            )
             try:
-                self.process = await asyncio.shield(self.starting)  # cancelled here, it would be one nobody knows
+                self.process = await asyncio.shield(
+                    self.starting
+                )  # cancelled here, it would be one nobody knows
             except OSError:
                 self.starting = None
                 await self.session.close()
@@ -96,7 +121,11 @@ class VLLM:
         wait, said = Wait("vllm start", self.cfg.vllm_start_timeout_s), 0.0
         while not await self.healthy():
             if self.process.returncode is not None or wait.over:
-                why = wait.message() if wait.over else f"vLLM ended with status {self.process.returncode}"
+                why = (
+                    wait.message()
+                    if wait.over
+                    else f"vLLM ended with status {self.process.returncode}"
+                )
                 await self.stop(kill=True)
                 self._give_up(why, begin)
             if wait.waited_s > said + 5:
@@ -105,47 +134,81 @@ class VLLM:
             await asyncio.sleep(0.25)  # polling another process: there is no event to wait for
         self.version = await self.probe()
         self.was_up, self.why = True, ""
-        log(f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}, version {self.version}")
+        log(
+            f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}, version {self.version}"
+        )
 
     def _command(self, checkpoint: Path, port: int) -> tuple[list[str], dict[str, str]]:
         """vLLM's command line and environment."""
         command = [
-            *(shlex.split(self.cfg.vllm_command)
-              or [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]),
-            "--model", str(checkpoint), "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", self.run["dtype"], "--max-model-len", str(self.run["max_model_len"]),
-            "--seed", str(self.run["seed"]),
+            *(
+                shlex.split(self.cfg.vllm_command)
+                or [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+            ),
+            "--model",
+            str(checkpoint),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            self.run["dtype"],
+            "--max-model-len",
+            str(self.run["max_model_len"]),
+            "--seed",
+            str(self.run["seed"]),
             "--enable-scale-out",  # opens /inference/v1/generate: token ids in, token ids out
-            "--generation-config", "vllm",  # or the checkpoint's top_p and top_k would silently truncate sampling
-            "--logprobs-mode", "processed_logprobs",  # at the sampling temperature, as the trainer computes them
-            "--worker-extension-cls", "vllm_engine.WorkerExtension",
-            "--weight-transfer-config", '{"backend": "safetensors"}',
+            "--generation-config",
+            "vllm",  # or the checkpoint's top_p and top_k would silently truncate sampling
+            "--logprobs-mode",
+            "processed_logprobs",  # at the sampling temperature, as the trainer computes them
+            "--worker-extension-cls",
+            "vllm_engine.WorkerExtension",
+            "--weight-transfer-config",
+            '{"backend": "safetensors"}',
             "--disable-uvicorn-access-log",
-            *(["--hf-overrides", '{"head_dtype": "float32"}'] if self.run.get("fp32_lm_head") else []),
+            *(
+                ["--hf-overrides", '{"head_dtype": "float32"}']
+                if self.run.get("fp32_lm_head")
+                else []
+            ),
             *shlex.split(self.cfg.vllm_args),
-        ]  # fmt: skip
-        # The engine's folder alone, and by -P above not the directory that this was started in: a module there would
-        # take the place of a package of its name that vLLM or transformers imports.
-        path = os.pathsep.join(filter(None, (str(REPO / "bridge/inside_vllm"), os.environ.get("PYTHONPATH"))))
-        env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-               "VLLM_SERVER_DEV_MODE": "1"}  # dev mode opens the weight update routes  # fmt: skip
+        ]
+        # The engine's folder alone, and by -P above not the directory that this was started in: a
+        # module there would take the place of a package of its name that vLLM or transformers
+        # imports.
+        path = os.pathsep.join(
+            filter(None, (str(REPO / "bridge/inside_vllm"), os.environ.get("PYTHONPATH")))
+        )
+        env = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_SERVER_DEV_MODE": "1",
+        }  # dev mode opens the weight update routes
         env.pop("CISPO_TOKEN", None)
         if not torch.cuda.is_available():
             threads = self.cfg.vllm_threads or max(1, cores() // 2)
-            env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                    "OMP_NUM_THREADS": str(threads)}  # fmt: skip
+            env |= {
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": str(threads),
+            }
             command.append("--enforce-eager")
             if not re.search("parallel|executor", self.cfg.vllm_args):
-                # One process for engine and worker. As two they wait for each other in busy loops, which on two cores
-                # take a third of the machine from the trainer. vLLM prefers two since it sets a worker's OpenMP
-                # environment itself; here that is set above, and the variable makes vLLM accept it.
+                # One process for engine and worker. As two they wait for each other in busy loops,
+                # which on two cores take a third of the machine from the trainer. vLLM prefers two
+                # since it sets a worker's OpenMP environment itself; here that is set above, and
+                # the variable makes vLLM accept it.
                 env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
                 command += ["--distributed-executor-backend", "uni"]
         return command, env
 
     def _give_up(self, why: str, begin: int) -> None:
-        """Raises: VLLMUnfit where the next start would end as this one: vLLM has refused its settings, or has failed
-        twice alike without ever having been up; RuntimeError otherwise. begin: of this start in vLLM's log."""
+        """Raises: VLLMUnfit where the next start would end as this one: vLLM has refused its
+        settings, or has failed twice alike without ever having been up; RuntimeError otherwise.
+        begin: of this start in vLLM's log."""
         with open(self.log_path, "rb") as file:
             file.seek(begin)
             output = file.read().decode(errors="replace")
@@ -159,16 +222,25 @@ class VLLM:
         self.why = reason
         if re.search("ValidationError: |: error: argument ", reason):
             refused = re.sub(r".*?(ValidationError: \d+ .*?: |: error: )", "", reason)
-            raise VLLMUnfit(f"vLLM refuses its settings: {refused}; see --vllm-args and the run's flags")
+            raise VLLMUnfit(
+                f"vLLM refuses its settings: {refused}; see --vllm-args and the run's flags"
+            )
         if hopeless and not self.was_up and reason == before:
             raise VLLMUnfit(f"vLLM does not start: {reason} ({self.log_path})")
         raise RuntimeError(f"{why}: {reason or tail[-300:]} ({self.log_path})")
 
     def engine(self) -> str:
         """Of what kind it is: engines of one kind make the same of the same weights, to the bit."""
-        card = [line for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-                for line in file.read_text().splitlines() if line.startswith("Model:")]  # fmt: skip
-        device = " ".join(dict.fromkeys(card)) or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        card = [
+            line
+            for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+            for line in file.read_text().splitlines()
+            if line.startswith("Model:")
+        ]
+        device = (
+            " ".join(dict.fromkeys(card))
+            or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        )
         return f"vLLM {self.version} on {device}, {self.cfg.vllm_command} {self.cfg.vllm_args}"
 
     async def probe(self) -> str:
@@ -178,34 +250,51 @@ class VLLM:
         version = found[1] if found else "unknown"
         missing = []
         for route, opened_by in ROUTES.items():
-            async with self.session.options(route) as response:  # a route that is there refuses the method: 405
+            async with self.session.options(
+                route
+            ) as response:  # a route that is there refuses the method: 405
                 if response.status == 404:
                     missing.append(f"{route} (of {opened_by})")
         if missing:
-            raise VLLMUnfit(f"vLLM of version {version} lacks the routes {', '.join(missing)}; {MENDED_BY}")
+            raise VLLMUnfit(
+                f"vLLM of version {version} lacks the routes {', '.join(missing)}; {MENDED_BY}"
+            )
         return version
 
     async def healthy(self) -> bool:
         try:
-            async with self.session.get("/health", timeout=aiohttp.ClientTimeout(total=30)) as response:
+            async with self.session.get(
+                "/health", timeout=aiohttp.ClientTimeout(total=30)
+            ) as response:
                 return response.status == 200
         except (*NO_ANSWER, RuntimeError):  # RuntimeError: the session of a stopped server
             return False
 
     async def vitals(self) -> dict[str, float] | None:
-        """What vLLM says of its load, and the tokens it has made so far; None when it does not answer.
-        Raises: RuntimeError when its process or its engine is dead by its own account."""
+        """What vLLM says of its load, and the tokens it has made so far; None when it does not
+        answer. Raises: RuntimeError when its process or its engine is dead by its own account."""
         if self.process.returncode is not None:
             raise RuntimeError(f"vLLM ended with status {self.process.returncode}")
-        names = {"vllm:num_requests_running": "running", "vllm:num_requests_waiting": "waiting",
-                 "vllm:kv_cache_usage_perc": "kv", "vllm:num_preemptions_total": "preemptions",
-                 "vllm:generation_tokens_total": "tokens", "vllm:prompt_tokens_total": "prompt_tokens"}  # fmt: skip
+        names = {
+            "vllm:num_requests_running": "running",
+            "vllm:num_requests_waiting": "waiting",
+            "vllm:kv_cache_usage_perc": "kv",
+            "vllm:num_preemptions_total": "preemptions",
+            "vllm:generation_tokens_total": "tokens",
+            "vllm:prompt_tokens_total": "prompt_tokens",
+        }
         found = dict.fromkeys(names.values(), 0.0)
         try:
-            async with self.session.get("/health", timeout=aiohttp.ClientTimeout(total=5)) as response:
+            async with self.session.get(
+                "/health", timeout=aiohttp.ClientTimeout(total=5)
+            ) as response:
                 if response.status >= 500:
-                    raise RuntimeError(f"vLLM's /health answers {response.status}: its engine is dead")
-            async with self.session.get("/metrics", timeout=aiohttp.ClientTimeout(total=5)) as response:
+                    raise RuntimeError(
+                        f"vLLM's /health answers {response.status}: its engine is dead"
+                    )
+            async with self.session.get(
+                "/metrics", timeout=aiohttp.ClientTimeout(total=5)
+            ) as response:
                 for line in (await response.text()).splitlines():
                     name, _, rest = line.partition("{")
                     if name in names:  # one line for each engine of a data-parallel vLLM
@@ -215,7 +304,8 @@ class VLLM:
         return found
 
     async def stop(self, kill: bool = False) -> None:
-        """End the process and all it started: politely first, or at once where it no longer listens."""
+        """End the process and all it started: politely first, or at once where it no longer
+        listens."""
         if self.starting is None:
             return
         self.process = await self.starting
@@ -230,8 +320,8 @@ class VLLM:
         self.process = self.starting = None
 
     async def post(self, route: str, body: dict | None = None) -> dict:
-        """Raises: RuntimeError when vLLM answers with an error, or what is no JSON object; NO_ANSWER's when it does not
-        answer."""
+        """Raises: RuntimeError when vLLM answers with an error, or what is no JSON object;
+        NO_ANSWER's when it does not answer."""
         async with self.session.post(route, json=body) as response:
             text = await response.text()
             if response.status != 200:
@@ -239,15 +329,19 @@ class VLLM:
             try:
                 return dict(json.loads(text))
             except (ValueError, TypeError):
-                raise RuntimeError(f"vLLM answered {route} with what is no JSON object: {text[:500]}") from None
+                raise RuntimeError(
+                    f"vLLM answered {route} with what is no JSON object: {text[:500]}"
+                ) from None
 
     async def load(self, checkpoint: Path, version: int) -> dict[str, float]:
-        """Put the weights of a verified directory into the running model. Returns the seconds of each part.
+        """Put the weights of a verified directory into the running model. Returns the seconds of
+        each part.
 
-        Between pause and resume no engine step runs, so no token is sampled from half-loaded weights. Requests in
-        flight are kept; vLLM labels the tokens before and after. What they have in the KV cache is computed again by
-        the new weights, unless the run says otherwise (vLLM counts that as preemptions).
-        Raises: WaitOver when vLLM takes too long over it, and as `post`.
+        Between pause and resume no engine step runs, so no token is sampled from half-loaded
+        weights. Requests in flight are kept; vLLM labels the tokens before and after. What they
+        have in the KV cache is computed again by the new weights, unless the run says otherwise
+        (vLLM counts that as preemptions). Raises: WaitOver when vLLM takes too long over it, and as
+        `post`.
         """
         wait, start = Wait("weight update", self.cfg.load_timeout_s), time.perf_counter()
         try:
@@ -262,7 +356,11 @@ class VLLM:
                 await self.post("/resume")
         except TimeoutError:
             raise WaitOver(wait.message(f"v{version}")) from None
-        return {"pause_s": paused - start, "load_s": loaded - paused, "stopped_s": time.perf_counter() - start}
+        return {
+            "pause_s": paused - start,
+            "load_s": loaded - paused,
+            "stopped_s": time.perf_counter() - start,
+        }
 
     async def checksums(self) -> dict[str, str]:
         """Raises: as `load`."""
@@ -276,8 +374,9 @@ class VLLM:
 
     async def generate(self, prompt_ids: list[int], sampling: dict, version: int) -> list[dict]:
         """All samples of a prompt in one request; vLLM shares the prompt's prefill between them."""
-        # The salt keeps a prefix that older weights computed from being reused under newer ones: version 40 of a
-        # trainer that was started again is another one than before, hence the run's id.
+        # The salt keeps a prefix that older weights computed from being reused under newer ones:
+        # version 40 of a trainer that was started again is another one than before, hence the run's
+        # id.
         salt = f"{self.run.get('id', '')}-v{version}"
         body = {"token_ids": prompt_ids, "sampling_params": sampling, "cache_salt": salt}
         return list((await self.post("/inference/v1/generate", body)).get("choices") or [])

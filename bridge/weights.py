@@ -1,8 +1,8 @@
-"""Weights on their way: from a Hugging Face checkpoint into the trainer, and out again to the rollout nodes, whose end
-is receive.py.
-
-Every rank owns a share of the checkpoint's tensors (`own_hf`), copies it to host memory between two steps, and encodes,
-writes and serves it in the background. A version is a directory `v{N}` on the disk of each trainer node:
+"""Weights on their way: from a Hugging Face checkpoint into the trainer, and out again to the
+rollout nodes, whose end is receive.py.
+ Every rank owns a share of the checkpoint's tensors (`own_hf`), copies it to host memory between
+two steps, and encodes, writes and serves it in the background. A version is a directory `v{N}` on
+the disk of each trainer node:
 
     model-00001-of-00004.delta          rank 0's share as what changed since version N-1 (delta.py); of each rank one
     model-00001-of-00004.safetensors    the same share whole: every K-th version, the first of a run and the last, and
@@ -10,9 +10,9 @@ writes and serves it in the background. A version is a directory `v{N}` on the d
     model.safetensors.index.json, config.json, tokenizer.json, ...      where all shares are whole: v{N} opens in
                                         transformers and vLLM as it is
     manifest.json                       on rank 0's node, written last: without it there is no version
-
-The manifest says what every tensor of the version must be (digests taken from the trainer's memory, so a match on the
-far side covers codec, disks and wire), and which files of this and earlier versions lead there, of what size and where:
+ The manifest says what every tensor of the version must be (digests taken from the trainer's
+memory, so a match on the far side covers codec, disks and wire), and which files of this and
+earlier versions lead there, of what size and where:
 
     {"run": id, "version": 12, "base": 11, "full": false,
      "static": {"version": 0, "files": {name: {"bytes", "blake3"}}},
@@ -35,20 +35,37 @@ from safetensors import SafetensorError, safe_open
 MANIFEST, INDEX = "manifest.json", "model.safetensors.index.json"
 
 
-# What makes a checkpoint directory complete besides its weights; copied to every version that is whole.
-STATIC_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-                "merges.txt", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+# What makes a checkpoint directory complete besides its weights; copied to every version that is
+# whole.
+STATIC_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 SUFFIX = {"full": ".safetensors", "delta": ".delta"}
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64,
-          "U8": torch.uint8}  # fmt: skip
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class WeightsError(RuntimeError):
-    """Weights that are incomplete, damaged or not the ones expected. The message names the file or tensor."""
+    """Weights that are incomplete, damaged or not the ones expected. The message names the file or
+    tensor."""
 
 
-# ---- safetensors ---------------------------------------------------------------------------------------------
+# ---- safetensors ---------------------------------------------------------------------------------
 def tensor_bytes(tensor: torch.Tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
@@ -59,11 +76,18 @@ def digest(data) -> str:
 
 def describe(tensor: torch.Tensor) -> dict:
     """A tensor's entry in the manifest."""
-    return {"dtype": _NAMES.get(tensor.dtype), "shape": list(tensor.shape), "blake3": digest(tensor_bytes(tensor))}
+    return {
+        "dtype": _NAMES.get(tensor.dtype),
+        "shape": list(tensor.shape),
+        "blake3": digest(tensor_bytes(tensor)),
+    }
 
 
-def safetensors_header(tensors: dict[str, tuple[str, list[int], int]], metadata: dict[str, str]) -> bytes:
-    """What a safetensors file starts with, for tensors of (dtype, shape, bytes) that lie end to end."""
+def safetensors_header(
+    tensors: dict[str, tuple[str, list[int], int]], metadata: dict[str, str]
+) -> bytes:
+    """What a safetensors file starts with, for tensors of (dtype, shape, bytes) that lie end to
+    end."""
     header, offset = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name, (dtype, shape, size) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
@@ -73,24 +97,34 @@ def safetensors_header(tensors: dict[str, tuple[str, list[int], int]], metadata:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor]], metadata: dict | None = None,
-                      hasher: blake3 | None = None) -> None:  # fmt: skip
-    """Write CPU tensors: header, then buffers, then fsync; what is written the safetensors library reads. The room is
-    taken first, so a full disk shows before anything is written, and ext4 needs less time per byte.
+def write_safetensors(
+    path: Path,
+    tensors: list[tuple[str, torch.Tensor]],
+    metadata: dict | None = None,
+    hasher: blake3 | None = None,
+) -> None:
+    """Write CPU tensors: header, then buffers, then fsync; what is written the safetensors library
+    reads. The room is taken first, so a full disk shows before anything is written, and ext4 needs
+    less time per byte.
 
     hasher: is given what the file is given, and takes as long again.
     """
-    entries = {n: (_NAMES[t.dtype], list(t.shape), t.numel() * t.element_size()) for n, t in tensors}
+    entries = {
+        n: (_NAMES[t.dtype], list(t.shape), t.numel() * t.element_size()) for n, t in tensors
+    }
     header = safetensors_header(entries, metadata or {})
     with open(path, "wb") as f:
-        os.posix_fallocate(f.fileno(), 0, len(header) + sum(size for _, _, size in entries.values()))
+        os.posix_fallocate(
+            f.fileno(), 0, len(header) + sum(size for _, _, size in entries.values())
+        )
         started = 0
         for data in (header, *(tensor_bytes(t) for _, t in tensors)):
             f.write(data)
             if hasher is not None:
                 hasher.update(data)
             if f.tell() - started >= 32 << 20:
-                # "Not needed" makes the disk start on these while the next are copied, and not at the fsync.
+                # "Not needed" makes the disk start on these while the next are copied, and not at
+                # the fsync.
                 os.posix_fadvise(f.fileno(), started, f.tell() - started, os.POSIX_FADV_DONTNEED)
                 started = f.tell()
         f.flush()
@@ -104,18 +138,22 @@ def layer_order(name: str) -> tuple:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory: those its index names, else model.safetensors.
-    Raises: WeightsError for an index that cannot be read."""
+    """The safetensors files of a checkpoint directory: those its index names, else
+    model.safetensors. Raises: WeightsError for an index that cannot be read."""
     if not (index := path / INDEX).exists():
         return [path / "model.safetensors"]
     try:
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [
+            path / name
+            for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{index}: no index of safetensors files: {e!r}") from None
 
 
 class Expert:
-    """One expert's projection in a tensor that holds a layer's experts; to be read like a safetensors slice."""
+    """One expert's projection in a tensor that holds a layer's experts; to be read like a
+    safetensors slice."""
 
     def __init__(self, fused, expert: int, rows: slice):
         self.fused, self.expert, self.rows, self.get_dtype = fused, expert, rows, fused.get_dtype
@@ -128,17 +166,21 @@ class Expert:
 
 
 def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
-    """What a checkpoint directory has for each tensor of a model (`checkpoint_shapes`), in layer order, as safetensors
-    slices: only headers have been read. It may hold what a model has no parameter for: rotary tables, and beside tied
-    embeddings the head, if it is the same, or the head alone. A layer's experts may lie in one tensor, as transformers
-    has them in memory: gate and up (E, 2F, D), down (E, D, F).
+    """What a checkpoint directory has for each tensor of a model (`checkpoint_shapes`), in layer
+    order, as safetensors slices: only headers have been read. It may hold what a model has no
+    parameter for: rotary tables, and beside tied embeddings the head, if it is the same, or the
+    head alone. A layer's experts may lie in one tensor, as transformers has them in memory: gate
+    and up (E, 2F, D), down (E, D, F).
 
-    Raises: WeightsError when a tensor is missing, left over, quantized or of another shape; the message names it.
+    Raises: WeightsError when a tensor is missing, left over, quantized or of another shape; the
+    message names it.
     """
     found, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
     for file in checkpoint_files(path):
         if not file.exists():
-            raise WeightsError(f"{file}: no such file; weights are read from it or from the files that {INDEX} names")
+            raise WeightsError(
+                f"{file}: no such file; weights are read from it or from the files that {INDEX} names"
+            )
         try:
             f = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as e:
@@ -148,7 +190,9 @@ def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
                 raise WeightsError(f"{path}: tensor {name} is in two files")
             found[name] = f.get_slice(name)
     for name in list(found):
-        if name.endswith((".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")):
+        if name.endswith(
+            (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+        ):
             del found[name]  # computed here, as everywhere
         elif name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
             fused, (prefix, projection) = found.pop(name), name.rsplit(".", 1)
@@ -157,7 +201,9 @@ def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
             if projection == "gate_up_proj":
                 parts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
             for part, where in parts.items():
-                found |= {f"{prefix}.{e}.{part}.weight": Expert(fused, e, where) for e in range(experts)}
+                found |= {
+                    f"{prefix}.{e}.{part}.weight": Expert(fused, e, where) for e in range(experts)
+                }
     if head in found and head not in shapes:  # tied: the head is the embedding
         stored = found.pop(head)
         whole = found.setdefault(embedding, stored)
@@ -165,8 +211,10 @@ def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
             not torch.equal(stored[at : at + 4096].float(), whole[at : at + 4096].float())
             for at in range(0, stored.get_shape()[0], 4096)
         ):
-            raise WeightsError(f"{path}: {head} differs from {embedding}, and config.json says tie_word_embeddings: "
-                               "true; if the head is one of its own, it must say false")  # fmt: skip
+            raise WeightsError(
+                f"{path}: {head} differs from {embedding}, and config.json says tie_word_embeddings: "
+                "true; if the head is one of its own, it must say false"
+            )
     for name, stored in found.items():
         shape, wanted = tuple(stored.get_shape()), shapes.get(name)
         if wanted is None:
@@ -174,15 +222,19 @@ def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
         if shape != tuple(wanted):
             raise WeightsError(f"{path}: {name} is {shape}, config.json makes it {tuple(wanted)}")
         if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise WeightsError(f"{path}: {name} is {stored.get_dtype()}: quantized weights cannot be trained")
+            raise WeightsError(
+                f"{path}: {name} is {stored.get_dtype()}: quantized weights cannot be trained"
+            )
     if missing := shapes.keys() - found.keys():
-        raise WeightsError(f"{path}: {len(missing)} tensors are missing, {min(missing, key=layer_order)} among them")
+        raise WeightsError(
+            f"{path}: {len(missing)} tensors are missing, {min(missing, key=layer_order)} among them"
+        )
     return {name: found[name] for name in sorted(found, key=layer_order)}
 
 
 def read_tensors(path: Path) -> Iterable[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a whole checkpoint directory, one mapped tensor at a time, layer by layer: vLLM converts a
-    layer when all of it has come, and holds back what has come of the others."""
+    """(name, tensor) of a whole checkpoint directory, one mapped tensor at a time, layer by layer:
+    vLLM converts a layer when all of it has come, and holds back what has come of the others."""
     files = [safe_open(file, framework="pt") for file in checkpoint_files(path)]
     where = {name: file for file in files for name in file.keys()}
     for name in sorted(where, key=layer_order):
@@ -191,14 +243,18 @@ def read_tensors(path: Path) -> Iterable[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def load_hf(model, path: str | Path) -> int:
-    """Copy a Hugging Face checkpoint into the model: of each tensor, the bytes of this rank's slice and no others.
-    Returns how many those were.
+    """Copy a Hugging Face checkpoint into the model: of each tensor, the bytes of this rank's slice
+    and no others. Returns how many those were.
 
     Raises: WeightsError for what `stored_tensors` refuses, and for values that are not finite.
     """
     path, bytes_read = Path(path), 0
     stored = stored_tensors(path, model.checkpoint_shapes())
-    mine = {hf: (view, split) for name, _ in model.named_parameters() for hf, view, split in model.hf_parts(name)}
+    mine = {
+        hf: (view, split)
+        for name, _ in model.named_parameters()
+        for hf, view, split in model.hf_parts(name)
+    }
     for name in (name for name in stored if name in mine):
         view, split = mine[name]
         part = stored[name][split.of(stored[name].get_shape())]
@@ -210,11 +266,13 @@ def load_hf(model, path: str | Path) -> int:
 
 @torch.no_grad()
 def own_hf(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor on the device) of this rank's share of the checkpoint, one at a time. Every tensor is
-    one rank's, so that all ranks and nodes take part in copying, writing and serving. All ranks must exhaust it.
+    """(Hugging Face name, tensor on the device) of this rank's share of the checkpoint, one at a
+    time. Every tensor is one rank's, so that all ranks and nodes take part in copying, writing and
+    serving. All ranks must exhaust it.
 
-    An expert is never gathered: of the ranks that have it, the replicas take turns by layer. Dense tensors go around
-    all ranks; each is gathered over its owner's tp group, and the others do nothing for it.
+    An expert is never gathered: of the ranks that have it, the replicas take turns by layer. Dense
+    tensors go around all ranks; each is gathered over its owner's tp group, and the others do
+    nothing for it.
     """
     mesh, dense = model.mesh, 0
     for name, p in model.named_parameters():
@@ -230,14 +288,16 @@ def own_hf(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         whole = p.detach().to(dtype)
         if split.count > 1:
-            parts = [torch.empty_like(whole) for _ in range(mesh.tp)] if mesh.rank == owner else None
+            parts = (
+                [torch.empty_like(whole) for _ in range(mesh.tp)] if mesh.rank == owner else None
+            )
             dist.gather(whole, parts, dst=owner, group=mesh.tp_group)
             whole = torch.cat(parts[:: mesh.tp // split.count], dim=split.dim) if parts else None
         if mesh.rank == owner:
             yield name, whole
 
 
-# ---- files of a version ----------------------------------------------------------------------------------------
+# ---- files of a version --------------------------------------------------------------------------
 def fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
@@ -245,7 +305,8 @@ def fsync(path: Path) -> None:
 
 
 def put_in_place(tmp: Path) -> None:
-    """Give a file that is written and synced its name, `tmp` without ".tmp": what has its name is whole."""
+    """Give a file that is written and synced its name, `tmp` without ".tmp": what has its name is
+    whole."""
     tmp.rename(tmp.with_suffix(""))
     fsync(tmp.parent)
 

@@ -1,4 +1,5 @@
-"""A terminal with its colours as a picture: `python watch.py runs/NAME --once | python docs/screenshot.py OUT.png`."""
+"""A terminal with its colours as a picture: `python watch.py runs/NAME --once | python
+docs/screenshot.py OUT.png`."""
 
 import re
 import sys
@@ -17,11 +18,23 @@ for row, line in enumerate(lines):
     column, style = 2, {"color": "#d5d8de"}
     for code, text in re.findall(r"(?:\x1b\[(\d*)m)?([^\x1b]*)", line):
         if code:
-            style = {"color": COLOURS.get(int(code), {1: "#ffffff", 2: "#7b8190"}.get(int(code), "#d5d8de")),
-                     "fontweight": "bold" if code == "1" else "normal"}  # fmt: skip
+            style = {
+                "color": COLOURS.get(
+                    int(code), {1: "#ffffff", 2: "#7b8190"}.get(int(code), "#d5d8de")
+                ),
+                "fontweight": "bold" if code == "1" else "normal",
+            }
         for character in text:  # one by one, on a grid, as a terminal does
             if character != " ":
-                fig.text((column + 0.5) / (columns + 4), 1 - (row + 1.6) / (len(lines) + 2), character, fontsize=9.5,
-                         family="DejaVu Sans Mono", ha="center", va="baseline", **style)  # fmt: skip
+                fig.text(
+                    (column + 0.5) / (columns + 4),
+                    1 - (row + 1.6) / (len(lines) + 2),
+                    character,
+                    fontsize=9.5,
+                    family="DejaVu Sans Mono",
+                    ha="center",
+                    va="baseline",
+                    **style,
+                )
             column += 1
 fig.savefig(sys.argv[1], dpi=130, facecolor=fig.get_facecolor())

@@ -1,7 +1,7 @@
 """From the groups of a step to packed micro-batches: what lies between the hub and the model.
-
-Rank 0 turns the groups into one safetensors blob (`pack_batch`) that every rank gets; each rank cuts its own
-micro-batches from it (`unpack_batch`). All ranks compute the same assignment, so none of it needs a message.
+ Rank 0 turns the groups into one safetensors blob (`pack_batch`) that every rank gets; each rank
+cuts its own micro-batches from it (`unpack_batch`). All ranks compute the same assignment, so none
+of it needs a message.
 """
 
 import math
@@ -17,9 +17,9 @@ from loss import group_advantages
 
 
 def shaped_rewards(group: Group, cfg) -> torch.Tensor:
-    """What the samples of a group are judged by: their rewards, less a penalty for the last tokens that they may have.
-    Shapes: (S,). Source: DAPO, arXiv:2503.14476 eq. 13, times a factor: 0 up to L - buffer tokens, then a line to
-    -factor at L, the longest that the sample could be."""
+    """What the samples of a group are judged by: their rewards, less a penalty for the last tokens
+    that they may have. Shapes: (S,). Source: DAPO, arXiv:2503.14476 eq. 13, times a factor: 0 up to
+    L - buffer tokens, then a line to -factor at L, the longest that the sample could be."""
     if not cfg.overlong_buffer_tokens:
         return group.rewards
     most = min(cfg.max_new_tokens, cfg.max_total_sequence_length - len(group.prompt_ids))
@@ -28,10 +28,12 @@ def shaped_rewards(group: Group, cfg) -> torch.Tensor:
 
 
 def left_out(groups: list[Group], cfg) -> dict[str, list[torch.Tensor]]:
-    """Which samples of each group take no part in the loss, nor in what it is divided by, and why. If that were all,
-    they stay: a step has to have something."""
+    """Which samples of each group take no part in the loss, nor in what it is divided by, and why.
+    If that were all, they stay: a step has to have something."""
     # A group of equal rewards teaches nothing, but its tokens count in every mean.
-    constant = [cfg.drop_zero_variance and shaped_rewards(g, cfg).unique().numel() == 1 for g in groups]
+    constant = [
+        cfg.drop_zero_variance and shaped_rewards(g, cfg).unique().numel() == 1 for g in groups
+    ]
     constant = [bool(c) and not all(constant) for c in constant]
     flat = [torch.full((len(g.rewards),), c) for g, c in zip(groups, constant)]
     # A sample that was cut off is still what its siblings are compared with, as in the seed system.
@@ -42,38 +44,49 @@ def left_out(groups: list[Group], cfg) -> dict[str, list[torch.Tensor]]:
 
 
 def pack_batch(groups: list[Group], cfg) -> bytes:
-    """All samples of a step as one safetensors blob, which rank 0 broadcasts. Rows are in group order; `update` says
-    which optimizer update a row belongs to, so a dropped sample shifts nobody into another update."""
+    """All samples of a step as one safetensors blob, which rank 0 broadcasts. Rows are in group
+    order; `update` says which optimizer update a row belongs to, so a dropped sample shifts nobody
+    into another update."""
     P, S = len(groups), cfg.num_generations_per_prompt
-    rewards_PS, valid_PS, rows_PS = torch.zeros(P, S), torch.zeros(P, S).bool(), torch.zeros(P, S).bool()
+    rewards_PS, valid_PS, rows_PS = (
+        torch.zeros(P, S),
+        torch.zeros(P, S).bool(),
+        torch.zeros(P, S).bool(),
+    )
     out = left_out(groups, cfg)
     rows = [~(flat | long) for flat, long in zip(*out.values())]
     for p, g in enumerate(groups):
         n = len(g.rewards)
-        rewards_PS[p, :n], valid_PS[p, :n] = shaped_rewards(g, cfg), ~out["zero_variance_dropped"][p]
+        rewards_PS[p, :n], valid_PS[p, :n] = (
+            shaped_rewards(g, cfg),
+            ~out["zero_variance_dropped"][p],
+        )
         rows_PS[p, :n] = rows[p]
     std = cfg.advantage_std if cfg.normalize_rewards else None
     advantages_PS = group_advantages(rewards_PS, valid_PS, cfg.use_leave_one_out_baseline, std)
     tokens = [row.repeat_interleave(g.lengths) for row, g in zip(rows, groups)]
     kept = lambda name: torch.cat([getattr(g, name)[t] for g, t in zip(groups, tokens)])
     prompts = [g.prompt_ids for row, g in zip(rows, groups) for _ in range(int(row.sum()))]
-    return save({
-        "prompt_ids": torch.tensor([t for ids in prompts for t in ids]),
-        "prompt_lengths": torch.tensor([len(ids) for ids in prompts]),
-        "token_ids": kept("token_ids").long(),
-        "lengths": torch.cat([g.lengths[row] for row, g in zip(rows, groups)]).long(),
-        "gen_logprobs": kept("logprobs"),
-        "versions": kept("versions"),
-        "advantages": advantages_PS[rows_PS],
-        "positive": rewards_PS[rows_PS] > 0,
-        "prompt": torch.arange(P)[:, None].expand(P, S)[rows_PS],
-        "update": (torch.arange(P * S) // cfg.train_global_batch_size).view(P, S)[rows_PS],
-    })  # fmt: skip
+    return save(
+        {
+            "prompt_ids": torch.tensor([t for ids in prompts for t in ids]),
+            "prompt_lengths": torch.tensor([len(ids) for ids in prompts]),
+            "token_ids": kept("token_ids").long(),
+            "lengths": torch.cat([g.lengths[row] for row, g in zip(rows, groups)]).long(),
+            "gen_logprobs": kept("logprobs"),
+            "versions": kept("versions"),
+            "advantages": advantages_PS[rows_PS],
+            "positive": rewards_PS[rows_PS] > 0,
+            "prompt": torch.arange(P)[:, None].expand(P, S)[rows_PS],
+            "update": (torch.arange(P * S) // cfg.train_global_batch_size).view(P, S)[rows_PS],
+        }
+    )
 
 
 @dataclass
 class MicroBatch:
-    """Whole samples packed into one row of tokens. Loss tokens are padded to the log-prob chunk; `mask` tells."""
+    """Whole samples packed into one row of tokens. Loss tokens are padded to the log-prob chunk;
+    `mask` tells."""
 
     tokens_T: torch.Tensor
     cu_seqlens: torch.Tensor
@@ -96,8 +109,9 @@ class MicroBatch:
 
 
 def fill_bins(row_lengths: list[int], num_bins: int, max_tokens: int, tight: bool):
-    """Longest row first, each to the bin with the least in it or (tight, once no bin is empty) with the least room
-    that will do. Returns bins as (tokens, number, rows), lightest first; None where a row finds no room."""
+    """Longest row first, each to the bin with the least in it or (tight, once no bin is empty) with
+    the least room that will do. Returns bins as (tokens, number, rows), lightest first; None where
+    a row finds no room."""
     bins = [(0, i, []) for i in range(num_bins)]
     for row in sorted(range(len(row_lengths)), key=lambda r: -row_lengths[r]):
         with_room = bisect(bins, (max_tokens - row_lengths[row], math.inf))
@@ -111,36 +125,52 @@ def fill_bins(row_lengths: list[int], num_bins: int, max_tokens: int, tight: boo
 def assign_rows(row_lengths: list[int], dp: int, max_tokens: int) -> list[list[list[int]]]:
     """Row indices as [dp rank][micro-batch][...], the same on every rank that computes it.
 
-    Expert parallelism makes the ranks wait for each other in every layer, so each has the same number of micro-batches
-    (the fewest found to fit; some are empty where rows are fewer), and those of one index are alike: in tokens, as all
-    are, and in attention's T^2, by which they are sorted. A token of a 15k sequence costs Qwen3-30B-A3B twice that of
-    a short one, so micro-batches with the same tokens may differ by that much in time.
+    Expert parallelism makes the ranks wait for each other in every layer, so each has the same
+    number of micro-batches (the fewest found to fit; some are empty where rows are fewer), and
+    those of one index are alike: in tokens, as all are, and in attention's T^2, by which they are
+    sorted. A token of a 15k sequence costs Qwen3-30B-A3B twice that of a short one, so
+    micro-batches with the same tokens may differ by that much in time.
     """
-    assert max(row_lengths) <= max_tokens, f"a row of {max(row_lengths)} tokens is above the budget of {max_tokens}"
+    assert max(row_lengths) <= max_tokens, (
+        f"a row of {max(row_lengths)} tokens is above the budget of {max_tokens}"
+    )
     fewest = math.ceil(sum(row_lengths) / (dp * max_tokens))
-    # Greedy balance fits up to 95-99 % fill; best fit to above 99 %, where "balanced" means little more than "full".
-    tries = (fill_bins(row_lengths, dp * n, max_tokens, tight) for n in count(fewest) for tight in (False, True))
+    # Greedy balance fits up to 95-99 % fill; best fit to above 99 %, where "balanced" means little
+    # more than "full".
+    tries = (
+        fill_bins(row_lengths, dp * n, max_tokens, tight)
+        for n in count(fewest)
+        for tight in (False, True)
+    )
     bins = next(filter(None, tries))
     cost = lambda b: b[0] + sum(row_lengths[r] ** 2 for r in b[2]) / max_tokens
     bins.sort(key=cost, reverse=True)
     ranks = [(0, rank, []) for rank in range(dp)]
-    for i in range(0, len(bins), dp):  # the fullest of one index goes to the rank with the least so far
+    for i in range(
+        0, len(bins), dp
+    ):  # the fullest of one index goes to the rank with the least so far
         pairs = zip(sorted(ranks), sorted(bins[i : i + dp], reverse=True))
-        ranks = [(tokens + bin_tokens, rank, [*mine, rows]) for (tokens, rank, mine), (bin_tokens, _, rows) in pairs]
+        ranks = [
+            (tokens + bin_tokens, rank, [*mine, rows])
+            for (tokens, rank, mine), (bin_tokens, _, rows) in pairs
+        ]
     return [mine for _, _, mine in sorted(ranks, key=lambda r: r[1])]
 
 
 def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 1):
-    """For each update of the step: this rank's micro-batches, and the update's (loss tokens, samples) on all ranks.
+    """For each update of the step: this rank's micro-batches, and the update's (loss tokens,
+    samples) on all ranks.
 
-    pad_to: the tensor-parallel degree. Sequence parallelism cuts a micro-batch into that many equal slices, so it is
-    padded to a multiple (at least two tokens a slice) with one more sequence, of token 0, which no loss row is of.
+    pad_to: the tensor-parallel degree. Sequence parallelism cuts a micro-batch into that many equal
+    slices, so it is padded to a multiple (at least two tokens a slice) with one more sequence, of
+    token 0, which no loss row is of.
     """
     batch = load(blob)
     prompts = batch["prompt_ids"].split(batch["prompt_lengths"].tolist())
     samples = batch["token_ids"].split(batch["lengths"].tolist())
     per_token = [batch[n].split(batch["lengths"].tolist()) for n in ("gen_logprobs", "versions")]
-    # What was put into a sample is context, and no row of the loss: all that follows counts sampled tokens.
+    # What was put into a sample is context, and no row of the loss: all that follows counts sampled
+    # tokens.
     sampled = [(versions != NOT_SAMPLED).nonzero().flatten() for versions in per_token[1]]
     num_sampled = torch.tensor([len(s) for s in sampled])
     row_lengths = (batch["prompt_lengths"] + batch["lengths"]).tolist()
@@ -148,26 +178,38 @@ def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 
     def pad(pieces):
         flat = torch.cat(pieces)
         chunks = max(1, math.ceil(len(flat) / cfg.logprob_chunk_size))
-        return torch.nn.functional.pad(flat, (0, chunks * cfg.logprob_chunk_size - len(flat))).to(device)
+        return torch.nn.functional.pad(flat, (0, chunks * cfg.logprob_chunk_size - len(flat))).to(
+            device
+        )
 
     updates, counts = [], []
     for update in range(cfg.samples_per_step // cfg.train_global_batch_size):
         rows = (batch["update"] == update).nonzero().flatten().tolist()
         if not rows:
             continue  # every sample of it was dropped
-        lengths, prompt, positive = num_sampled[rows], batch["prompt"][rows], batch["positive"][rows]
+        lengths, prompt, positive = (
+            num_sampled[rows],
+            batch["prompt"][rows],
+            batch["positive"][rows],
+        )
         units = prompt if cfg.prompt_level_loss else torch.zeros_like(prompt)
         weights = row_weights(lengths, units if cfg.token_level_loss else torch.arange(len(rows)))
         nll_weights = positive / (lengths * positive).sum().clamp(min=1)
         micro_batches = []
         shortest = min(range(len(rows)), key=lambda i: row_lengths[rows[i]])
-        for picked in assign_rows([row_lengths[r] for r in rows], dp, cfg.max_tokens_per_micro_batch)[dp_rank]:
-            live = bool(picked)  # fewer rows than micro-batches: a masked one keeps this rank's collectives in step
+        for picked in assign_rows(
+            [row_lengths[r] for r in rows], dp, cfg.max_tokens_per_micro_batch
+        )[dp_rank]:
+            live = bool(
+                picked
+            )  # fewer rows than micro-batches: a masked one keeps this rank's collectives in step
             picked = picked or [shortest]
             chosen = [rows[i] for i in picked]
             ends = list(accumulate(row_lengths[r] for r in chosen))
             padded = max(2, -(-ends[-1] // pad_to)) * pad_to
-            cu_seqlens = torch.tensor([0, *ends] + [padded] * (padded > ends[-1]), dtype=torch.int32)
+            cu_seqlens = torch.tensor(
+                [0, *ends] + [padded] * (padded > ends[-1]), dtype=torch.int32
+            )
             tokens = torch.cat([t for r in chosen for t in (prompts[r], samples[r])])
             lengths_B = num_sampled[chosen]
             starts = [end - len(samples[r]) for r, end in zip(chosen, ends)]
@@ -195,13 +237,15 @@ def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 
     return updates, counts
 
 
-# ---- the loss of a micro-batch -------------------------------------------------------------------------------
+# ---- the loss of a micro-batch -------------------------------------------------------------------
 def row_weights(lengths_R, units_R):
-    """What each token of a row counts for: tokens are averaged within their unit, then the units are averaged.
+    """What each token of a row counts for: tokens are averaged within their unit, then the units
+    are averaged.
 
-    A unit is the whole optimizer batch (token mean), a prompt, or a row (sequence mean). Counts are of the optimizer
-    batch on all ranks, so the sum of micro-batch losses over micro-batches and ranks is the loss, and no averaging
-    is needed anywhere. Shapes: all (R,), over all rows of the batch.
+    A unit is the whole optimizer batch (token mean), a prompt, or a row (sequence mean). Counts are
+    of the optimizer batch on all ranks, so the sum of micro-batch losses over micro-batches and
+    ranks is the loss, and no averaging is needed anywhere. Shapes: all (R,), over all rows of the
+    batch.
     """
     units, unit_R = units_R.unique(return_inverse=True)
     tokens_U = torch.zeros(len(units)).index_add(0, unit_R, lengths_R.float())

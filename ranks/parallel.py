@@ -7,11 +7,11 @@ The grid, for 16 ranks with tp = 2, ep = 4 (so dp = 8); rank = dp_rank * tp + tp
     ep_group  [0  1   2  3] [4  5   6  7] [8  9  10 11] [12 13 14 15]   all experts once; tokens travel inside
     dp_group   0 2 4 6 8 10 12 14 and 1 3 5 ... 15                      the same slice of every dense matrix
     replicas of an expert: 0 4 8 12 and 1 5 9 13 and ...                the same experts
-
-Tokens are sharded over all ranks: over dp by sequence, inside a tp group by position (sequence parallelism). So one
-rule covers every parameter: its gradient is the SUM over the ranks that hold the same slice of it (`Split.replicas`),
-and AdamW's state is sharded over those same ranks (ZeRO-1). Losses are divided by global counts beforehand; nothing
-is ever averaged. A group of one rank is None, and its collectives are the identity.
+ Tokens are sharded over all ranks: over dp by sequence, inside a tp group by position (sequence
+parallelism). So one rule covers every parameter: its gradient is the SUM over the ranks that hold
+the same slice of it (`Split.replicas`), and AdamW's state is sharded over those same ranks
+(ZeRO-1). Losses are divided by global counts beforehand; nothing is ever averaged. A group of one
+rank is None, and its collectives are the identity.
 
 Bytes that a rank sends, with b bytes per value and n ranks in the group:
     a layer, forward:   attention   all-gather and reduce-scatter of (T, D)    2 * (n-1)/n * T*D*b        (tp)
@@ -31,10 +31,11 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 
 
-# ---- who is where --------------------------------------------------------------------------------------------
+# ---- who is where --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in the grid. The default is a process alone, which needs no process group."""
+    """This process's place in the grid. The default is a process alone, which needs no process
+    group."""
 
     rank: int = 0
     world_size: int = 1
@@ -46,7 +47,9 @@ class Mesh:
     ep_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
     expert_group: dist.ProcessGroup | None = None  # ranks with the same experts
-    kv_group: dist.ProcessGroup | None = None  # ranks with the same kv heads, where tp > kv heads; else dp_group
+    kv_group: dist.ProcessGroup | None = (
+        None  # ranks with the same kv heads, where tp > kv heads; else dp_group
+    )
 
     @property
     def dp(self) -> int:
@@ -67,7 +70,8 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Split:
-    """Which slice of a whole tensor a parameter is: part `index` of `count` equal ones along `dim`."""
+    """Which slice of a whole tensor a parameter is: part `index` of `count` equal ones along
+    `dim`."""
 
     dim: int
     index: int
@@ -83,23 +87,30 @@ class Split:
 def join_ranks(timeout_s: float) -> None:
     """Join the process group that torchrun describes; without torchrun, a group of one.
 
-    timeout_s bounds every collective: a rank that dies must become an error of the others, not a hang.
+    timeout_s bounds every collective: a rank that dies must become an error of the others, not a
+    hang.
     """
-    rank, world_size, store = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), dist.HashStore()
+    rank, world_size, store = (
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+        dist.HashStore(),
+    )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "MASTER_ADDR" in os.environ:
-        # torchrun's store outlives the ranks that it starts again; without a prefix they would find the addresses of
-        # the dead ones in it.
+        # torchrun's store outlives the ranks that it starts again; without a prefix they would find
+        # the addresses of the dead ones in it.
         store, _, _ = next(dist.rendezvous("env://", rank, world_size))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(
+            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
     backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def make_mesh(tp: int, ep: int, kv_heads: int, timeout_s: float = 600.0) -> Mesh:
-    """Lay the grid over the ranks that have joined; all of them must call. The degrees must divide what they cut
-    (plan.check_layout)."""
+    """Lay the grid over the ranks that have joined; all of them must call. The degrees must divide
+    what they cut (plan.check_layout)."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def group(key):
@@ -114,22 +125,35 @@ def make_mesh(tp: int, ep: int, kv_heads: int, timeout_s: float = 600.0) -> Mesh
                 mine = made if rank in ranks else mine
         return mine
 
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     dp_group = group(lambda r: r % tp)
     return Mesh(
-        rank, world_size, device, tp, ep, world_group=group(lambda r: 0), tp_group=group(lambda r: r // tp),
-        ep_group=group(lambda r: r // ep), dp_group=dp_group, expert_group=group(lambda r: r % ep),
+        rank,
+        world_size,
+        device,
+        tp,
+        ep,
+        world_group=group(lambda r: 0),
+        tp_group=group(lambda r: r // tp),
+        ep_group=group(lambda r: r // ep),
+        dp_group=dp_group,
+        expert_group=group(lambda r: r % ep),
         kv_group=group(lambda r: r % tp * kv_heads // tp) if tp > kv_heads else dp_group,
-    )  # fmt: skip
+    )
 
 
-# ---- collectives of the forward pass, and what they are backward ---------------------------------------------
+# ---- collectives of the forward pass, and what they are backward ---------------------------------
 def group_size(group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-# The functional form, whose result is new: torch 2.11 compiles the in-place form in a backward pass to wrong gradients,
-# silently (found by tests/test_parallel.py's comparison with eager; 2.13 is right with both).
+# The functional form, whose result is new: torch 2.11 compiles the in-place form in a backward pass
+# to wrong gradients, silently (found by tests/test_parallel.py's comparison with eager; 2.13 is
+# right with both).
 def _gathered(x, group):
     return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), 0, group))
 
@@ -192,20 +216,23 @@ def reduce_scatter(x_T, group):
 
 
 def all_to_all(x_N, receive: list[int], send: list[int], group):
-    """The first send[0] rows go to rank 0, the next send[1] to rank 1, ...; receive[i] rows come from rank i."""
+    """The first send[0] rows go to rank 0, the next send[1] to rank 1, ...; receive[i] rows come
+    from rank i."""
     return x_N if group is None else _AllToAll.apply(x_N, receive, send, group)
 
 
 def exchange_counts(counts_E, group):
-    """Rows per expert, mine for all -> everyone's for mine, (ranks * e,), by rank. Without gradient."""
+    """Rows per expert, mine for all -> everyone's for mine, (ranks * e,), by rank. Without
+    gradient."""
     if group is None:
         return counts_E
     return funcol.wait_tensor(funcol.all_to_all_single(counts_E, None, None, group))
 
 
-# ---- messages of the training loop ---------------------------------------------------------------------------
+# ---- messages of the training loop ---------------------------------------------------------------
 def broadcast_bytes(data: bytes | None, mesh: Mesh) -> bytes:
-    """Rank 0's bytes on every rank (the others pass None). A safetensors blob travels so: no pickle."""
+    """Rank 0's bytes on every rank (the others pass None). A safetensors blob travels so: no
+    pickle."""
     if mesh.world_group is None:
         return data
     size = torch.tensor([len(data) if data is not None else 0], device=mesh.device)
@@ -227,18 +254,25 @@ def all_reduce(x: torch.Tensor, group, op=dist.ReduceOp.SUM) -> torch.Tensor:
 def reduce_metrics(metrics: dict[str, torch.Tensor], group) -> dict[str, torch.Tensor]:
     """Add up metrics over ranks; names ending in _min and _max reduce by that."""
     reduced = {}
-    for suffix, op in (("_min", dist.ReduceOp.MIN), ("_max", dist.ReduceOp.MAX), ("", dist.ReduceOp.SUM)):
+    for suffix, op in (
+        ("_min", dist.ReduceOp.MIN),
+        ("_max", dist.ReduceOp.MAX),
+        ("", dist.ReduceOp.SUM),
+    ):
         names = [n for n in metrics if n.endswith(suffix) and n not in reduced]
         if names:
-            packed = all_reduce(torch.cat([metrics[n].double().flatten() for n in names]), group, op)
+            packed = all_reduce(
+                torch.cat([metrics[n].double().flatten() for n in names]), group, op
+            )
             parts = packed.split([metrics[n].numel() for n in names])
             reduced.update((n, part.view(metrics[n].shape)) for n, part in zip(names, parts))
     return reduced
 
 
-# ---- the optimizer -------------------------------------------------------------------------------------------
+# ---- the optimizer -------------------------------------------------------------------------------
 class Bucket:
-    """All parameters of one dtype with the same replicas, flat: values, gradients, and this rank's shard of both."""
+    """All parameters of one dtype with the same replicas, flat: values, gradients, and this rank's
+    shard of both."""
 
     def __init__(self, named, group, grad_dtype):
         self.group, self.names = group, [name for name, _ in named]
@@ -247,7 +281,9 @@ class Bucket:
         ranks, me = group_size(group), 0 if group is None else dist.get_rank(group)
         self.shard_size = -(-self.starts[-1] // ranks)
         self.shard_start = me * self.shard_size
-        self.values = params[0].new_zeros(ranks * self.shard_size)  # padded, so that all shards are of one size
+        self.values = params[0].new_zeros(
+            ranks * self.shard_size
+        )  # padded, so that all shards are of one size
         self.grads = torch.zeros_like(self.values, dtype=grad_dtype)
         for p, start in zip(params, self.starts):
             view = self.values[start : start + p.numel()].view_as(p)
@@ -261,11 +297,16 @@ class Bucket:
         return flat[self.shard_start : self.shard_start + self.shard_size]
 
     def pieces(self):
-        """(parameter name, range in that parameter, range in the shard), both flat, of what lies in my shard."""
+        """(parameter name, range in that parameter, range in the shard), both flat, of what lies in
+        my shard."""
         for name, start, end in zip(self.names, self.starts, self.starts[1:]):
             low, high = max(start, self.shard_start), min(end, self.shard_start + self.shard_size)
             if low < high:
-                yield name, (low - start, high - start), (low - self.shard_start, high - self.shard_start)
+                yield (
+                    name,
+                    (low - start, high - start),
+                    (low - self.shard_start, high - self.shard_start),
+                )
 
     def reduce_grads(self) -> None:
         """SUM over the replicas: master.grad becomes my shard of it."""
@@ -278,25 +319,30 @@ class Bucket:
         if self.group is None:
             self.values.copy_(mine)
         else:
-            all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # 2.13's name
+            all_gather_into = (
+                getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            )  # 2.13's name
             all_gather_into(self.values, mine, group=self.group)
 
 
 @torch.no_grad()
 def _move_grad(p) -> None:
-    """As soon as autograd has a parameter's gradient, add it to the main gradient, whose dtype is our choice."""
+    """As soon as autograd has a parameter's gradient, add it to the main gradient, whose dtype is
+    our choice."""
     if p.grad is not None:  # the fused head adds its own
         p.main_grad.add_(p.grad)
         p.grad = None
 
 
 class ShardedAdamW(torch.optim.AdamW):
-    """AdamW whose fp32 weights and moments, 12 bytes per parameter, are sharded over the parameter's replicas.
+    """AdamW whose fp32 weights and moments, 12 bytes per parameter, are sharded over the
+    parameter's replicas.
 
-    `backward` adds to `p.main_grad`; `step` sums those over the replicas, clips by the norm of the whole model's
-    gradient, updates, and gathers the parameters. Every element of the model lies in exactly one rank's shard, so the
-    norm needs no correction for what is replicated. A gradient that is not finite changes nothing: its norm is the
-    same on all ranks, so all skip it, and with finite gradients, clipped, weights and moments stay finite.
+    `backward` adds to `p.main_grad`; `step` sums those over the replicas, clips by the norm of the
+    whole model's gradient, updates, and gathers the parameters. Every element of the model lies in
+    exactly one rank's shard, so the norm needs no correction for what is replicated. A gradient
+    that is not finite changes nothing: its norm is the same on all ranks, so all skip it, and with
+    finite gradients, clipped, weights and moments stay finite.
     """
 
     def __init__(self, model, max_grad_norm: float, grad_dtype=torch.float32, **adamw):
@@ -306,7 +352,11 @@ class ShardedAdamW(torch.optim.AdamW):
             if p.requires_grad:
                 named.setdefault((model.split_of(name).replicas, p.dtype), []).append((name, p))
         self.buckets = [
-            Bucket(members, group, torch.promote_types(grad_dtype, dtype) if dtype == torch.float64 else grad_dtype)
+            Bucket(
+                members,
+                group,
+                torch.promote_types(grad_dtype, dtype) if dtype == torch.float64 else grad_dtype,
+            )
             for (group, dtype), members in named.items()
         ]
         super().__init__([bucket.master for bucket in self.buckets], fused=True, **adamw)
@@ -317,8 +367,8 @@ class ShardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
-        """One update, unless its gradient is not finite. Returns the gradient's norm before clipping, 0-D. It does not
-        wait for the device."""
+        """One update, unless its gradient is not finite. Returns the gradient's norm before
+        clipping, 0-D. It does not wait for the device."""
         for bucket in self.buckets:
             bucket.reduce_grads()
         # In pieces: the sum of squares of 10^9 values taken in one go loses digits in fp32.
@@ -328,7 +378,9 @@ class ShardedAdamW(torch.optim.AdamW):
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for bucket in self.buckets:
             bucket.master.grad.mul_(scale.to(bucket.master.dtype))
-        self.found_inf = 1.0 - norm.isfinite().float()  # the fused kernel's own way to skip, made for GradScaler
+        self.found_inf = (
+            1.0 - norm.isfinite().float()
+        )  # the fused kernel's own way to skip, made for GradScaler
         super().step()
         for bucket in self.buckets:
             bucket.master.grad = None

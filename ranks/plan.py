@@ -1,14 +1,13 @@
 """What a layout costs, by arithmetic alone: no GPU, no weights, no process group.
 
     python train_cispo.py --preset qwen3-30b-a3b --dry-run
-
-All is per rank. Letters as in model.py, and: T tokens of a micro-batch, t = T/tp those that a rank holds between the
-seams (sequence parallelism), a bytes of an activation. A parameter is held by `replicas` ranks, which add up their
-gradients and share its optimizer state (ZeRO-1), so that state is 12 * numel / replicas bytes: fp32 master, m and v.
-
-Parameters, gradients, optimizer state, bytes on the wire and FLOPs are exact. Activations are what autograd keeps when
-the model runs eagerly (a compiled block keeps less). Buffers of the optimizer step are not counted: they come when the
-activations are gone, and must fit where those were.
+ All is per rank. Letters as in model.py, and: T tokens of a micro-batch, t = T/tp those that a rank
+holds between the seams (sequence parallelism), a bytes of an activation. A parameter is held by
+`replicas` ranks, which add up their gradients and share its optimizer state (ZeRO-1), so that state
+is 12 * numel / replicas bytes: fp32 master, m and v.
+ Parameters, gradients, optimizer state, bytes on the wire and FLOPs are exact. Activations are what
+autograd keeps when the model runs eagerly (a compiled block keeps less). Buffers of the optimizer
+step are not counted: they come when the activations are gone, and must fit where those were.
 """
 
 import dataclasses
@@ -21,7 +20,10 @@ import torch
 
 from ranks import ops
 
-GIB, OVERHEAD_GIB = 2**30, 4.0  # CUDA context, NCCL buffers, fragmentation: experience, not arithmetic
+GIB, OVERHEAD_GIB = (
+    2**30,
+    4.0,
+)  # CUDA context, NCCL buffers, fragmentation: experience, not arithmetic
 PEAK_TFLOPS = 989  # an H100's in dense bf16
 VLLM_SHARE = 0.92  # of its GPUs, that vLLM 0.32 takes if not told otherwise
 IMBALANCE = 2.0  # rows of the fullest expert rank over the mean that there should be room for
@@ -31,9 +33,12 @@ IMBALANCE = 2.0  # rows of the fullest expert rank over the mean that there shou
 
 
 def check_layout(m, world: int, tp: int, ep: int) -> None:
-    """Raises: ValueError that names both numbers, for a degree that does not divide what it cuts."""
+    """Raises: ValueError that names both numbers, for a degree that does not divide what it
+    cuts."""
     if min(world, tp, ep) < 1:
-        raise ValueError(f"--tp {tp}, --ep {ep} and the number of ranks, {world}, must be at least 1")
+        raise ValueError(
+            f"--tp {tp}, --ep {ep} and the number of ranks, {world}, must be at least 1"
+        )
     if ep > 1 and not m.num_experts:
         raise ValueError(f"--ep {ep}: the model is dense, num_experts=0")
     has_dense = not all(m.is_moe_layer(i) for i in range(m.num_hidden_layers))
@@ -48,10 +53,12 @@ def check_layout(m, world: int, tp: int, ep: int) -> None:
         if size % degree:
             raise ValueError(f"{flag} {degree} does not divide {what}={size}")
     if m.num_key_value_heads % tp and tp % m.num_key_value_heads:
-        raise ValueError(f"--tp {tp} neither divides num_key_value_heads={m.num_key_value_heads} nor is a multiple")
+        raise ValueError(
+            f"--tp {tp} neither divides num_key_value_heads={m.num_key_value_heads} nor is a multiple"
+        )
 
 
-# ---- parameters ----------------------------------------------------------------------------------------------
+# ---- parameters ----------------------------------------------------------------------------------
 class ParamClass(NamedTuple):
     """Parameters that are cut and reduced alike."""
 
@@ -63,7 +70,13 @@ class ParamClass(NamedTuple):
 
 
 def parameter_classes(m, world: int, tp: int, ep: int, freeze_router=True) -> list[ParamClass]:
-    D, H, G, C, E = m.hidden_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim, m.num_experts
+    D, H, G, C, E = (
+        m.hidden_size,
+        m.num_attention_heads,
+        m.num_key_value_heads,
+        m.head_dim,
+        m.num_experts,
+    )
     L, tables, kv = m.num_hidden_layers, 1 if m.tie_word_embeddings else 2, min(tp, G)
     moe = sum(m.is_moe_layer(i) for i in range(L))
     classes = [
@@ -71,14 +84,20 @@ def parameter_classes(m, world: int, tp: int, ep: int, freeze_router=True) -> li
         ParamClass("q and o projections", 2 * L, L * 2 * D * H * C // tp, world // tp),
         ParamClass("k and v projections", 2 * L, L * 2 * D * G * C // kv, world // kv),
         ParamClass("norms", 4 * L + 1, L * (2 * D + 2 * C) + D, world),
-        ParamClass("dense MLPs", 3 * (L - moe), (L - moe) * 3 * D * m.intermediate_size // tp, world // tp),
+        ParamClass(
+            "dense MLPs", 3 * (L - moe), (L - moe) * 3 * D * m.intermediate_size // tp, world // tp
+        ),
         ParamClass("routers", moe, moe * E * D, world, not freeze_router),
-        ParamClass("experts", 3 * moe, moe * 3 * E * D * m.moe_intermediate_size // ep, world // ep),
+        ParamClass(
+            "experts", 3 * moe, moe * 3 * E * D * m.moe_intermediate_size // ep, world // ep
+        ),
     ]
     return [c for c in classes if c.numel]
 
 
-def static_memory(m, world: int, tp: int, ep: int, param_bytes: int, grad_bytes: int, freeze_router=True) -> dict:
+def static_memory(
+    m, world: int, tp: int, ep: int, param_bytes: int, grad_bytes: int, freeze_router=True
+) -> dict:
     """Bytes that a rank holds throughout."""
     classes = parameter_classes(m, world, tp, ep, freeze_router)
     return {
@@ -88,24 +107,38 @@ def static_memory(m, world: int, tp: int, ep: int, param_bytes: int, grad_bytes:
     }
 
 
-# ---- activations ---------------------------------------------------------------------------------------------
+# ---- activations ---------------------------------------------------------------------------------
 def dtype_bytes(cfg) -> tuple[int, int]:
     """Of a parameter or activation, and of a gradient. "auto" is what it is on CUDA."""
     return 4 if cfg.param_dtype == "float32" else 2, 2 if cfg.grad_dtype == "bfloat16" else 4
 
 
 def activation_memory(m, cfg) -> dict[str, float]:
-    """Bytes, for a micro-batch that fills the token budget. "all layers" is what they save without recompute, "inputs"
-    with it; of one layer: what attention and norms save, and what the MLP saves plus its gradients at their largest."""
-    a, T, D, F = dtype_bytes(cfg)[0], cfg.max_tokens_per_micro_batch, m.hidden_size, m.moe_intermediate_size
+    """Bytes, for a micro-batch that fills the token budget. "all layers" is what they save without
+    recompute, "inputs" with it; of one layer: what attention and norms save, and what the MLP saves
+    plus its gradients at their largest."""
+    a, T, D, F = (
+        dtype_bytes(cfg)[0],
+        cfg.max_tokens_per_micro_batch,
+        m.hidden_size,
+        m.moe_intermediate_size,
+    )
     t, heads, I_ = T / cfg.tp, m.num_attention_heads / cfg.tp, m.intermediate_size / cfg.tp
-    kv_heads, v, rows = max(1, m.num_key_value_heads / cfg.tp), m.vocab_size // cfg.tp, t * m.num_experts_per_tok
+    kv_heads, v, rows = (
+        max(1, m.num_key_value_heads / cfg.tp),
+        m.vocab_size // cfg.tp,
+        t * m.num_experts_per_tok,
+    )
     moe = sum(m.is_moe_layer(i) for i in range(m.num_hidden_layers))
     dense, gathered = m.num_hidden_layers - moe, T * D * a * (cfg.tp > 1)
-    # RMSNorm saves its input in fp32, that normed, and the product: two norms of t tokens, q and k of T.
+    # RMSNorm saves its input in fp32, that normed, and the product: two norms of t tokens, q and k
+    # of T.
     attention = 2 * t * D * (4 + 2 * a) + T * m.head_dim * (heads + kv_heads) * (4 + a)
-    attention += gathered + T * m.head_dim * heads * 4 * a  # q after RoPE, k and v repeated to all heads, the output
-    # SwiGLU saves gate, up, silu(gate) and their product; MoE's rows also as they arrive, as they leave, and weighted.
+    attention += (
+        gathered + T * m.head_dim * heads * 4 * a
+    )  # q after RoPE, k and v repeated to all heads, the output
+    # SwiGLU saves gate, up, silu(gate) and their product; MoE's rows also as they arrive, as they
+    # leave, and weighted.
     saved_dense, saved_moe = gathered + T * I_ * 4 * a, rows * (3 * D + 4 * F) * a
     peak_dense, peak_moe = saved_dense + gathered + T * I_ * 3 * a, rows * (5 * D + 4 * F) * a
     chunk = cfg.logprob_chunk_size or ops.chunk_rows(v)
@@ -116,14 +149,20 @@ def activation_memory(m, cfg) -> dict[str, float]:
         "dense MLP": peak_dense * (dense > 0),
         "MoE": peak_moe * (moe > 0),
         "MoE, fullest rank": IMBALANCE * peak_moe * (moe > 0),
-        "loss": chunk * v * (4 + a) + 3 * T * D * a,  # fp32 logits, their gradient; hidden, its loss rows, its gradient
+        "loss": chunk * v * (4 + a)
+        + 3 * T * D * a,  # fp32 logits, their gradient; hidden, its loss rows, its gradient
     }
 
 
 def vllm_share(cfg, world: int) -> float:
-    """Of rank 0's GPU, what the vLLM of this machine takes: nothing where there are more GPUs than ranks, since it has
-    those. A plan made without GPUs takes it that there are as many (CUDA_VISIBLE_DEVICES=0,1 says two)."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else world
+    """Of rank 0's GPU, what the vLLM of this machine takes: nothing where there are more GPUs than
+    ranks, since it has those. A plan made without GPUs takes it that there are as many
+    (CUDA_VISIBLE_DEVICES=0,1 says two)."""
+    ranks = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1
+        else world
+    )
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = len(named.split(",")) if named else torch.cuda.device_count()
     if not cfg.local_rollout or gpus > ranks or not (torch.cuda.is_available() or cfg.dry_run):
@@ -133,13 +172,15 @@ def vllm_share(cfg, world: int) -> float:
 
 
 def memory(m, cfg, world: int) -> dict[str, float]:
-    """All terms in GiB, in the order in which they come into being, and last what vLLM takes; their sum is the peak."""
+    """All terms in GiB, in the order in which they come into being, and last what vLLM takes; their
+    sum is the peak."""
     terms = static_memory(m, world, cfg.tp, cfg.ep, *dtype_bytes(cfg), cfg.freeze_moe_router)
     if cfg.reference_policy_kl_penalty:
         terms["reference model"] = terms["parameters"]
     act, recompute = activation_memory(m, cfg), cfg.activation_checkpointing
     terms["saved activations"] = act["inputs" if recompute else "all layers"]
-    # The backward of one layer, or the loss. Without recompute most of the layer is in the term above already.
+    # The backward of one layer, or the loss. Without recompute most of the layer is in the term
+    # above already.
     layer = max(act["dense MLP"], act["MoE, fullest rank"] - (0 if recompute else act["MoE"]))
     terms["live layer or loss"] = max(layer + act["attention"] * recompute, act["loss"])
     gib = {"CUDA and NCCL": OVERHEAD_GIB, **{name: size / GIB for name, size in terms.items()}}
@@ -148,10 +189,16 @@ def memory(m, cfg, world: int) -> dict[str, float]:
     return gib
 
 
-# ---- traffic and work ----------------------------------------------------------------------------------------
+# ---- traffic and work ----------------------------------------------------------------------------
 def collective_bytes(m, cfg, world: int) -> dict[str, tuple[float, str]]:
     """Bytes that a rank sends for one layer in each pass or update, and which."""
-    T, D, tp, ep, (a, grad) = cfg.max_tokens_per_micro_batch, m.hidden_size, cfg.tp, cfg.ep, dtype_bytes(cfg)
+    T, D, tp, ep, (a, grad) = (
+        cfg.max_tokens_per_micro_batch,
+        m.hidden_size,
+        cfg.tp,
+        cfg.ep,
+        dtype_bytes(cfg),
+    )
     passes = "forward, recompute, backward" if cfg.activation_checkpointing else "forward, backward"
     seam, rows = T * D * a * (tp - 1) / tp, T / tp * m.num_experts_per_tok * D * a * (ep - 1) / ep
     classes = [c for c in parameter_classes(m, world, tp, ep, cfg.freeze_moe_router) if c.trained]
@@ -162,28 +209,50 @@ def collective_bytes(m, cfg, world: int) -> dict[str, tuple[float, str]]:
         "TP/SP reduce-scatter": (seam, "the same"),
         "EP dispatch": (rows, passes),
         "EP combine": (rows, "the same"),
-        "gradient reduce-scatter": (layer * grad, f"an update; {whole * grad / 1e9:.2f} GB with embedding and head"),
-        "parameter all-gather": (layer * a, f"an update; {whole * a / 1e9:.2f} GB with embedding and head"),
+        "gradient reduce-scatter": (
+            layer * grad,
+            f"an update; {whole * grad / 1e9:.2f} GB with embedding and head",
+        ),
+        "parameter all-gather": (
+            layer * a,
+            f"an update; {whole * a / 1e9:.2f} GB with embedding and head",
+        ),
     }
 
 
 def flops_per_token(m, length: int) -> float:
-    """Forward and backward, in a sequence of that length; causal attention counts half; recompute does not count."""
-    D, H, G, C, L = m.hidden_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim, m.num_hidden_layers
+    """Forward and backward, in a sequence of that length; causal attention counts half; recompute
+    does not count."""
+    D, H, G, C, L = (
+        m.hidden_size,
+        m.num_attention_heads,
+        m.num_key_value_heads,
+        m.head_dim,
+        m.num_hidden_layers,
+    )
     moe = sum(m.is_moe_layer(i) for i in range(L))
     active = L * 2 * D * (H + G) * C + m.vocab_size * D + (L - moe) * 3 * D * m.intermediate_size
     active += moe * D * (m.num_experts + m.num_experts_per_tok * 3 * m.moe_intermediate_size)
     return 6 * active + 6 * L * H * C * length
 
 
-# ---- the report ----------------------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 def what_would_fit(m, cfg, world: int) -> list[str]:
-    """The fewest ranks, and for these the smallest sets of changed flags, that fit: each as "flags (peak)"."""
+    """The fewest ranks, and for these the smallest sets of changed flags, that fit: each as "flags
+    (peak)"."""
     budgets = [cfg.max_tokens_per_micro_batch >> i for i in range(1, 16)]
-    changes = [("activation_checkpointing", True), ("param_dtype", "bfloat16"), ("grad_dtype", "bfloat16")]
-    changes += [("max_tokens_per_micro_batch", n) for n in budgets if n >= cfg.max_total_sequence_length]
+    changes = [
+        ("activation_checkpointing", True),
+        ("param_dtype", "bfloat16"),
+        ("grad_dtype", "bfloat16"),
+    ]
+    changes += [
+        ("max_tokens_per_micro_batch", n) for n in budgets if n >= cfg.max_total_sequence_length
+    ]
     changes += [("local_rollout", False)] * (vllm_share(cfg, world) > 0)
-    changes += [("tp", n) for n in (2, 4, 8) if n > cfg.tp] + [("ep", n) for n in (2, 4, 8, 16, 32) if n > cfg.ep]
+    changes += [("tp", n) for n in (2, 4, 8) if n > cfg.tp] + [
+        ("ep", n) for n in (2, 4, 8, 16, 32) if n > cfg.ep
+    ]
     name = lambda flag, value: ("--no-" if value is False else "--") + flag.replace("_", "-")
     show = lambda flag, value: name(flag, value) + ("" if isinstance(value, bool) else f" {value}")
     for ranks, size in itertools.product([world << i for i in range(8)], range(4)):
@@ -194,7 +263,9 @@ def what_would_fit(m, cfg, world: int) -> list[str]:
                 check_layout(m, ranks, changed.tp, changed.ep)
             except ValueError:
                 continue
-            if (peak := sum(memory(m, changed, ranks).values())) <= cfg.gpu_memory_gib and len(dict(flags)) == size:
+            if (peak := sum(memory(m, changed, ranks).values())) <= cfg.gpu_memory_gib and len(
+                dict(flags)
+            ) == size:
                 words = [f"{ranks} ranks"] * (ranks > world) + list(itertools.starmap(show, flags))
                 found.append(f"{' '.join(words)} ({peak:.1f})")
         if found:
@@ -203,7 +274,8 @@ def what_would_fit(m, cfg, world: int) -> list[str]:
 
 
 def check_memory(m, cfg, world: int) -> None:
-    """Raises: ValueError for a layout that does not fit, with the term that breaks it and what would fit."""
+    """Raises: ValueError for a layout that does not fit, with the term that breaks it and what
+    would fit."""
     terms = memory(m, cfg, world)
     if (peak := sum(terms.values())) > cfg.gpu_memory_gib:
         sums = zip(terms, itertools.accumulate(terms.values()))
@@ -213,36 +285,50 @@ def check_memory(m, cfg, world: int) -> None:
         if (room := 1 - (peak - terms.get("vLLM on the same GPU", 0.0)) / cfg.gpu_memory_gib) >= 0:
             advice.append("a GPU more, which vLLM then has alone")
             if room > 0.1:  # less holds no model and its cache
-                advice.append(f"--rollout-args=\"--vllm-args '--gpu-memory-utilization {int(100 * room) / 100:g}'\"")
-        raise ValueError(f"{peak:.1f} GiB are above --gpu-memory-gib {cfg.gpu_memory_gib:g}. What breaks it: {culprit}"
-                         f" (in {parts}). What fits: {'; or '.join(advice)}")  # fmt: skip
+                advice.append(
+                    f"--rollout-args=\"--vllm-args '--gpu-memory-utilization {int(100 * room) / 100:g}'\""
+                )
+        raise ValueError(
+            f"{peak:.1f} GiB are above --gpu-memory-gib {cfg.gpu_memory_gib:g}. What breaks it: {culprit}"
+            f" (in {parts}). What fits: {'; or '.join(advice)}"
+        )
 
 
 def check_length(m, cfg) -> None:
-    """Raises: ValueError for samples longer than the model's positions, which vLLM would refuse at its start."""
+    """Raises: ValueError for samples longer than the model's positions, which vLLM would refuse at
+    its start."""
     if cfg.max_total_sequence_length > m.max_position_embeddings:
-        raise ValueError(f"--max-total-sequence-length {cfg.max_total_sequence_length} is above the model's "
-                         f"max_position_embeddings={m.max_position_embeddings} (its config.json)")  # fmt: skip
+        raise ValueError(
+            f"--max-total-sequence-length {cfg.max_total_sequence_length} is above the model's "
+            f"max_position_embeddings={m.max_position_embeddings} (its config.json)"
+        )
 
 
 def check(m, cfg, world: int) -> None:
-    """Raises: ValueError for a layout that is impossible, or does not fit, and for samples that are too long."""
+    """Raises: ValueError for a layout that is impossible, or does not fit, and for samples that are
+    too long."""
     check_layout(m, world, cfg.tp, cfg.ep)
     check_length(m, cfg)
     check_memory(m, cfg, world)
 
 
 def print_report(m, cfg, world: int) -> None:
-    """Raises: ValueError for an impossible layout, and for one that does not fit, with what would."""
+    """Raises: ValueError for an impossible layout, and for one that does not fit, with what
+    would."""
     cfg = dataclasses.replace(cfg, dry_run=True)
     check_layout(m, world, cfg.tp, cfg.ep)
     check_length(m, cfg)
     cfg.validate()
     print(cfg.text + "\n")
-    terms, act = memory(m, cfg, world), {name: size / GIB for name, size in activation_memory(m, cfg).items()}
+    terms, act = (
+        memory(m, cfg, world),
+        {name: size / GIB for name, size in activation_memory(m, cfg).items()},
+    )
     peak = sum(terms.values())
-    print(f"{cfg.model} on {world} ranks: tp {cfg.tp}, ep {cfg.ep}, data parallel {world // cfg.tp}, micro-batches of "
-          f"{cfg.max_tokens_per_micro_batch} tokens")  # fmt: skip
+    print(
+        f"{cfg.model} on {world} ranks: tp {cfg.tp}, ep {cfg.ep}, data parallel {world // cfg.tp}, micro-batches of "
+        f"{cfg.max_tokens_per_micro_batch} tokens"
+    )
     print(f"\n{'parameters of a rank':26}{'millions':>9}  ranks that hold the same")
     for c in (classes := parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)):
         print(f"  {c.name:24}{c.numel / 1e6:9.1f}  {c.replicas}{'' if c.trained else ', frozen'}")
@@ -262,9 +348,13 @@ def print_report(m, cfg, world: int) -> None:
         print(f"  {name:24}{size / 1e6:9.1f}  {when}")
     total = sum(c.numel * world // c.replicas for c in classes)
     size = total * (4 if cfg.publish_dtype == "float32" else 2)
-    print(f"  {'weights to rollouts':24}{size / m.num_hidden_layers / 1e6:9.1f}  a version, of all ranks; {total:,} "
-          f"parameters are {size / 1e9:.2f} GB")  # fmt: skip
-    print(f"\n{'sequence length':26}{'GFLOP':>9}  a token, forward and backward; tokens/s of a GPU at MFU {cfg.mfu:g}")
+    print(
+        f"  {'weights to rollouts':24}{size / m.num_hidden_layers / 1e6:9.1f}  a version, of all ranks; {total:,} "
+        f"parameters are {size / 1e9:.2f} GB"
+    )
+    print(
+        f"\n{'sequence length':26}{'GFLOP':>9}  a token, forward and backward; tokens/s of a GPU at MFU {cfg.mfu:g}"
+    )
     for length in (2048, 4096, 8192, 16384):
         flops = flops_per_token(m, length)
         print(f"  {length:<24}{flops / 1e9:9.1f}  {cfg.mfu * PEAK_TFLOPS * 1e12 / flops:,.0f}")

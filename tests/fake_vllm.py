@@ -1,11 +1,11 @@
-"""A stand-in for vLLM's server: every route that rollout.py uses, real samples and log-probs, and faults on order.
+"""A stand-in for vLLM's server: every route that rollout.py uses, real samples and log-probs, and
+faults on order.
 
     python rollout.py HUB --vllm-command "python tests/fake_vllm.py"
-
-It computes Qwen3-MoE a second time, apart from model.py, from the published files alone, so that a wrong publish shows
-in gen_kl_error as it does with vLLM. A request is a batch of its own with a random stream of its own, drawn from seed,
-weights' version and prompt: its samples depend on nothing else that is in flight, which is what lets a test compare
-whole runs bit for bit.
+ It computes Qwen3-MoE a second time, apart from model.py, from the published files alone, so that a
+wrong publish shows in gen_kl_error as it does with vLLM. A request is a batch of its own with a
+random stream of its own, drawn from seed, weights' version and prompt: its samples depend on
+nothing else that is in flight, which is what lets a test compare whole runs bit for bit.
 
     POST /fault {"kind": KIND, ...}      FAKE_VLLM_FAULT='{"kind": ...}' orders one from the start
         hang                   health says fine, no token moves
@@ -15,8 +15,8 @@ whole runs bit for bit.
         stall_update           the next weight update is never answered
         slow, "s": 0.1         every engine step takes so much longer
         drop, nan, null, empty, long, twice, odd, oom, "count": 3     the next so many requests: connection dropped; a
-                               sample with a NaN or null log-prob, without tokens, with too many; samples twice; one
-                               that is no sample; status 500
+                               sample with a NaN or null log-prob, without tokens, with too many;
+                               samples twice; one that is no sample; status 500
         poison, "token": 5     every request whose prompt holds this token gets status 500
         without, "routes": []  it never had these routes, as another version of vLLM
 """
@@ -41,29 +41,42 @@ from model import ModelConfig
 COUNTED = ("drop", "nan", "null", "empty", "long", "twice", "odd", "oom")
 
 
-# ---- the model -----------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 class Policy:
-    """Qwen3-MoE on the tensors of a checkpoint directory. Shapes: B samples, L new tokens, T tokens in all."""
+    """Qwen3-MoE on the tensors of a checkpoint directory. Shapes: B samples, L new tokens, T tokens
+    in all."""
 
     def __init__(self, path: Path):
         self.cfg = vars(ModelConfig.from_dir(path))  # in whichever spelling it is
         self.w = {name: t.float() for name, t in read_tensors(path)}
         for i in range(self.cfg["num_hidden_layers"]):
             for p in ("gate_proj", "up_proj", "down_proj"):
-                names = [f"model.layers.{i}.mlp.experts.{e}.{p}.weight" for e in range(self.cfg["num_experts"])]
+                names = [
+                    f"model.layers.{i}.mlp.experts.{e}.{p}.weight"
+                    for e in range(self.cfg["num_experts"])
+                ]
                 self.w[f"{i}.{p}"] = torch.stack([self.w[name] for name in names])  # (E, out, in)
 
     def norm(self, x, name):
-        return self.w[name] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.cfg["rms_norm_eps"])
+        return (
+            self.w[name]
+            * x
+            * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.cfg["rms_norm_eps"])
+        )
 
     @torch.inference_mode()
     def logits(self, ids_BL, cache: list) -> torch.Tensor:
-        """(B, V) after the last token; `cache` holds each layer's keys and values and grows by L."""
+        """(B, V) after the last token; `cache` holds each layer's keys and values and grows by
+        L."""
         c, w = self.cfg, self.w
         C, past = c["head_dim"], cache[0][0].shape[2] if cache else 0
-        angles = torch.outer(torch.arange(past, past + ids_BL.shape[1]).float(),
-                             c["rope_theta"] ** (-torch.arange(0, C, 2).float() / C)).repeat(1, 2)  # fmt: skip
-        rope = lambda x: x * angles.cos() + torch.cat((-x[..., C // 2 :], x[..., : C // 2]), -1) * angles.sin()
+        angles = torch.outer(
+            torch.arange(past, past + ids_BL.shape[1]).float(),
+            c["rope_theta"] ** (-torch.arange(0, C, 2).float() / C),
+        ).repeat(1, 2)
+        rope = lambda x: (
+            x * angles.cos() + torch.cat((-x[..., C // 2 :], x[..., : C // 2]), -1) * angles.sin()
+        )
         heads = lambda x: x.unflatten(-1, (-1, C)).transpose(1, 2)
         x = w["model.embed_tokens.weight"][ids_BL]
         for i in range(c["num_hidden_layers"]):
@@ -80,11 +93,17 @@ class Policy:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=past == 0, enable_gqa=True)
             x = x + F.linear(out.transpose(1, 2).flatten(2), w[at + "self_attn.o_proj.weight"])
             h = self.norm(x, at + "post_attention_layernorm.weight")
-            top, chosen = F.linear(h, w[at + "mlp.gate.weight"]).softmax(-1).topk(c["num_experts_per_tok"])
+            top, chosen = (
+                F.linear(h, w[at + "mlp.gate.weight"]).softmax(-1).topk(c["num_experts_per_tok"])
+            )
             top = top / top.sum(-1, keepdim=True) if c["norm_topk_prob"] else top
             weights_BLE = torch.zeros(*h.shape[:2], c["num_experts"]).scatter(-1, chosen, top)
-            gate, up = (torch.einsum("bld,efd->belf", h, w[f"{i}.{p}"]) for p in ("gate_proj", "up_proj"))
-            y = torch.einsum("belf,edf->beld", F.silu(gate) * up, w[f"{i}.down_proj"])  # all experts: it is tiny
+            gate, up = (
+                torch.einsum("bld,efd->belf", h, w[f"{i}.{p}"]) for p in ("gate_proj", "up_proj")
+            )
+            y = torch.einsum(
+                "belf,edf->beld", F.silu(gate) * up, w[f"{i}.down_proj"]
+            )  # all experts: it is tiny
             x = x + torch.einsum("beld,ble->bld", y, weights_BLE)
         head = "model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"
         return F.linear(self.norm(x[:, -1], "model.norm.weight"), w[head])
@@ -95,8 +114,13 @@ class Request:
 
     def __init__(self, prompt: list[int], sampling: dict, seed: int, version: str):
         self.prompt, self.n, self.limit = prompt, sampling.get("n", 1), sampling["max_tokens"]
-        self.temperature, self.stop = sampling.get("temperature", 1.0), set(sampling.get("stop_token_ids") or ())
-        self.rng = torch.Generator().manual_seed(random.Random(f"{seed}/{version}/{prompt}").getrandbits(63))
+        self.temperature, self.stop = (
+            sampling.get("temperature", 1.0),
+            set(sampling.get("stop_token_ids") or ()),
+        )
+        self.rng = torch.Generator().manual_seed(
+            random.Random(f"{seed}/{version}/{prompt}").getrandbits(63)
+        )
         self.tokens = torch.empty(self.n, 0, dtype=torch.long)
         self.logprobs, self.versions, self.cache = torch.empty(self.n, 0), [], []
         self.open = torch.ones(self.n, dtype=torch.bool)
@@ -115,7 +139,9 @@ class Request:
         logits = policy.logits(new, self.cache)
         if len(logits) < self.n:
             logits = logits.expand(self.n, -1)
-            self.cache = [tuple(x.expand(self.n, -1, -1, -1) for x in layer) for layer in self.cache]
+            self.cache = [
+                tuple(x.expand(self.n, -1, -1, -1) for x in layer) for layer in self.cache
+            ]
         if self.temperature:
             logprobs = (logits / self.temperature).log_softmax(-1)
             drawn = torch.multinomial(logprobs.exp(), 1, generator=self.rng)
@@ -134,21 +160,36 @@ class Request:
     def choices(self) -> list[dict]:
         found = []
         for i, (tokens, logprobs) in enumerate(zip(self.tokens.tolist(), self.logprobs.tolist())):
-            length = next((at + 1 for at, token in enumerate(tokens) if token in self.stop), len(tokens))
-            edges = [at for at in range(length) if at == 0 or self.versions[at] != self.versions[at - 1]]
-            found.append({
-                "index": i, "token_ids": tokens[:length], "finish_reason": "stop" if tokens[length - 1] in self.stop
-                else "length", "logprobs": {"content": [{"logprob": x} for x in logprobs[:length]]},
-                "weight_versions": [{"version": self.versions[a], "start": a, "end": b}
-                                    for a, b in zip(edges, [*edges[1:], length])],
-            })  # fmt: skip
+            length = next(
+                (at + 1 for at, token in enumerate(tokens) if token in self.stop), len(tokens)
+            )
+            edges = [
+                at for at in range(length) if at == 0 or self.versions[at] != self.versions[at - 1]
+            ]
+            found.append(
+                {
+                    "index": i,
+                    "token_ids": tokens[:length],
+                    "finish_reason": "stop" if tokens[length - 1] in self.stop else "length",
+                    "logprobs": {"content": [{"logprob": x} for x in logprobs[:length]]},
+                    "weight_versions": [
+                        {"version": self.versions[a], "start": a, "end": b}
+                        for a, b in zip(edges, [*edges[1:], length])
+                    ],
+                }
+            )
         return found
 
 
-# ---- the server ----------------------------------------------------------------------------------------------
+# ---- the server ----------------------------------------------------------------------------------
 class Server:
     def __init__(self, model: Path, seed: int, max_num_seqs: int):
-        self.policy, self.version, self.seed, self.max_num_seqs = Policy(model), "default", seed, max_num_seqs
+        self.policy, self.version, self.seed, self.max_num_seqs = (
+            Policy(model),
+            "default",
+            seed,
+            max_num_seqs,
+        )
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.paused, self.tokens, self.requests, self.preemptions = False, 0, 0, 0
@@ -169,7 +210,8 @@ class Server:
             for request in self.running:
                 self.tokens += request.step(self.policy, self.version)
                 await asyncio.sleep(0)  # /health and /pause are heard in between
-                if self.paused:  # between engine steps only, as in vLLM: `step` of the others comes after the pause
+                # between engine steps only, as in vLLM: `step` of the others comes after the pause
+                if self.paused:
                     break
             self.running = [r for r in self.running if not r.done.done()]
             await asyncio.sleep(self.slow_s)
@@ -192,7 +234,9 @@ class Server:
 
     async def generate(self, http: web.Request):
         body = await http.json()
-        if set(body["cache_salt"]) & set("@/\\\0") or len(body["cache_salt"]) > 128:  # vLLM's own rule
+        if (
+            set(body["cache_salt"]) & set("@/\\\0") or len(body["cache_salt"]) > 128
+        ):  # vLLM's own rule
             return web.json_response({"error": "Parameter 'cache_salt'"}, status=400)
         hit = {kind for kind in COUNTED if self.faults[kind]}
         for kind in hit:
@@ -234,7 +278,9 @@ class Server:
         elif name == "pause":
             self.paused = True
             if http.query.get("clear_cache") != "false":
-                self.preemptions += sum(r.n for r in self.running)  # computed again, and counted as that
+                self.preemptions += sum(
+                    r.n for r in self.running
+                )  # computed again, and counted as that
         elif name == "update_weights":
             if self.crash_update:
                 os._exit(1)
@@ -253,18 +299,26 @@ class Server:
         elif name == "weight_checker":
             if self.crash_checksum:
                 os._exit(1)
-            return web.json_response({"checksums": {n: describe(t)["blake3"] for n, t in self.policy.w.items()}})
+            return web.json_response(
+                {"checksums": {n: describe(t)["blake3"] for n, t in self.policy.w.items()}}
+            )
         return web.json_response({})
 
     async def metrics(self, http: web.Request):
         used = sum(len(r.prompt) + len(r.versions) for r in self.running) * 16
         label = '{engine="0",model_name="fake"}'
         values = {
-            "num_requests_running": sum(r.n for r in self.running), "generation_tokens_total": self.tokens,
-            "num_requests_waiting": sum(r.n for r in self.waiting), "kv_cache_usage_perc": min(1.0, used / 65536),
-            "prompt_tokens_total": 0, "num_preemptions_total": self.preemptions, "request_success_total": self.requests,
-        }  # fmt: skip
-        return web.Response(text="".join(f"vllm:{n}{label} {float(v)}\n" for n, v in values.items()))
+            "num_requests_running": sum(r.n for r in self.running),
+            "generation_tokens_total": self.tokens,
+            "num_requests_waiting": sum(r.n for r in self.waiting),
+            "kv_cache_usage_perc": min(1.0, used / 65536),
+            "prompt_tokens_total": 0,
+            "num_preemptions_total": self.preemptions,
+            "request_success_total": self.requests,
+        }
+        return web.Response(
+            text="".join(f"vllm:{n}{label} {float(v)}\n" for n, v in values.items())
+        )
 
 
 async def serve(args):
@@ -272,14 +326,25 @@ async def serve(args):
     if fault := os.environ.get("FAKE_VLLM_FAULT"):
         server.order(json.loads(fault))
     app = web.Application()
-    answers = {f"/{name}": server.route for name in (
-        "pause", "start_weight_update", "update_weights", "finish_weight_update", "resume", "weight_checker", "fault",
-    )} | {"/inference/v1/generate": server.generate}  # fmt: skip
+    answers = {
+        f"/{name}": server.route
+        for name in (
+            "pause",
+            "start_weight_update",
+            "update_weights",
+            "finish_weight_update",
+            "resume",
+            "weight_checker",
+            "fault",
+        )
+    } | {"/inference/v1/generate": server.generate}
     for path, answer in answers.items():
         if path not in server.without:
             app.router.add_post(path, answer)
     app.router.add_get("/health", lambda http: asyncio.sleep(0, web.Response()))
-    app.router.add_get("/version", lambda http: asyncio.sleep(0, web.json_response({"version": "0.32.0"})))
+    app.router.add_get(
+        "/version", lambda http: asyncio.sleep(0, web.json_response({"version": "0.32.0"}))
+    )
     app.router.add_get("/metrics", server.metrics)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5, handler_cancellation=True)
     await runner.setup()

@@ -1,7 +1,8 @@
-"""Hosts on one machine, for the tests: namespaces of network, processes, mounts and name, on one bridge.
-
-A host sees the machine's files read-only, with /mnt and /dev/shm of its own to write to: no two share a disk. All of
-it hangs on processes that end with the test, even when that is killed, and the kernel removes the rest.
+"""Hosts on one machine, for the tests: namespaces of network, processes, mounts and name, on one
+bridge.
+ A host sees the machine's files read-only, with /mnt and /dev/shm of its own to write to: no two
+share a disk. All of it hangs on processes that end with the test, even when that is killed, and the
+kernel removes the rest.
 """
 
 import os
@@ -42,7 +43,9 @@ def copy_program(to: Path) -> None:
     for entry in (REPO / ".venv").iterdir():
         if entry.name != "installed":
             (to / ".venv" / entry.name).symlink_to(entry)
-    stamp = subprocess.run("cksum <pyproject.toml", shell=True, cwd=REPO, capture_output=True, text=True, check=True)
+    stamp = subprocess.run(
+        "cksum <pyproject.toml", shell=True, cwd=REPO, capture_output=True, text=True, check=True
+    )
     (to / ".venv" / "installed").write_text(f"cpu {stamp.stdout}")  # as launch.sh writes it
 
 
@@ -50,9 +53,20 @@ class Host:
     """A holder process, in whose namespaces `run` and `popen` start what they are given."""
 
     def __init__(self, name: str, script: str):
-        command = ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc", "bash"]
+        command = [
+            "unshare",
+            "--net",
+            "--mount",
+            "--pid",
+            "--uts",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "bash",
+        ]
         self.name = name
-        # Its first process reads a pipe that nobody writes to, and that ends with this process, however it does.
+        # Its first process reads a pipe that nobody writes to, and that ends with this process,
+        # however it does.
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.holder = subprocess.Popen([*command, "-c", script], **pipes, text=True)
         assert self.holder.stdout.readline() == "ready\n"
@@ -61,7 +75,9 @@ class Host:
         self.disk = Path(f"/proc/{self.init.pid}/root/mnt")
 
     def run(self, command: list[str], **kwargs) -> subprocess.CompletedProcess:
-        return subprocess.run([*self.enter, *command], text=True, capture_output=True, timeout=60, **kwargs)
+        return subprocess.run(
+            [*self.enter, *command], text=True, capture_output=True, timeout=60, **kwargs
+        )
 
     def processes(self) -> list[psutil.Process]:
         """All that run on this host, but for its own first one, which reaps no zombies."""
@@ -69,7 +85,10 @@ class Host:
         found = []
         for process in psutil.process_iter():
             try:
-                here = os.stat(f"/proc/{process.pid}/ns/pid").st_ino == mine and process.pid != self.init.pid
+                here = (
+                    os.stat(f"/proc/{process.pid}/ns/pid").st_ino == mine
+                    and process.pid != self.init.pid
+                )
                 if here and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (OSError, psutil.NoSuchProcess):
@@ -81,8 +100,9 @@ class Host:
 
 
 class Hosts:
-    """host0, host1, ... and a shell command `ssh` that runs what it is given on one of them, as the real one does:
-    with an environment of that host, and without an end of its own when the caller is killed."""
+    """host0, host1, ... and a shell command `ssh` that runs what it is given on one of them, as the
+    real one does: with an environment of that host, and without an end of its own when the caller
+    is killed."""
 
     def __init__(self, count: int, directory: Path):
         ip_of = {f"host{i}": f"{SUBNET}.{i + 1}" for i in range(count)}
@@ -94,8 +114,10 @@ class Hosts:
             self.all.append(host)
             copy_program(host.disk / "cispo")
             netns = ["nsenter", f"--net=/proc/{self.all[0].init.pid}/ns/net", IP]
-            for words in (f"link add name port{i} type veth peer name eth0 netns {host.init.pid}",
-                          f"link set port{i} master bridge up"):  # fmt: skip
+            for words in (
+                f"link add name port{i} type veth peer name eth0 netns {host.init.pid}",
+                f"link set port{i} master bridge up",
+            ):
                 subprocess.run([*netns, *words.split()], check=True)
             for words in (f"addr add {ip}/24 dev eth0", "link set eth0 up"):
                 host.run([IP, *words.split()], check=True)
@@ -103,8 +125,10 @@ class Hosts:
         self.ssh = directory / "ssh"
         cases = "".join(f"{h.name}) to={h.init.pid} ;;\n" for h in self.hosts)
         environment = f"HOME=/mnt/home TMPDIR=/mnt/tmp PATH={os.environ['PATH']}"
-        self.ssh.write_text(f'#!/bin/bash\ncase $1 in\n{cases}*) echo "ssh: $1: no route to host" >&2; exit 255 ;;\n'
-                            f'esac\nshift\nexec nsenter --all --target=$to env -i {environment} "$@"\n')  # fmt: skip
+        self.ssh.write_text(
+            f'#!/bin/bash\ncase $1 in\n{cases}*) echo "ssh: $1: no route to host" >&2; exit 255 ;;\n'
+            f'esac\nshift\nexec nsenter --all --target=$to env -i {environment} "$@"\n'
+        )
         self.ssh.chmod(0o755)
 
     def __enter__(self):

@@ -1,4 +1,5 @@
-"""Several ranks on one machine, for the tests: processes over gloo, each running the same function."""
+"""Several ranks on one machine, for the tests: processes over gloo, each running the same
+function."""
 
 import multiprocessing
 import os
@@ -11,7 +12,9 @@ import torch
 def _rank(rank, world_size, port, queue, function, args):
     """Runs in a process of its own."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     try:
         queue.put((rank, True, function(*args)))
     except Exception:  # the parent must see it, not wait for it
@@ -22,8 +25,9 @@ def _rank(rank, world_size, port, queue, function, args):
 
 
 def on_ranks(world_size: int, function, *args, timeout_s: float = 300) -> list:
-    """function(*args) in world_size processes with torchrun's environment; their results by rank. function is of a
-    module's top level, and its results are plain Python. A rank that fails fails the caller, with its traceback."""
+    """function(*args) in world_size processes with torchrun's environment; their results by rank.
+    function is of a module's top level, and its results are plain Python. A rank that fails fails
+    the caller, with its traceback."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -31,7 +35,9 @@ def on_ranks(world_size: int, function, *args, timeout_s: float = 300) -> list:
     context.set_forkserver_preload(["torch", "train_cispo"])
     queue = context.Queue()
     workers = [
-        context.Process(target=_rank, args=(rank, world_size, port, queue, function, args), daemon=True)
+        context.Process(
+            target=_rank, args=(rank, world_size, port, queue, function, args), daemon=True
+        )
         for rank in range(world_size)
     ]
     for worker in workers:
@@ -40,7 +46,9 @@ def on_ranks(world_size: int, function, *args, timeout_s: float = 300) -> list:
         results = []
         for _ in workers:
             rank, ok, result = queue.get(timeout=timeout_s)
-            assert ok, f"rank {rank} of {world_size}:\n{result}"  # at once: the others may wait for it until a timeout
+            assert ok, (
+                f"rank {rank} of {world_size}:\n{result}"
+            )  # at once: the others may wait for it until a timeout
             results.append((rank, result))
         for worker in workers:
             worker.join(60)

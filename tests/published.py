@@ -9,26 +9,49 @@ from bridge import delta, weights
 SHARD = "model-00001-of-00001"
 
 
-def write_version(root: Path, version: int, tensors, static: Path, run: str = "", before=None, full=True) -> Path:
-    """Write `root/v{version}`; `before`, the tensors of the version before it, adds a delta. Its manifest names this
-    version's files, and with a delta those of the version before."""
+def write_version(
+    root: Path, version: int, tensors, static: Path, run: str = "", before=None, full=True
+) -> Path:
+    """Write `root/v{version}`; `before`, the tensors of the version before it, adds a delta. Its
+    manifest names this version's files, and with a delta those of the version before."""
     tensors, directory = dict(tensors), root / f"v{version}"
     metadata = {"run": run, "version": str(version)}
-    shards = [{"name": SHARD, "tensors": {name: weights.describe(t) for name, t in tensors.items()}, "files": []}]
+    shards = [
+        {
+            "name": SHARD,
+            "tensors": {name: weights.describe(t) for name, t in tensors.items()},
+            "files": [],
+        }
+    ]
     previous = root / f"v{version - 1}" / weights.MANIFEST
     whole = {"version": version, "files": {}}
     if before is not None:
         old = json.loads(previous.read_text())
         shards[0]["files"], whole = old["shards"][0]["files"], old["static"]
-        codes = {name: delta.encode(before[name].contiguous(), t.contiguous()) for name, t in tensors.items()}
+        codes = {
+            name: delta.encode(before[name].contiguous(), t.contiguous())
+            for name, t in tensors.items()
+        }
         delta_file = bridge.publish.write_share(
             directory, SHARD, tensors, codes, {**metadata, "base": str(version - 1)}
         )
         shards[0]["files"].append({**delta_file, "url": ""})
     if full:
-        shards[0]["files"].append({**bridge.publish.write_share(directory, SHARD, tensors, None, metadata), "url": ""})
-        whole = {"version": version, "files": bridge.publish.write_static(directory, static, shards)}
-    manifest = {"run": run, "version": version, "base": version - 1, "static": whole, "full": full, "shards": shards}
+        shards[0]["files"].append(
+            {**bridge.publish.write_share(directory, SHARD, tensors, None, metadata), "url": ""}
+        )
+        whole = {
+            "version": version,
+            "files": bridge.publish.write_static(directory, static, shards),
+        }
+    manifest = {
+        "run": run,
+        "version": version,
+        "base": version - 1,
+        "static": whole,
+        "full": full,
+        "shards": shards,
+    }
     weights.write_text(directory / weights.MANIFEST, json.dumps(manifest))
     return directory
 

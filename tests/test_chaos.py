@@ -13,7 +13,9 @@ def test_under_random_faults_no_prompt_is_lost_or_trained_twice_and_the_run_lear
     rows, verdicts = chaos(seed=0, faults=len(FAULTS))
     assert len(rows) == len(FAULTS)
     for verdict in verdicts:
-        assert verdict["lost"] == verdict["twice"] == verdict["too_old"] == verdict["set_aside"] == 0
+        assert (
+            verdict["lost"] == verdict["twice"] == verdict["too_old"] == verdict["set_aside"] == 0
+        )
         assert verdict["reward"] >= 0.9
 
 

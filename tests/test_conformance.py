@@ -1,8 +1,9 @@
-"""Twelve programs call twelve things CISPO. Each one's weight as a formula, the flags that make ours equal to it, and
-the README's table of both. What a peer does was read in its source at the commits of 2026-08 (README, Conformance).
-
-A weight is what -A * grad log pi is multiplied with. p, q, g: the token's probability under the weights being
-trained, under the trainer's at the start of the step (the "old" policy), and under the sampler.
+"""Twelve programs call twelve things CISPO. Each one's weight as a formula, the flags that make
+ours equal to it, and the README's table of both. What a peer does was read in its source at the
+commits of 2026-08 (README, Conformance).
+ A weight is what -A * grad log pi is multiplied with. p, q, g: the token's probability under the
+weights being trained, under the trainer's at the start of the step (the "old" policy), and under
+the sampler.
 """
 
 import re
@@ -19,7 +20,9 @@ from ranks.batch import pack_batch, unpack_batch
 torch.set_num_threads(1)
 clip = lambda x, low, high: min(max(x, low), high)
 SAMPLER = dict(ratio_anchor="sampler", use_importance_sampling_correction=False)
-PREV = dict(use_importance_sampling_correction=False, max_trajectory_age_steps=0)  # age 0: refused uncorrected
+PREV = dict(
+    use_importance_sampling_correction=False, max_trajectory_age_steps=0
+)  # age 0: refused uncorrected
 PROMPT, TIS = dict(prompt_level_loss=True), dict(truncated_importance_sampling_type="tis")
 
 
@@ -27,52 +30,91 @@ def bounds(low, high):
     return dict(ratio_clip_min=low, ratio_clip_max=high)
 
 
-# name: what is multiplied with -A * grad log pi, flags that make ours equal, the mean over tokens, where it was read
+# name: what is multiplied with -A * grad log pi, flags that make ours equal, the mean over tokens,
+# where it was read
 PEERS = {
     "NeMo RL, CISPO recipe": (
         lambda p, q, g: clip(p / q, 1 - 1.0, 1 + 5.0) * (q / g),
-        {}, "batch", "nemo_rl/algorithms/loss/loss_functions.py; the async lag-1 recipe"),
+        {},
+        "batch",
+        "nemo_rl/algorithms/loss/loss_functions.py; the async lag-1 recipe",
+    ),
     "NeMo RL, code defaults": (
         lambda p, q, g: clip(p / q, 1 - 0.2, 1 + 0.2),
-        PREV | bounds(0.2, 0.2), "batch", "nemo_rl/algorithms/loss/loss_functions.py"),
+        PREV | bounds(0.2, 0.2),
+        "batch",
+        "nemo_rl/algorithms/loss/loss_functions.py",
+    ),
     "TRL, `epsilon_high=5`": (
         lambda p, q, g: min(p / q, 5.0),  # absolute, where others write 1 + epsilon
-        PREV | bounds(1.0, 4.0), "batch", "trl/trainer/grpo_trainer.py; without its vLLM correction"),
+        PREV | bounds(1.0, 4.0),
+        "batch",
+        "trl/trainer/grpo_trainer.py; without its vLLM correction",
+    ),
     "verl, defaults": (
         lambda p, q, g: clip(p / q, 1 - 0.2, 1 + 0.2),
-        PREV | bounds(0.2, 0.2), "batch", "verl/trainer/ppo/core_algos.py"),
+        PREV | bounds(0.2, 0.2),
+        "batch",
+        "verl/trainer/ppo/core_algos.py",
+    ),
     "verl, example script": (
         lambda p, q, g: clip(p / q, 1 - 10, 1 + 0.2),  # a lower bound below 0 is none
-        PREV | bounds(1.0, 0.2), "batch", "verl/trainer/ppo/core_algos.py, clip_ratio_low=10"),
+        PREV | bounds(1.0, 0.2),
+        "batch",
+        "verl/trainer/ppo/core_algos.py, clip_ratio_low=10",
+    ),
     "slime, `--calculate-per-token-loss`": (
         lambda p, q, g: clip(p / q, 1 - 0.2, 1 + 0.2),
-        PREV | bounds(0.2, 0.2), "batch", "slime/utils/ppo_utils.py"),
+        PREV | bounds(0.2, 0.2),
+        "batch",
+        "slime/utils/ppo_utils.py",
+    ),
     "slime, as it advises": (
         lambda p, q, g: clip(p / q, 1 - 1.0, 1 + 4.0) * min(q / g, 2.0),
-        bounds(1.0, 4.0) | TIS | dict(truncated_importance_sampling_ratio=2.0), "batch",
-        "slime/utils/arguments.py: --eps-clip 1 --eps-clip-high 4; with its TIS"),
+        bounds(1.0, 4.0) | TIS | dict(truncated_importance_sampling_ratio=2.0),
+        "batch",
+        "slime/utils/arguments.py: --eps-clip 1 --eps-clip-high 4; with its TIS",
+    ),
     "SkyRL": (
         lambda p, q, g: clip(p / q, 1 - 1.0, 1 + 4.0),
-        PREV | bounds(1.0, 4.0), "batch", "skyrl/backends/skyrl_train/utils/ppo_utils.py"),
+        PREV | bounds(1.0, 4.0),
+        "batch",
+        "skyrl/backends/skyrl_train/utils/ppo_utils.py",
+    ),
     "SkyRL, `cispo_anchor=rollout`": (
         lambda p, q, g: clip(p / g, 1 - 1.0, 1 + 4.0),
-        SAMPLER | bounds(1.0, 4.0), "batch", "the same; what its async trainer requires"),
+        SAMPLER | bounds(1.0, 4.0),
+        "batch",
+        "the same; what its async trainer requires",
+    ),
     "open-instruct": (
         lambda p, q, g: min(p / q, 1 + 0.272) * min(q / g, 2.0),
-        bounds(1.0, 0.272) | TIS | dict(truncated_importance_sampling_ratio=2.0), "batch",
-        "open_instruct/grpo_utils.py"),
+        bounds(1.0, 0.272) | TIS | dict(truncated_importance_sampling_ratio=2.0),
+        "batch",
+        "open_instruct/grpo_utils.py",
+    ),
     "Tinker": (
         lambda p, q, g: clip(p / g, 0.0, 4.0),  # thresholds are ratios
-        SAMPLER | bounds(1.0, 3.0), "sum", "tinker-cookbook tutorials/202_loss_functions.py"),
+        SAMPLER | bounds(1.0, 3.0),
+        "sum",
+        "tinker-cookbook tutorials/202_loss_functions.py",
+    ),
     "MiniMax-M1, eps_high 5": (
         lambda p, q, g: clip(p / q, 0.0, 1 + 5.0),  # the paper tunes eps_high and does not print it
-        PREV | bounds(1.0, 5.0) | PROMPT | dict(use_leave_one_out_baseline=False), "prompt", "arXiv:2506.13585"),
+        PREV | bounds(1.0, 5.0) | PROMPT | dict(use_leave_one_out_baseline=False),
+        "prompt",
+        "arXiv:2506.13585",
+    ),
     "ScaleRL, eps_max 5": (
         lambda p, q, g: min(p / g, 5.0),
-        SAMPLER | bounds(1.0, 4.0) | PROMPT | dict(
-            advantage_std="batch", drop_zero_variance=True, use_leave_one_out_baseline=False),
-        "prompt", "arXiv:2510.13786"),
-}  # fmt: skip
+        SAMPLER
+        | bounds(1.0, 4.0)
+        | PROMPT
+        | dict(advantage_std="batch", drop_zero_variance=True, use_leave_one_out_baseline=False),
+        "prompt",
+        "arXiv:2510.13786",
+    ),
+}
 RATIOS = [0.1, 0.5, 1.0, 1.5, 3.0, 5.5, 30.0]
 
 
@@ -80,8 +122,13 @@ def our_weights(cfg, p, q, g, advantage):
     """d loss / d log pi over -A, token by token."""
     curr, prev, gen = (torch.tensor(x, dtype=torch.float64).log() for x in (p, q, g))
     n, curr = len(p), curr.requires_grad_()
-    mask, advantages = torch.ones(n, dtype=torch.bool), torch.full((n,), advantage, dtype=torch.float64)
-    value, _ = policy_loss(curr, prev, gen, advantages, mask, torch.ones(n, dtype=torch.float64), n, cfg.algorithm)
+    mask, advantages = (
+        torch.ones(n, dtype=torch.bool),
+        torch.full((n,), advantage, dtype=torch.float64),
+    )
+    value, _ = policy_loss(
+        curr, prev, gen, advantages, mask, torch.ones(n, dtype=torch.float64), n, cfg.algorithm
+    )
     return (torch.autograd.grad(value, curr)[0] / -advantage).tolist()
 
 
@@ -90,23 +137,37 @@ def our_weights(cfg, p, q, g, advantage):
 def test_flags_make_our_weights_those_of_the_peer(peer, advantage):
     formula, flags, *_ = PEERS[peer]
     (cfg := Config(**flags)).validate()
-    # Each ratio to prev with trainer and sampler equal, far apart by more than any bound, and either way round.
+    # Each ratio to prev with trainer and sampler equal, far apart by more than any bound, and
+    # either way round.
     cases = [(r * 1e-3, 1e-3, 1e-3 / w) for r in RATIOS for w in (1.0, 0.3, 0.95, 1.1, 2.5)]
     found = our_weights(cfg, *zip(*cases), advantage)
-    assert found == pytest.approx([formula(*case) for case in cases], rel=1e-12)  # fp64, a few roundings
+    assert found == pytest.approx(
+        [formula(*case) for case in cases], rel=1e-12
+    )  # fp64, a few roundings
 
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_flags_make_our_mean_over_tokens_that_of_the_peer(peer):
-    """Two prompts with samples of 2 and 1, 3 and 4 tokens, through packing. Tinker's sum is 10 times the mean."""
+    """Two prompts with samples of 2 and 1, 3 and 4 tokens, through packing. Tinker's sum is 10
+    times the mean."""
     _, flags, mean, _ = PEERS[peer]
-    cfg = Config(num_prompts_per_step=2, num_generations_per_prompt=2, train_global_batch_size=4, **flags)
+    cfg = Config(
+        num_prompts_per_step=2, num_generations_per_prompt=2, train_global_batch_size=4, **flags
+    )
     ints = lambda *x: torch.tensor(x, dtype=torch.int32)
     groups = [
-        Group(i, [1], ints(*lengths), torch.ones(sum(lengths), dtype=torch.int32), -torch.ones(sum(lengths)),
-              torch.zeros(sum(lengths), dtype=torch.int32), torch.tensor([0.0, 1.0]), torch.zeros(2, dtype=torch.uint8))
+        Group(
+            i,
+            [1],
+            ints(*lengths),
+            torch.ones(sum(lengths), dtype=torch.int32),
+            -torch.ones(sum(lengths)),
+            torch.zeros(sum(lengths), dtype=torch.int32),
+            torch.tensor([0.0, 1.0]),
+            torch.zeros(2, dtype=torch.uint8),
+        )
         for i, lengths in enumerate([(2, 1), (3, 4)])
-    ]  # fmt: skip
+    ]
     ((mb,),), _ = unpack_batch(pack_batch(groups, cfg), cfg, 0, 1, torch.device("cpu"))
     by_length = dict(zip(mb.lengths_B.tolist(), mb.weights[mb.mask].split(mb.lengths_B.tolist())))
     prompts = {2: 1 / 6, 1: 1 / 6, 3: 1 / 14, 4: 1 / 14}  # 1 / (2 prompts * its tokens)
@@ -122,24 +183,43 @@ def test_trl_with_the_loss_type_alone_cannot_be_had_here():
 
 
 def table_rows():
-    """The README's rows: weights where the trainer agrees with the sampler, so that all anchors are the same."""
+    """The README's rows: weights where the trainer agrees with the sampler, so that all anchors are
+    the same."""
     show = lambda x: f"{x:.3f}".rstrip("0").rstrip(".")
-    rows = {name: [formula(r * 1e-3, 1e-3, 1e-3) for r in RATIOS] for name, (formula, *_) in PEERS.items()}
+    rows = {
+        name: [formula(r * 1e-3, 1e-3, 1e-3) for r in RATIOS]
+        for name, (formula, *_) in PEERS.items()
+    }
     rows["TRL, `loss_type` alone"] = [min(r, 0.2) for r in RATIOS]
-    read = {name: (mean, as_flags(flags), source) for name, (_, flags, mean, source) in PEERS.items()}
+    read = {
+        name: (mean, as_flags(flags), source) for name, (_, flags, mean, source) in PEERS.items()
+    }
     read["TRL, `loss_type` alone"] = (
         "batch",
         "refused",
         "trl/trainer/grpo_trainer.py: epsilon_high falls back to epsilon",
     )
-    return [f"| {name} | {' | '.join(map(show, row))} | {' | '.join(read[name])} |" for name, row in rows.items()]
+    return [
+        f"| {name} | {' | '.join(map(show, row))} | {' | '.join(read[name])} |"
+        for name, row in rows.items()
+    ]
 
 
 def as_flags(flags):
     """With the three short names that the README explains."""
-    short = "sampler" if SAMPLER.items() <= flags.items() else "uncorrected" if PREV.items() <= flags.items() else ""
+    short = (
+        "sampler"
+        if SAMPLER.items() <= flags.items()
+        else "uncorrected"
+        if PREV.items() <= flags.items()
+        else ""
+    )
     rest = {n: v for n, v in flags.items() if n not in {**SAMPLER, **PREV, **bounds(0, 0)}}
-    clips = f"{flags['ratio_clip_min']:g}/{flags['ratio_clip_max']:g}" if "ratio_clip_min" in flags else ""
+    clips = (
+        f"{flags['ratio_clip_min']:g}/{flags['ratio_clip_max']:g}"
+        if "ratio_clip_min" in flags
+        else ""
+    )
     dashed = [
         f"`--{n.replace('_', '-')} {v}`"
         if not isinstance(v, bool)
@@ -152,7 +232,9 @@ def as_flags(flags):
 def test_the_readmes_table_is_what_is_tested_here():
     text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
     section = re.search(r"## Conformance\n(.*?)\n## ", text, re.S).group(1)
-    found = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    found = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line][
+        1:
+    ]
     assert found == table_rows()
     header = " | ".join(f"{r:g}" for r in RATIOS)
     assert f"| at ratio | {header} | mean | flags | read in |" in section

@@ -28,13 +28,22 @@ from ranks.plan import (
 QWEN = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"]
 PRESET = PRESETS["qwen3-30b-a3b"]
 SMALL = ModelConfig(
-    vocab_size=96, hidden_size=32, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=2, head_dim=12,
-    intermediate_size=48, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=20, decoder_sparse_step=2,
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=5,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=12,
+    intermediate_size=48,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=20,
+    decoder_sparse_step=2,
+)
 DENSE = dataclasses.replace(SMALL, num_experts=0, tie_word_embeddings=True)
 
 
-# ---- parameters ----------------------------------------------------------------------------------------------
+# ---- parameters ----------------------------------------------------------------------------------
 def test_qwen3_30b_has_the_parameters_and_tensor_names_of_its_checkpoint():
     with torch.device("meta"):
         model = Qwen3MoE(QWEN)
@@ -43,7 +52,9 @@ def test_qwen3_30b_has_the_parameters_and_tensor_names_of_its_checkpoint():
     assert len(names) == 18_867 and "model.layers.47.mlp.experts.127.down_proj.weight" in names
 
 
-@pytest.mark.parametrize("m", [SMALL, DENSE, dataclasses.replace(SMALL, mlp_only_layers=(1,)), QWEN])
+@pytest.mark.parametrize(
+    "m", [SMALL, DENSE, dataclasses.replace(SMALL, mlp_only_layers=(1,)), QWEN]
+)
 def test_on_one_rank_the_classes_are_the_models_parameters(m):
     with torch.device("meta"):
         model = Qwen3MoE(m)
@@ -52,17 +63,26 @@ def test_on_one_rank_the_classes_are_the_models_parameters(m):
     assert sum(c.tensors for c in classes) == len(list(model.named_parameters()))
 
 
-@pytest.mark.parametrize(("m", "tp", "ep"), [*itertools.product([SMALL, QWEN], [1, 2, 4, 8], [1, 2, 4, 8])])
+@pytest.mark.parametrize(
+    ("m", "tp", "ep"), [*itertools.product([SMALL, QWEN], [1, 2, 4, 8], [1, 2, 4, 8])]
+)
 def test_the_slices_of_any_layout_are_the_whole_model(m, tp, ep):
-    """numel * ranks / replicas of a class counts every slice once. Frozen routers have no gradient and no state."""
-    counted = lambda layout: [c.numel * layout[0] // c.replicas for c in parameter_classes(m, *layout)]
+    """numel * ranks / replicas of a class counts every slice once. Frozen routers have no gradient
+    and no state."""
+    counted = lambda layout: [
+        c.numel * layout[0] // c.replicas for c in parameter_classes(m, *layout)
+    ]
     assert counted((16, tp, ep)) == counted((1, 1, 1))
     frozen, all_trained = (static_memory(m, 16, tp, ep, 2, 4, freeze) for freeze in (True, False))
-    routers = sum(m.is_moe_layer(i) for i in range(m.num_hidden_layers)) * m.num_experts * m.hidden_size
+    routers = (
+        sum(m.is_moe_layer(i) for i in range(m.num_hidden_layers)) * m.num_experts * m.hidden_size
+    )
     assert all_trained["gradients"] - frozen["gradients"] == 4 * routers
     assert all_trained["optimizer state"] - frozen["optimizer state"] == 12 * routers / 16
     total = sum(counted((1, 1, 1)))
-    assert all_trained["optimizer state"] == 12 * total / 16  # ZeRO-1 leaves nothing twice, whatever the layout
+    assert (
+        all_trained["optimizer state"] == 12 * total / 16
+    )  # ZeRO-1 leaves nothing twice, whatever the layout
 
 
 TABLE = """
@@ -79,24 +99,38 @@ TABLE = """
 
 @pytest.mark.parametrize("row", TABLE.strip().splitlines())
 def test_memory_is_that_of_the_table_in_the_performance_notes(row):
-    """facts/performance.md, section 7: tp, ep, millions of dense and expert parameters, GiB of parameters, gradients in
-    fp32 and bf16, ZeRO-1, both sums, and the peak at 16k tokens a rank (so 16k * tp a micro-batch), twice the rows."""
+    """facts/performance.md, section 7: tp, ep, millions of dense and expert parameters, GiB of
+    parameters, gradients in fp32 and bf16, ZeRO-1, both sums, and the peak at 16k tokens a rank (so
+    16k * tp a micro-batch), twice the rows."""
     tp, ep, *wanted, peak = [float(x) if "." in x else int(x) for x in row.split()]
     classes = parameter_classes(QWEN, 16, tp, ep)
     experts = sum(c.numel for c in classes if c.name == "experts") / 1e6
-    wide, narrow = ({n: x / GIB for n, x in static_memory(QWEN, 16, tp, ep, 2, grad).items()} for grad in (4, 2))
-    found = [sum(c.numel for c in classes) / 1e6 - experts, experts, wide["parameters"], wide["gradients"],
-             narrow["gradients"], wide["optimizer state"], sum(wide.values()), sum(narrow.values())]  # fmt: skip
+    wide, narrow = (
+        {n: x / GIB for n, x in static_memory(QWEN, 16, tp, ep, 2, grad).items()} for grad in (4, 2)
+    )
+    found = [
+        sum(c.numel for c in classes) / 1e6 - experts,
+        experts,
+        wide["parameters"],
+        wide["gradients"],
+        narrow["gradients"],
+        wide["optimizer state"],
+        sum(wide.values()),
+        sum(narrow.values()),
+    ]
     assert found == pytest.approx(wanted, rel=0.015)  # the bound asked for is 5 %
     cfg = dataclasses.replace(PRESET, tp=tp, ep=ep, max_tokens_per_micro_batch=16384 * tp)
     assert sum(memory(QWEN, cfg, 16).values()) == pytest.approx(peak, rel=0.05)
 
 
-# ---- activations, traffic, work ------------------------------------------------------------------------------
+# ---- activations, traffic, work ------------------------------------------------------------------
 def test_a_layers_activations_are_cut_by_sequence_and_tensor_parallelism():
-    """At 16k tokens: layer inputs 3.0 GiB, MoE about 3.1 balanced and 6.2 on the fullest rank (same source)."""
+    """At 16k tokens: layer inputs 3.0 GiB, MoE about 3.1 balanced and 6.2 on the fullest rank (same
+    source)."""
     one, two = (activation_memory(QWEN, dataclasses.replace(PRESET, tp=tp)) for tp in (1, 2))
-    assert [one[n] / GIB for n in ("inputs", "MoE", "MoE, fullest rank")] == pytest.approx([3.0, 3.1, 6.2], rel=0.06)
+    assert [one[n] / GIB for n in ("inputs", "MoE", "MoE, fullest rank")] == pytest.approx(
+        [3.0, 3.1, 6.2], rel=0.06
+    )
     for name in ("inputs", "MoE", "MoE, fullest rank"):
         assert two[name] == one[name] / 2
     gathered = 16384 * 2048 * 2  # the one tensor that each tp rank has whole
@@ -105,10 +139,19 @@ def test_a_layers_activations_are_cut_by_sequence_and_tensor_parallelism():
 
 
 def test_collectives_send_what_the_shapes_say():
-    sent = {n: size for n, (size, _) in collective_bytes(QWEN, dataclasses.replace(PRESET, tp=2), 16).items()}
-    assert sent["TP/SP all-gather"] == sent["TP/SP reduce-scatter"] == 16384 * 2048 * 2 / 2  # the other half
+    sent = {
+        n: size
+        for n, (size, _) in collective_bytes(QWEN, dataclasses.replace(PRESET, tp=2), 16).items()
+    }
+    assert (
+        sent["TP/SP all-gather"] == sent["TP/SP reduce-scatter"] == 16384 * 2048 * 2 / 2
+    )  # the other half
     assert sent["EP dispatch"] == sent["EP combine"] == 8192 * 8 * 2048 * 2 * 7 / 8
-    experts, attention, norms = 3 * 16 * 2048 * 768, (2 * 4096 + 2 * 512) * 2048 / 2, 2 * (2048 + 128)
+    experts, attention, norms = (
+        3 * 16 * 2048 * 768,
+        (2 * 4096 + 2 * 512) * 2048 / 2,
+        2 * (2048 + 128),
+    )
     assert sent["gradient reduce-scatter"] == pytest.approx(
         4 * (experts / 2 + attention * 7 / 8 + (norms + 2048 / 48) * 15 / 16)
     )
@@ -117,12 +160,14 @@ def test_collectives_send_what_the_shapes_say():
     assert {size for size, _ in alone.values()} == {0.0}
 
 
-@pytest.mark.parametrize(("length", "gflops"), [(2048, 20.7), (4096, 23.1), (8192, 27.9), (16384, 37.6)])
+@pytest.mark.parametrize(
+    ("length", "gflops"), [(2048, 20.7), (4096, 23.1), (8192, 27.9), (16384, 37.6)]
+)
 def test_flops_per_token_are_those_of_the_performance_notes(length, gflops):
     assert flops_per_token(QWEN, length) / 1e9 == pytest.approx(gflops, abs=0.05)
 
 
-# ---- layouts -------------------------------------------------------------------------------------------------
+# ---- layouts -------------------------------------------------------------------------------------
 def test_layouts_that_divide_pass():
     for tp, ep in itertools.product([1, 2, 4, 8, 16], [1, 2, 4, 8, 16]):
         check_layout(QWEN, 16, tp, ep)
@@ -130,27 +175,40 @@ def test_layouts_that_divide_pass():
     check_layout(dataclasses.replace(QWEN, intermediate_size=13), 16, 8, 8)  # it has no dense layer
 
 
-@pytest.mark.parametrize(("changes", "layout", "reason"), [
-    ({}, (16, 1, 6), "--ep 6 does not divide num_experts=128"),
-    ({}, (16, 1, 32), "--ep 32 does not divide the number of ranks=16"),
-    ({}, (16, 3, 1), "--tp 3 does not divide num_attention_heads=32"),
-    ({}, (12, 8, 1), "--tp 8 does not divide the number of ranks=12"),
-    ({"vocab_size": 151937}, (16, 2, 1), "--tp 2 does not divide vocab_size=151937"),
-    ({"mlp_only_layers": (3,), "intermediate_size": 13}, (16, 2, 1), "--tp 2 does not divide intermediate_size=13"),
-    ({"num_key_value_heads": 6}, (16, 4, 1), "--tp 4 neither divides num_key_value_heads=6 nor is a multiple"),
-    ({"num_experts": 0}, (16, 1, 2), "--ep 2: the model is dense, num_experts=0"),
-    ({}, (16, 0, 1), "--tp 0, --ep 1 and the number of ranks, 16, must be at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "layout", "reason"),
+    [
+        ({}, (16, 1, 6), "--ep 6 does not divide num_experts=128"),
+        ({}, (16, 1, 32), "--ep 32 does not divide the number of ranks=16"),
+        ({}, (16, 3, 1), "--tp 3 does not divide num_attention_heads=32"),
+        ({}, (12, 8, 1), "--tp 8 does not divide the number of ranks=12"),
+        ({"vocab_size": 151937}, (16, 2, 1), "--tp 2 does not divide vocab_size=151937"),
+        (
+            {"mlp_only_layers": (3,), "intermediate_size": 13},
+            (16, 2, 1),
+            "--tp 2 does not divide intermediate_size=13",
+        ),
+        (
+            {"num_key_value_heads": 6},
+            (16, 4, 1),
+            "--tp 4 neither divides num_key_value_heads=6 nor is a multiple",
+        ),
+        ({"num_experts": 0}, (16, 1, 2), "--ep 2: the model is dense, num_experts=0"),
+        ({}, (16, 0, 1), "--tp 0, --ep 1 and the number of ranks, 16, must be at least 1"),
+    ],
+)
 def test_a_degree_that_does_not_divide_is_named_with_what_it_should(changes, layout, reason):
     with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
         check_layout(dataclasses.replace(QWEN, **changes), *layout)
 
 
-# ---- the command ---------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 def dry_run(monkeypatch, capsys, *flags):
     """Exit status, report, and lines of error."""
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", "--dry-run", *flags])
-    monkeypatch.setattr(prepare, "resolve_model", lambda *args: pytest.fail("it wants a checkpoint"))
+    monkeypatch.setattr(
+        prepare, "resolve_model", lambda *args: pytest.fail("it wants a checkpoint")
+    )
     status = 0
     try:
         train_cispo.main()
@@ -160,28 +218,45 @@ def dry_run(monkeypatch, capsys, *flags):
     return status, captured.out, captured.err.strip().splitlines()
 
 
-def test_the_recipe_fits_16_gpus_and_the_report_says_what_takes_the_room(monkeypatch, capsys, tmp_path):
+def test_the_recipe_fits_16_gpus_and_the_report_says_what_takes_the_room(
+    monkeypatch, capsys, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     status, report, errors = dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b")
     assert (status, errors) == (0, []) and not list(tmp_path.iterdir())
-    for line in [r"on 16 ranks: tp 1, ep 8, data parallel 16", r"experts +3623.9  2\n", r"routers +12.6  16, frozen",
-                 r"parameters +9.62\n", r"gradients +19.19\n", r"optimizer state +21.32\n", r"EP dispatch +469.8 ",
-                 r"30,532,122,624 parameters are 61.06 GB", r"4096 +23.1  8,570\n"]:  # fmt: skip
+    for line in [
+        r"on 16 ranks: tp 1, ep 8, data parallel 16",
+        r"experts +3623.9  2\n",
+        r"routers +12.6  16, frozen",
+        r"parameters +9.62\n",
+        r"gradients +19.19\n",
+        r"optimizer state +21.32\n",
+        r"EP dispatch +469.8 ",
+        r"30,532,122,624 parameters are 61.06 GB",
+        r"4096 +23.1  8,570\n",
+    ]:
         assert re.search(line, report), line
     terms = [
-        float(x) for x in re.findall(r"(?<=GiB\n)[\s\S]*(?=  peak)", report)[0].split() if re.match(r"\d+\.\d\d$", x)
+        float(x)
+        for x in re.findall(r"(?<=GiB\n)[\s\S]*(?=  peak)", report)[0].split()
+        if re.match(r"\d+\.\d\d$", x)
     ]
-    assert sum(terms) == pytest.approx(float(re.search(r"peak +([\d.]+)  of 79.6", report)[1]), abs=0.03)
+    assert sum(terms) == pytest.approx(
+        float(re.search(r"peak +([\d.]+)  of 79.6", report)[1]), abs=0.03
+    )
 
 
-@pytest.mark.parametrize(("flags", "culprit"), [
-    (["--no-activation-checkpointing"], "saved activations"),
-    (["--ep", "1"], "gradients"),
-    (["--max-tokens-per-micro-batch", "65536"], "live layer or loss"),
-    (["--dry-run-ranks", "4", "--ep", "4"], "optimizer state"),
-    (["--gpu-memory-gib", "40"], "optimizer state"),
-    (["--reference-policy-kl-penalty", "0.1", "--param-dtype", "float32"], "reference model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        (["--no-activation-checkpointing"], "saved activations"),
+        (["--ep", "1"], "gradients"),
+        (["--max-tokens-per-micro-batch", "65536"], "live layer or loss"),
+        (["--dry-run-ranks", "4", "--ep", "4"], "optimizer state"),
+        (["--gpu-memory-gib", "40"], "optimizer state"),
+        (["--reference-policy-kl-penalty", "0.1", "--param-dtype", "float32"], "reference model"),
+    ],
+)
 def test_what_does_not_fit_is_refused_and_the_advice_fits(flags, culprit, monkeypatch, capsys):
     flags = ["--preset", "qwen3-30b-a3b", *flags]
     status, report, errors = dry_run(monkeypatch, capsys, *flags)
@@ -193,14 +268,20 @@ def test_what_does_not_fit_is_refused_and_the_advice_fits(flags, culprit, monkey
         changed = re.sub(r"^(\d+) ranks", r"--dry-run-ranks \1", changed).split()
         status, report, errors = dry_run(monkeypatch, capsys, *flags, *changed)
         assert status == 0, (changed, errors)
-        assert float(re.search(r"peak +([\d.]+)", report)[1]) == pytest.approx(float(peak), abs=0.06)
+        assert float(re.search(r"peak +([\d.]+)", report)[1]) == pytest.approx(
+            float(peak), abs=0.06
+        )
 
 
 def test_the_number_of_ranks_is_torchruns_if_there_is_one(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "32")
     assert "on 32 ranks" in dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b")[1]
     monkeypatch.setenv("RANK", "1")
-    assert dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b") == (0, "", [])  # one report, not 32
+    assert dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b") == (
+        0,
+        "",
+        [],
+    )  # one report, not 32
 
 
 def test_any_checkpoint_directory_can_be_planned_for(monkeypatch, capsys, tiny_checkpoint):
@@ -210,37 +291,63 @@ def test_any_checkpoint_directory_can_be_planned_for(monkeypatch, capsys, tiny_c
     assert status == 0 and "on 4 ranks: tp 1, ep 4, data parallel 4" in report
 
 
-@pytest.mark.parametrize(("flags", "reason"), [
-    (["--model", "nobody/x"], "--model 'nobody/x' is neither a directory nor Qwen/Qwen3-30B-A3B"),
-    (["--preset", "qwen3-30b-a3b", "--ep", "6"], "--ep 6 does not divide num_experts=128"),
-    (["--preset", "qwen3-30b-a3b", "--tp", "3"], "--max-tokens-per-micro-batch 16384 is no multiple of --tp 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (
+            ["--model", "nobody/x"],
+            "--model 'nobody/x' is neither a directory nor Qwen/Qwen3-30B-A3B",
+        ),
+        (["--preset", "qwen3-30b-a3b", "--ep", "6"], "--ep 6 does not divide num_experts=128"),
+        (
+            ["--preset", "qwen3-30b-a3b", "--tp", "3"],
+            "--max-tokens-per-micro-batch 16384 is no multiple of --tp 3",
+        ),
+    ],
+)
 def test_a_plan_for_nothing_is_one_line_and_status_2(flags, reason, monkeypatch, capsys):
     status, report, errors = dry_run(monkeypatch, capsys, *flags)
     assert status == 2 and not report and len(errors) == 1 and reason in errors[0]
 
 
-# ---- vLLM beside a rank ------------------------------------------------------------------------------------------
+# ---- vLLM beside a rank --------------------------------------------------------------------------
 SHARED = "vLLM on the same GPU"
 
 
 @pytest.fixture
 def qwen3_4b(tmp_path):
     """Its config.json alone."""
-    cfg = ModelConfig(vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32,
-                      num_key_value_heads=8, head_dim=128, intermediate_size=9728, rope_theta=1e6,
-                      max_position_embeddings=40960, tie_word_embeddings=True)  # fmt: skip
+    cfg = ModelConfig(
+        vocab_size=151936,
+        hidden_size=2560,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=9728,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    )
     (tmp_path / "4b").mkdir()
     (tmp_path / "4b/config.json").write_text(json.dumps(cfg.to_hf(0)))
     return str(tmp_path / "4b")
 
 
-def test_a_vllm_on_the_trainer_s_gpu_is_counted_and_refused_where_both_do_not_fit(monkeypatch, capsys, qwen3_4b):
+def test_a_vllm_on_the_trainer_s_gpu_is_counted_and_refused_where_both_do_not_fit(
+    monkeypatch, capsys, qwen3_4b
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     flags = ["--preset", "qwen3-0.6b", "--model", qwen3_4b, "--gpu-memory-gib", "79.6"]
     status, report, errors = dry_run(monkeypatch, capsys, *flags)
-    assert status == 2 and f"What breaks it: {SHARED} (" in errors[0] and "a GPU more, which vLLM" in errors[0], errors
-    assert float(re.search(rf"{SHARED} +([\d.]+)", report)[1]) == pytest.approx(0.4 * 79.6, abs=0.01)
+    assert (
+        status == 2
+        and f"What breaks it: {SHARED} (" in errors[0]
+        and "a GPU more, which vLLM" in errors[0]
+    ), errors
+    assert float(re.search(rf"{SHARED} +([\d.]+)", report)[1]) == pytest.approx(
+        0.4 * 79.6, abs=0.01
+    )
     advice = errors[0].split("What fits: ")[1].split("; or ")[0]
     assert dry_run(monkeypatch, capsys, *flags, *re.sub(r" \(.*", "", advice).split())[0] == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -248,13 +355,19 @@ def test_a_vllm_on_the_trainer_s_gpu_is_counted_and_refused_where_both_do_not_fi
     assert (status, errors) == (0, []) and SHARED not in report
 
 
-@pytest.mark.parametrize(("args", "share"), [
-    ("", 0.92), ("--vllm-args '--gpu-memory-utilization 0.3 --dtype half'", 0.3),
-    ("--vllm-args=--gpu_memory_utilization=.25", 0.25),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "share"),
+    [
+        ("", 0.92),
+        ("--vllm-args '--gpu-memory-utilization 0.3 --dtype half'", 0.3),
+        ("--vllm-args=--gpu_memory_utilization=.25", 0.25),
+    ],
+)
 def test_vllm_s_share_is_what_its_flags_say(monkeypatch, capsys, args, share):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    _, report, _ = dry_run(monkeypatch, capsys, "--preset", "tiny", f"--rollout-args={args}", "--gpu-memory-gib", "100")
+    _, report, _ = dry_run(
+        monkeypatch, capsys, "--preset", "tiny", f"--rollout-args={args}", "--gpu-memory-gib", "100"
+    )
     assert float(re.search(rf"{SHARED} +([\d.]+)", report)[1]) == pytest.approx(100 * share)
     assert SHARED not in dry_run(monkeypatch, capsys, "--preset", "tiny", "--no-local-rollout")[1]
 
@@ -271,26 +384,39 @@ def test_qwen3_06b_takes_one_gpu_of_80_gb_or_two_of_24(monkeypatch, capsys):
     assert dry_run(monkeypatch, capsys, *small)[0] == 0
 
 
-# ---- what vLLM would refuse --------------------------------------------------------------------------------------
+# ---- what vLLM would refuse ----------------------------------------------------------------------
 @pytest.mark.parametrize("plan", [True, False])
 def test_samples_longer_than_the_model_s_positions_are_refused_before_anything_starts(
     plan, monkeypatch, capsys, tiny_checkpoint
 ):
     positions = ModelConfig.from_dir(tiny_checkpoint).max_position_embeddings
-    flags = ["--model", str(tiny_checkpoint), "--max-new-tokens", "8", "--max-total-sequence-length"]
-    monkeypatch.setattr(sys, "argv", ["train_cispo.py", *flags, str(positions + 1), *["--dry-run"] * plan])
+    flags = [
+        "--model",
+        str(tiny_checkpoint),
+        "--max-new-tokens",
+        "8",
+        "--max-total-sequence-length",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["train_cispo.py", *flags, str(positions + 1), *["--dry-run"] * plan]
+    )
     monkeypatch.setattr(train_cispo, "train", lambda *args: pytest.fail("it starts"))
     with pytest.raises(SystemExit) as stopped:
         train_cispo.main()
     assert stopped.value.code == 2
     error = capsys.readouterr().err.strip()
     assert (
-        f"--max-total-sequence-length {positions + 1} is above the model's max_position_embeddings={positions}" in error
+        f"--max-total-sequence-length {positions + 1} is above the model's max_position_embeddings={positions}"
+        in error
     )
     assert dry_run(monkeypatch, capsys, *flags, str(positions))[0] == 0
 
 
-def test_a_model_that_is_not_known_can_be_planned_for_by_its_config_alone(monkeypatch, capsys, qwen3_4b):
+def test_a_model_that_is_not_known_can_be_planned_for_by_its_config_alone(
+    monkeypatch, capsys, qwen3_4b
+):
     (error,) = dry_run(monkeypatch, capsys, "--model", "nobody/x")[2]
     assert "a directory with the model's config.json is enough" in error
-    assert "on 8 ranks" in dry_run(monkeypatch, capsys, "--model", qwen3_4b, "--dry-run-ranks", "8")[1]
+    assert (
+        "on 8 ranks" in dry_run(monkeypatch, capsys, "--model", qwen3_4b, "--dry-run-ranks", "8")[1]
+    )

@@ -1,4 +1,5 @@
-"""A checkpoint exported, and a whole published version, are plain Hugging Face directories; `check` proves or names."""
+"""A checkpoint exported, and a whole published version, are plain Hugging Face directories; `check`
+proves or names."""
 
 import json
 import shutil
@@ -21,12 +22,15 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def command(*args):
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=REPO, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=REPO, capture_output=True, text=True, check=False
+    )
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
 def test_an_exported_checkpoint_opens_in_transformers_with_our_logits(tmp_path, tiny_checkpoint):
-    """Trained a little, saved, exported by the command: fp32 logits of two implementations, 1e-5 relative."""
+    """Trained a little, saved, exported by the command: fp32 logits of two implementations, 1e-5
+    relative."""
     run = tmp_path / "runs/mine"
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
@@ -44,12 +48,20 @@ def test_an_exported_checkpoint_opens_in_transformers_with_our_logits(tmp_path, 
     finally:
         torch.distributed.destroy_process_group()
     (run / "config.json").write_text(json.dumps({"model": "Qwen/some-model", "lr": 0.5}))
-    (run / "metrics.jsonl").write_text('{"step": 1, "train/reward": 0.25}\n{"step": 2, "train/reward": 0.75}\n')
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "train/reward": 0.25}\n{"step": 2, "train/reward": 0.75}\n'
+    )
     (run / "validation.jsonl").write_text('{"version": 3, "validation/avg@4": 0.625}\n')
     status, said = command("tools/export.py", run / "checkpoints/step-000003", tmp_path / "out")
     assert status == 0 and "whole, 69 tensors" in said, said
     card = (tmp_path / "out/README.md").read_text()
-    for part in ("base_model: Qwen/some-model", "# mine, step 3", "0.5000", "validation/avg@4: 0.6250", '"lr": 0.5'):
+    for part in (
+        "base_model: Qwen/some-model",
+        "# mine, step 3",
+        "0.5000",
+        "validation/avg@4: 0.6250",
+        '"lr": 0.5',
+    ):
         assert part in card
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -86,14 +98,20 @@ def test_check_names_what_is_wrong_with_a_directory(tmp_path, tiny_checkpoint):
     drop = lambda path: (path / weights.MANIFEST).unlink()
     for what, why in [
         (lambda path, t: t.update({norm: t[norm] + 1}), f"tensor {norm} differs from the manifest"),
-        (lambda path, t: (drop(path), t.update({norm: t[norm] * torch.nan})), f"{norm} is not finite"),
+        (
+            lambda path, t: (drop(path), t.update({norm: t[norm] * torch.nan})),
+            f"{norm} is not finite",
+        ),
         (
             lambda path, t: (drop(path), t.update({norm: t[norm][:-1].clone()})),
             "config.json makes it (128,)",
         ),
         (lambda path, t: t.update({"extra": t[norm].clone()}), "extra has no place in this model"),
         (lambda path, t: (path / "tokenizer.json").unlink(), "has no tokenizer.json"),
-        (lambda path, t: (path / "generation_config.json").unlink(), "generation_config.json: missing, or its digest"),
+        (
+            lambda path, t: (path / "generation_config.json").unlink(),
+            "generation_config.json: missing, or its digest",
+        ),
     ]:
         with pytest.raises(weights.WeightsError) as e:
             export.check(change(what))

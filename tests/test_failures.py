@@ -1,4 +1,5 @@
-"""Failures of parts: a rollout node with a fake vLLM, real weights and a real hub, and what breaks on order."""
+"""Failures of parts: a rollout node with a fake vLLM, real weights and a real hub, and what breaks
+on order."""
 
 import asyncio
 import contextlib
@@ -32,17 +33,34 @@ SAMPLES = 4
 
 
 def make_hub(tmp_path, tiny_checkpoint, reward="exact", prompts=None, **ledger):
-    """A hub that wants as many groups as it can get; versions 0 to 2 are on disk, 0 is published."""
+    """A hub that wants as many groups as it can get; versions 0 to 2 are on disk, 0 is
+    published."""
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
     for version in range(3):
         write_version(tmp_path / "hub", version, list(model.hf_tensors()), tiny_checkpoint)
     sampling = {"n": SAMPLES, "temperature": 1.0, "max_tokens": 8, "stop_token_ids": [1]}
-    run = {"num_generations": SAMPLES, "max_new_tokens": 8, "sampling": sampling, "dtype": "float32", "seed": 0,
-           "max_model_len": 64, "reward": reward, "reward_digest": reward_digest(reward)}  # fmt: skip
+    run = {
+        "num_generations": SAMPLES,
+        "max_new_tokens": 8,
+        "sampling": sampling,
+        "dtype": "float32",
+        "seed": 0,
+        "max_model_len": 64,
+        "reward": reward,
+        "reward_digest": reward_digest(reward),
+    }
     prompts = prompts or [{"prompt": "abcde>", "answer": "edcba"}] * 100_000
-    ledger = {"prompts_per_step": 1, "max_age": 10**6, "num_steps": 10**6, "lease_timeout_s": 120.0, **ledger}
-    hub = Hub(Ledger(**ledger), prompts, Codec(tiny_checkpoint).encode, tmp_path / "hub", 32, "t", run)
+    ledger = {
+        "prompts_per_step": 1,
+        "max_age": 10**6,
+        "num_steps": 10**6,
+        "lease_timeout_s": 120.0,
+        **ledger,
+    }
+    hub = Hub(
+        Ledger(**ledger), prompts, Codec(tiny_checkpoint).encode, tmp_path / "hub", 32, "t", run
+    )
     hub.start("127.0.0.1", 0)
     publish(hub, 0)
     return hub
@@ -68,10 +86,14 @@ def run_node(hub, tmp_path, command, scenario, **flags):
 
     async def run():
         async with aiohttp.ClientSession(hub.url, headers={"Authorization": "Bearer t"}) as session:
-            node = Node(RolloutConfig(hub.url, dir=str(tmp_path / "node"), vllm_command=command, **flags), session)
+            node = Node(
+                RolloutConfig(hub.url, dir=str(tmp_path / "node"), vllm_command=command, **flags),
+                session,
+            )
             await node.join()
             tasks = [
-                asyncio.create_task(t()) for t in (node.follow_weights, node.watch_vllm, node.answer_prompts, node.beat)
+                asyncio.create_task(t())
+                for t in (node.follow_weights, node.watch_vllm, node.answer_prompts, node.beat)
             ]
             done = asyncio.create_task(scenario(node))
             try:
@@ -101,8 +123,11 @@ async def groups(hub, more):
     await until(lambda: len(hub.ledger.buffer) >= target)
 
 
-def test_requests_that_fail_or_come_back_damaged_cost_a_retry_or_a_sample(hub, tmp_path, fake_vllm_command, capfd):
-    """A dropped connection or a 500 is repeated; a damaged sample is dropped and counted, its siblings are used."""
+def test_requests_that_fail_or_come_back_damaged_cost_a_retry_or_a_sample(
+    hub, tmp_path, fake_vllm_command, capfd
+):
+    """A dropped connection or a 500 is repeated; a damaged sample is dropped and counted, its
+    siblings are used."""
 
     async def scenario(node):
         dropped = {}
@@ -118,21 +143,32 @@ def test_requests_that_fail_or_come_back_damaged_cost_a_retry_or_a_sample(hub, t
     assert dropped == {"drop": 0, "oom": 0, "twice": 0, "nan": 1, "null": 1, "empty": 1, "long": 1}
     assert all(len(g.lengths) in (SAMPLES, SAMPLES - 1) for g in hub.ledger.buffer)
     log = capfd.readouterr().out
-    assert log.count("generation failed") == 2 and log.count("1 x a log-prob that is not finite") == 2
+    assert (
+        log.count("generation failed") == 2 and log.count("1 x a log-prob that is not finite") == 2
+    )
     assert "1 x no tokens" in log and re.search(r"1 x \d+ tokens, asked for at most 8", log)
     hub.ledger.check()
 
 
-def test_a_vllm_that_hangs_dies_or_stalls_in_an_update_is_started_again(hub, tmp_path, fake_vllm_command, capfd):
+def test_a_vllm_that_hangs_dies_or_stalls_in_an_update_is_started_again(
+    hub, tmp_path, fake_vllm_command, capfd
+):
     """Each within a minute, on the newest weights, without a prompt lost."""
 
     async def scenario(node):
         await groups(hub, 2)
-        for published, kind in [(0, "hang"), (0, "crash"), (1, "crash_update"), (2, "stall_update")]:
+        for published, kind in [
+            (0, "hang"),
+            (0, "crash"),
+            (1, "crash_update"),
+            (2, "stall_update"),
+        ]:
             with contextlib.suppress(aiohttp.ClientError):  # a crash does not answer
                 await node.vllm.post("/fault", {"kind": kind})
             await asyncio.to_thread(publish, hub, published)
-            await until(lambda published=published: node.version == published and node.ready.is_set())
+            await until(
+                lambda published=published: node.version == published and node.ready.is_set()
+            )
             await groups(hub, 40)  # more than the answers that were on their way
         return [max(g.versions.tolist()) for g in hub.ledger.buffer]
 
@@ -140,18 +176,23 @@ def test_a_vllm_that_hangs_dies_or_stalls_in_an_update_is_started_again(hub, tmp
     assert versions == sorted(versions) and versions[-1] == 2
     log = capfd.readouterr().out
     assert (
-        log.count("vLLM is up") == 5 and "wait 'vllm progress': rollout node waits for a token from vLLM since" in log
+        log.count("vLLM is up") == 5
+        and "wait 'vllm progress': rollout node waits for a token from vLLM since" in log
     )
     assert "vLLM ended with status 1" in log and log.count("failed, vLLM is started again") == 2
     assert sorted(g.ordinal for g in hub.ledger.buffer) == list(range(len(hub.ledger.buffer)))
     hub.ledger.check()
-    assert not [p for p in psutil.Process().children(recursive=True) if "fake_vllm" in " ".join(p.cmdline())]
+    assert not [
+        p for p in psutil.Process().children(recursive=True) if "fake_vllm" in " ".join(p.cmdline())
+    ]
 
 
 def test_a_prompt_that_fails_everywhere_is_set_aside_and_named(
     tmp_path, tiny_checkpoint, fake_vllm_command, monkeypatch
 ):
-    prompts = [{"prompt": "xyzab>" if i == 2 else "abcde>", "answer": "edcba"} for i in range(100_000)]
+    prompts = [
+        {"prompt": "xyzab>" if i == 2 else "abcde>", "answer": "edcba"} for i in range(100_000)
+    ]
     (poison,) = Codec(tiny_checkpoint).encode({"prompt": "x"})
     monkeypatch.setenv("FAKE_VLLM_FAULT", json.dumps({"kind": "poison", "token": poison}))
     hub = make_hub(tmp_path, tiny_checkpoint, prompts=prompts, max_failures=2)
@@ -160,21 +201,29 @@ def test_a_prompt_that_fails_everywhere_is_set_aside_and_named(
         assert list(hub.ledger.set_aside) == [2] and hub.status()["set_aside"] == 1
         (news,) = [line for line in hub.take_news() if "set aside" in line]
         assert re.match(
-            r"prompt 2 failed 2 times and is set aside: 2 tries, the last: generation failed: .*out of memory", news
+            r"prompt 2 failed 2 times and is set aside: 2 tries, the last: generation failed: .*out of memory",
+            news,
         )
-        assert {g.ordinal for g in hub.ledger.buffer}.isdisjoint({2}) and len(hub.ledger.buffer) >= 8
+        assert {g.ordinal for g in hub.ledger.buffer}.isdisjoint({2}) and len(
+            hub.ledger.buffer
+        ) >= 8
         hub.ledger.check()
     finally:
         hub.close(patience_s=0.0)
 
 
-FAILURES = {  # call: what the function does, kind under which it is counted, words in the node's log
+# call: what the function does, kind under which it is counted, words in the node's log
+FAILURES = {
     1: ("raise KeyError('no such thing')", "raised", "it raised KeyError: 'no such thing'"),
     2: ("return float('nan')", "not_finite", "it returned nan"),
     5: ("sys.exit(3)", "exited", "the reward function's process ended with status 3"),
     6: ("signal.pause()", "timed_out", "wait 'reward'"),
     9: ("return '1.0'", "wrong_type", "it returned '1.0' (str of 3), expected one number"),
-    10: ("return [1.0, 0.0]", "wrong_type", "it returned [1.0, 0.0] (list of 2), expected one number"),
+    10: (
+        "return [1.0, 0.0]",
+        "wrong_type",
+        "it returned [1.0, 0.0] (list of 2), expected one number",
+    ),
     13: ("return None", "wrong_type", "it returned None (NoneType), expected one number"),
     14: ("raise TimeoutError('too hard')", "timed_out", "it raised TimeoutError: too hard"),
 }
@@ -216,13 +265,17 @@ def test_rewards_that_fail_in_whatever_way_cost_samples_are_counted_by_kind_and_
     assert "abcde>" in log  # the example is named
 
 
-def test_a_node_without_the_trainer_s_reward_file_says_so(tmp_path, tiny_checkpoint, fake_vllm_command):
+def test_a_node_without_the_trainer_s_reward_file_says_so(
+    tmp_path, tiny_checkpoint, fake_vllm_command
+):
     file = tmp_path / "my.py"
     file.write_text("def score(completion, example):\n    return 1.0\n")
     hub = make_hub(tmp_path, tiny_checkpoint, reward=f"{file}:score")
     try:
-        for change, reason in [(lambda: file.write_text("# another"), "differs from the trainer's; copy it to"),
-                               (file.unlink, "my.py in ")]:  # fmt: skip
+        for change, reason in [
+            (lambda: file.write_text("# another"), "differs from the trainer's; copy it to"),
+            (file.unlink, "my.py in "),
+        ]:
             change()
             with pytest.raises(RuntimeError, match=reason):
                 run_node(hub, tmp_path, fake_vllm_command, lambda node: groups(hub, 1))
@@ -238,7 +291,8 @@ def test_a_reward_that_always_fails_stops_the_run_instead_of_eating_the_data(
 
     async def scenario(node):
         with pytest.raises(
-            RuntimeError, match=r"prompts in a row were set aside, the last of them \d+: .*ZeroDivisionError"
+            RuntimeError,
+            match=r"prompts in a row were set aside, the last of them \d+: .*ZeroDivisionError",
         ):
             while await asyncio.to_thread(hub.next_batch, 0, 1.0) is None:
                 pass
@@ -252,7 +306,8 @@ def test_a_reward_that_always_fails_stops_the_run_instead_of_eating_the_data(
 def test_a_prompt_that_the_reward_function_cannot_judge_costs_two_generations(
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):
-    """No more are to be had from it, and the step waits for none; what some samples are without, others may have."""
+    """No more are to be had from it, and the step waits for none; what some samples are without,
+    others may have."""
     (tmp_path / "bad.py").write_text(
         "from pathlib import Path\n"
         f"calls = Path({str(tmp_path / 'calls')!r})\n"
@@ -263,19 +318,30 @@ def test_a_prompt_that_the_reward_function_cannot_judge_costs_two_generations(
         "    return 1.0\n"
     )
     prompts = [{"prompt": "abcde>", "answer": "edcba", "bad": i in (1, 4)} for i in range(1000)]
-    hub = make_hub(tmp_path, tiny_checkpoint, reward=f"{tmp_path / 'bad.py'}:score", prompts=prompts)
+    hub = make_hub(
+        tmp_path, tiny_checkpoint, reward=f"{tmp_path / 'bad.py'}:score", prompts=prompts
+    )
     try:
         run_node(hub, tmp_path, fake_vllm_command, lambda node: groups(hub, 10))
-        assert list(hub.ledger.set_aside) == [1, 4] and len((tmp_path / "calls").read_text()) == 2 * 2 * SAMPLES
+        assert (
+            list(hub.ledger.set_aside) == [1, 4]
+            and len((tmp_path / "calls").read_text()) == 2 * 2 * SAMPLES
+        )
         said = [line for line in hub.take_news() if "set aside" in line]
-        assert len(said) == 2 and said[0].startswith("prompt 1 failed 2 times and is set aside: samples dropped: 4 x ")
-        assert said[0].count("it raised ValueError: the answer cannot be parsed (bad.py line 6)") == 1  # said once
+        assert len(said) == 2 and said[0].startswith(
+            "prompt 1 failed 2 times and is set aside: samples dropped: 4 x "
+        )
+        assert (
+            said[0].count("it raised ValueError: the answer cannot be parsed (bad.py line 6)") == 1
+        )  # said once
         hub.ledger.check()
     finally:
         hub.close(patience_s=0.0)
 
 
-def test_no_prompt_is_set_aside_while_the_judge_is_away(tmp_path, tiny_checkpoint, fake_vllm_command, monkeypatch):
+def test_no_prompt_is_set_aside_while_the_judge_is_away(
+    tmp_path, tiny_checkpoint, fake_vllm_command, monkeypatch
+):
     """Though some samples need no judge, and so have their reward at once."""
     monkeypatch.setattr(reward_pool.RewardWorkers, "PATIENCE_S", 30.0, raising=False)
     (tmp_path / "judge.py").write_text(
@@ -287,10 +353,14 @@ def test_no_prompt_is_set_aside_while_the_judge_is_away(tmp_path, tiny_checkpoin
         "        raise ConnectionRefusedError('nobody at judge:80')\n"
         "    return 1.0\n"
     )
-    hub = make_hub(tmp_path, tiny_checkpoint, reward=f"{tmp_path / 'judge.py'}:score", max_failures=1)
+    hub = make_hub(
+        tmp_path, tiny_checkpoint, reward=f"{tmp_path / 'judge.py'}:score", max_failures=1
+    )
 
     async def scenario(node):
-        await until(lambda: (tmp_path / "calls").exists() and (tmp_path / "calls").stat().st_size > 20)
+        await until(
+            lambda: (tmp_path / "calls").exists() and (tmp_path / "calls").stat().st_size > 20
+        )
         (tmp_path / "here").touch()
         await groups(hub, 5)
         await until(lambda: hub.ledger.counts["reward_away"] > 10)
@@ -307,18 +377,37 @@ def test_a_judge_that_stays_away_stops_the_run_with_a_line_when_the_last_node_en
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):
     """The trainer hears of it from a node on another machine, too. Nothing is set aside."""
-    text = "def score(completion, example):\n    raise ConnectionRefusedError('nobody at judge:80')\n"
+    text = (
+        "def score(completion, example):\n    raise ConnectionRefusedError('nobody at judge:80')\n"
+    )
     (tmp_path / "judge.py").write_text(text)
     hub = make_hub(tmp_path, tiny_checkpoint, reward=f"{tmp_path / 'judge.py'}:score")
-    command = [sys.executable, str(REPO / "rollout.py"), hub.url, "--dir", str(tmp_path / "node"), "--beat-s", "0.2",
-               "--vllm-command", fake_vllm_command, "--reward-away-timeout-s", "2"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(REPO / "rollout.py"),
+        hub.url,
+        "--dir",
+        str(tmp_path / "node"),
+        "--beat-s",
+        "0.2",
+        "--vllm-command",
+        fake_vllm_command,
+        "--reward-away-timeout-s",
+        "2",
+    ]
     try:
         node = subprocess.run(
-            command, env={**os.environ, "CISPO_TOKEN": "t"}, capture_output=True, text=True, timeout=120
+            command,
+            env={**os.environ, "CISPO_TOKEN": "t"},
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         why = "wait 'reward away': rollout node waits for the service that the reward function asks since "
         assert node.returncode == 2 and f"error: {why}" in node.stdout.splitlines()[-1], node.stdout
-        with pytest.raises(RuntimeError, match=f"the last rollout node, .*, ends: {why}.*nobody at judge:80"):
+        with pytest.raises(
+            RuntimeError, match=f"the last rollout node, .*, ends: {why}.*nobody at judge:80"
+        ):
             hub.next_batch(0, 1.0)
         assert not hub.ledger.set_aside and "Traceback" not in node.stdout + node.stderr
     finally:
@@ -326,7 +415,8 @@ def test_a_judge_that_stays_away_stops_the_run_with_a_line_when_the_last_node_en
 
 
 def test_what_was_set_aside_in_the_streak_that_stops_the_run_comes_back_with_its_state():
-    """Prompts 0 and 7 were at fault themselves: groups came after them. All after 8 shared one fault."""
+    """Prompts 0 and 7 were at fault themselves: groups came after them. All after 8 shared one
+    fault."""
     one = torch.zeros(2)
     ledger = Ledger(4, 1, 100, 60.0, max_failures=2)
     for ordinal in range(8):
@@ -341,7 +431,9 @@ def test_what_was_set_aside_in_the_streak_that_stops_the_run_comes_back_with_its
     assert ledger.state()["set_aside"] == {"0": "bad"}  # 7 may be the first of a streak
     lease = ledger.grant("n", 10, 0.0)
     ledger.accept(lease.id, Group(lease.ordinal, [1], one + 1, one, one, one, one, one))
-    assert [g.ordinal for g in ledger.take(0)] == [1, 2, 3, 4] and [g.ordinal for g in ledger.buffer] == [5, 6, 8]
+    assert [g.ordinal for g in ledger.take(0)] == [1, 2, 3, 4] and [
+        g.ordinal for g in ledger.buffer
+    ] == [5, 6, 8]
     ledger.num_steps, streak = 1000, []
     while ledger.set_aside_in_a_row < 8:
         lease = ledger.grant("n", 1000, 0.0)
@@ -372,9 +464,20 @@ def test_a_streak_that_the_frontier_has_passed_comes_back_too():
     again.check()
 
 
-def test_a_node_killed_between_pause_and_resume_leaves_no_process_and_loses_no_prompt(hub, tmp_path, fake_vllm_command):
-    command = [sys.executable, str(REPO / "rollout.py"), hub.url, "--dir", str(tmp_path / "node"), "--beat-s", "0.2",
-               "--vllm-command", fake_vllm_command]  # fmt: skip
+def test_a_node_killed_between_pause_and_resume_leaves_no_process_and_loses_no_prompt(
+    hub, tmp_path, fake_vllm_command
+):
+    command = [
+        sys.executable,
+        str(REPO / "rollout.py"),
+        hub.url,
+        "--dir",
+        str(tmp_path / "node"),
+        "--beat-s",
+        "0.2",
+        "--vllm-command",
+        fake_vllm_command,
+    ]
     hub.node_timeout_s = 2.0
     env = {**os.environ, "CISPO_TOKEN": "t"}
 
@@ -408,7 +511,9 @@ def test_a_node_killed_between_pause_and_resume_leaves_no_process_and_loses_no_p
             before = len(hub.ledger.buffer)
             wait(lambda: len(hub.ledger.buffer) > before + 2)
             assert hub.ledger.buffer[-1].oldest_version == 1
-            assert [p.name for p in (tmp_path / "node").glob("v*/")] == ["v1"]  # what the first one left is gone
+            assert [p.name for p in (tmp_path / "node").glob("v*/")] == [
+                "v1"
+            ]  # what the first one left is gone
         finally:
             node.send_signal(signal.SIGTERM)
             node.wait(30)
@@ -450,9 +555,18 @@ def test_a_second_signal_does_not_break_off_the_ending_of_a_node(hub, tmp_path, 
     """A launcher signals the whole group, and then the trainer its node once more."""
     (tmp_path / "deaf.py").write_text(DEAF)
     python, fake = fake_vllm_command.split()
-    command = [sys.executable, str(REPO / "rollout.py"), hub.url, "--dir", str(tmp_path / "node"),
-               "--vllm-command", f"{python} {tmp_path / 'deaf.py'} {fake}"]  # fmt: skip
-    node = subprocess.Popen(command, env={**os.environ, "CISPO_TOKEN": "t"}, stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        str(REPO / "rollout.py"),
+        hub.url,
+        "--dir",
+        str(tmp_path / "node"),
+        "--vllm-command",
+        f"{python} {tmp_path / 'deaf.py'} {fake}",
+    ]
+    node = subprocess.Popen(
+        command, env={**os.environ, "CISPO_TOKEN": "t"}, stdout=subprocess.PIPE, text=True
+    )
     while "onto itself" not in (line := node.stdout.readline()):
         assert line, "the node has ended"
     children = psutil.Process(node.pid).children(recursive=True)
@@ -477,12 +591,15 @@ def test_the_limit_of_prompts_in_flight_follows_vllm():
 
 
 def test_a_weight_update_is_not_taken_for_a_full_cache(hub, tmp_path, fake_vllm_command):
-    """vLLM counts what a pause stops among its preemptions; a real one between two updates still lowers the limit."""
+    """vLLM counts what a pause stops among its preemptions; a real one between two updates still
+    lowers the limit."""
 
     async def scenario(node):
         await node.ready.wait()
         limit, preemptions = node.limit, lambda: node.vitals.get("preemptions", 0)
-        await node.vllm.post("/fault", {"kind": "slow", "s": 0.2})  # so that there is something in flight to preempt
+        await node.vllm.post(
+            "/fault", {"kind": "slow", "s": 0.2}
+        )  # so that there is something in flight to preempt
         await until(lambda: node.in_vllm >= 4)
         publish(hub, 1)
         await until(lambda: node.version == 1 and preemptions() > 0)
@@ -506,9 +623,13 @@ def test_a_lease_whose_answer_was_lost_and_one_that_is_void_are_settled_by_the_n
 
             await post("/receipts", version=0, digest=weights.digest(hub.manifest), timing={})
             first, second = [x["lease"] for x in (await post("/lease", max=2))["leases"]]
-            assert (await post("/beat", leases=[first], vllm={})) == {"drop": []} and len(hub.ledger.leases) == 2
+            assert (await post("/beat", leases=[first], vllm={})) == {"drop": []} and len(
+                hub.ledger.leases
+            ) == 2
             hub.ledger.leases[second].granted -= 11  # by now it would have arrived
-            assert (await post("/beat", leases=[first, "9-9"], vllm={"running": 3})) == {"drop": ["9-9"]}
+            assert (await post("/beat", leases=[first, "9-9"], vllm={"running": 3})) == {
+                "drop": ["9-9"]
+            }
             assert hub.ledger.returned == [1] and hub.status()["in_flight"] == 3
             assert (await post("/return", lease=first, why="cannot")) == {"returned": first}
             assert hub.ledger.returned == [0, 1] and hub.ledger.failures[0] == ["cannot (n)"]

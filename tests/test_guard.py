@@ -1,4 +1,5 @@
-"""A gradient that is not finite changes nothing, on any rank; three in a row end the run with its last sound state."""
+"""A gradient that is not finite changes nothing, on any rank; three in a row end the run with its
+last sound state."""
 
 import dataclasses
 import itertools
@@ -45,7 +46,9 @@ def updates_with_a_bad_one(layout, value):
     model = Qwen3MoE(MODEL, mesh)
     model.init_weights(torch.Generator().manual_seed(0))
     optimizer = ShardedAdamW(model, cfg.max_grad_norm, lr=cfg.lr)
-    updates, counts = unpack_batch(pack_batch(random_groups(), cfg), cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
+    updates, counts = unpack_batch(
+        pack_batch(random_groups(), cfg), cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp
+    )
     fix_for_the_step(updates, 1, model, None, cfg)
     update = lambda: train_update(model, optimizer, updates[0], counts[0], cfg, loss.policy_loss)
     norms = [update()[1].item()]
@@ -66,13 +69,21 @@ def updates_with_a_bad_one(layout, value):
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("layout", [None, (1, 1), (2, 2)], ids=["1 rank", "dp 2", "tp 2, ep 2, dp 2"])
+@pytest.mark.parametrize(
+    "layout", [None, (1, 1), (2, 2)], ids=["1 rank", "dp 2", "tp 2, ep 2, dp 2"]
+)
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_bit_on_any(layout, value):
     world = {None: 1, (1, 1): 2, (2, 2): 4}[layout]
-    found = on_ranks(world, updates_with_a_bad_one, layout, value) if layout else [updates_with_a_bad_one(None, value)]
+    found = (
+        on_ranks(world, updates_with_a_bad_one, layout, value)
+        if layout
+        else [updates_with_a_bad_one(None, value)]
+    )
     for norms, changed, moved, stats in found:
         assert [math.isfinite(n) for n in norms] == [True, False, True]
-        assert not changed and moved  # weights, moments and the count of updates; the next one goes on
+        assert (
+            not changed and moved
+        )  # weights, moments and the count of updates; the next one goes on
         sums = [x for n, x in stats.items() if not n.endswith(("_min", "_max"))]
         assert not any(torch.tensor(x).any() for x in sums)
 
@@ -80,7 +91,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_bit_on_any(layout,
 def test_a_log_ratio_that_is_no_number_is_in_no_histogram_and_ends_nothing():
     curr, anchor = torch.tensor([-1.0, math.nan, math.inf, -math.inf]), torch.full((4,), -1.0)
     mean = lambda x: x.sum()
-    found = clip_diagnostics(curr, anchor, torch.ones(4), torch.ones(4, dtype=torch.bool), mean)["ratio_histogram"]
+    found = clip_diagnostics(curr, anchor, torch.ones(4), torch.ones(4, dtype=torch.bool), mean)[
+        "ratio_histogram"
+    ]
     assert found.sum() == 4 and found.isfinite().all()
 
 
@@ -91,12 +104,18 @@ def test_the_records_of_skipped_updates_are_json_and_their_step_is_said(capsys):
     in_a_row, why = skipped_in_a_row([math.nan, 1.0], 9, 2)  # over the step's end
     assert in_a_row == 0 and "3 updates in a row" in why and "--lr" in why
     record = report.gradient_metrics([1.0, math.nan, 2.0])
-    assert record == {"train/grad_norm": 1.5, "train/grad_norms": [1.0, None, 2.0], "train/updates_skipped": 1}
+    assert record == {
+        "train/grad_norm": 1.5,
+        "train/grad_norms": [1.0, None, 2.0],
+        "train/updates_skipped": 1,
+    }
     assert report.update_metrics({"loss": 0.0, "ratio_histogram": [0.0]}, [])["train/loss"] is None
 
 
 def test_the_reference_of_the_kl_penalty_chooses_its_own_experts():
-    cfg = dataclasses.replace(SMALL, reference_policy_kl_penalty=0.1, router_replay=True, freeze_moe_router=False)
+    cfg = dataclasses.replace(
+        SMALL, reference_policy_kl_penalty=0.1, router_replay=True, freeze_moe_router=False
+    )
     model, reference = Qwen3MoE(TINY), Qwen3MoE(TINY)
     for seed, m in enumerate((model, reference)):
         m.init_weights(torch.Generator().manual_seed(seed))
@@ -109,23 +128,53 @@ def test_the_reference_of_the_kl_penalty_chooses_its_own_experts():
         assert torch.equal(mb.ref_logprobs, logprobs) and mb.expert_ids is not None
 
 
-def test_three_skipped_updates_in_a_row_stop_the_run_with_a_sound_state(tiny_checkpoint, tmp_path, fake_vllm_command):
+def test_three_skipped_updates_in_a_row_stop_the_run_with_a_sound_state(
+    tiny_checkpoint, tmp_path, fake_vllm_command
+):
     """A learning rate of 1e30: the first update is finite, and no forward pass after it."""
     command = [
-        sys.executable, str(REPO / "train_cispo.py"), "--name", "guard", "--model", str(tiny_checkpoint),
-        "--no-compile", "--max-num-steps", "3", "--val-every-steps", "0", "--checkpoint-every-steps", "0",
-        "--num-prompts-per-step", "4", "--num-generations-per-prompt", "4", "--train-global-batch-size", "4",
-        "--lr", "1e30", "--rollout-args", f"--vllm-command '{fake_vllm_command}'",
-    ]  # fmt: skip
+        sys.executable,
+        str(REPO / "train_cispo.py"),
+        "--name",
+        "guard",
+        "--model",
+        str(tiny_checkpoint),
+        "--no-compile",
+        "--max-num-steps",
+        "3",
+        "--val-every-steps",
+        "0",
+        "--checkpoint-every-steps",
+        "0",
+        "--num-prompts-per-step",
+        "4",
+        "--num-generations-per-prompt",
+        "4",
+        "--train-global-batch-size",
+        "4",
+        "--lr",
+        "1e30",
+        "--rollout-args",
+        f"--vllm-command '{fake_vllm_command}'",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     assert "step 0: update 2, 3, 4 of 4 is skipped" in done.stdout
     assert (
-        done.stderr.strip().splitlines()[-1].startswith("train_cispo.py: rank 0: stopped at step 1: the gradients of 3")
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("train_cispo.py: rank 0: stopped at step 1: the gradients of 3")
     )
     (record,) = (tmp_path / "runs/guard/metrics.jsonl").read_text().splitlines()
     assert json.loads(record, parse_constant=pytest.fail)["train/updates_skipped"] == 3
-    files = [*tmp_path.glob("runs/guard/checkpoints/step-000001/*.safetensors"),
-             *tmp_path.glob("runs/guard/weights/v*/*.safetensors")]  # fmt: skip
+    files = [
+        *tmp_path.glob("runs/guard/checkpoints/step-000001/*.safetensors"),
+        *tmp_path.glob("runs/guard/weights/v*/*.safetensors"),
+    ]
     assert len(files) >= 2
-    assert all(x.isfinite().all() for file in files for x in load_file(file).values() if x.is_floating_point())
+    assert all(
+        x.isfinite().all()
+        for file in files
+        for x in load_file(file).values()
+        if x.is_floating_point()
+    )

@@ -1,4 +1,5 @@
-"""The fused head against autograd on full logits: in any chunking, over any number of vocabulary shards."""
+"""The fused head against autograd on full logits: in any chunking, over any number of vocabulary
+shards."""
 
 import dataclasses
 import math
@@ -28,12 +29,22 @@ ALGORITHMS = [
 ]
 
 
-# ---- cases and references ------------------------------------------------------------------------------------
+# ---- cases and references ------------------------------------------------------------------------
 def case(seed, dtype=torch.float32, **fixed):
-    """Inputs of a micro-batch with random shapes; ratios lie on both sides of every clip. `fixed` overrides."""
+    """Inputs of a micro-batch with random shapes; ratios lie on both sides of every clip. `fixed`
+    overrides."""
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    c = dict(N=rng.randint(2, 40), D=rng.choice([4, 16]), V=4 * rng.randint(5, 30), chunk=rng.choice([1, 3, 8, 64]))
-    c |= dict(temperature=rng.choice([1.0, 0.6, 1.7]), upstream=rng.choice([1.0, -2.5]), alg=rng.choice(ALGORITHMS))
+    c = dict(
+        N=rng.randint(2, 40),
+        D=rng.choice([4, 16]),
+        V=4 * rng.randint(5, 30),
+        chunk=rng.choice([1, 3, 8, 64]),
+    )
+    c |= dict(
+        temperature=rng.choice([1.0, 0.6, 1.7]),
+        upstream=rng.choice([1.0, -2.5]),
+        alg=rng.choice(ALGORITHMS),
+    )
     c |= fixed
     N, rand = c["N"], lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     c["hidden"], c["weight"] = rand(N, c["D"]).to(dtype), (rand(c["V"], c["D"]) * 0.5).to(dtype)
@@ -48,11 +59,18 @@ def case(seed, dtype=torch.float32, **fixed):
 
 
 def full_logprobs(c, hidden, weight):
-    return (hidden @ weight.t() / c["temperature"]).log_softmax(-1).gather(-1, c["targets"][:, None]).squeeze(-1)
+    return (
+        (hidden @ weight.t() / c["temperature"])
+        .log_softmax(-1)
+        .gather(-1, c["targets"][:, None])
+        .squeeze(-1)
+    )
 
 
 def objective_of(c):
-    alg = dataclasses.replace(c["alg"])  # as in train_update: another object and another function each time
+    alg = dataclasses.replace(
+        c["alg"]
+    )  # as in train_update: another object and another function each time
     return lambda logprobs, *aux: policy_loss(logprobs, *aux, 1, alg)[0]
 
 
@@ -96,7 +114,7 @@ def assert_same(found, wanted, rel):
             assert (a - b).norm() <= rel * scale, f"{what}: {(a - b).norm() / scale:.2e}"
 
 
-# ---- one pass = two passes = autograd --------------------------------------------------------------------------
+# ---- one pass = two passes = autograd ------------------------------------------------------------
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}  # some ten roundings each
 
 
@@ -122,7 +140,9 @@ def test_odd_batches_equal_autograd_too(special):
             found = run(method, c)
             assert_same(found, wanted, 1e-6)
             if {0} & {special.get("N"), special.get("kept"), special.get("advantages")}:
-                assert found[0] == 0 and not found[2].any() and not found[3].any()  # exactly, not nearly
+                assert (
+                    found[0] == 0 and not found[2].any() and not found[3].any()
+                )  # exactly, not nearly
 
 
 @pytest.mark.parametrize("frozen", [("hidden",), ("weight",)])
@@ -151,10 +171,22 @@ def test_a_frozen_head_costs_two_gemms_and_the_whole_three(monkeypatch):
 def test_padding_rows_get_no_gradient_from_an_objective_that_is_not_zero_there():
     c = case(3, N=5, chunk=8)
     found = torch.autograd.grad(
-        fused_head_loss(c["hidden"].requires_grad_(), c["weight"].requires_grad_(), c["targets"], lambda lp: -lp,
-                        (), 1.0, 8, False)[0], [c["hidden"], c["weight"]])  # fmt: skip
+        fused_head_loss(
+            c["hidden"].requires_grad_(),
+            c["weight"].requires_grad_(),
+            c["targets"],
+            lambda lp: -lp,
+            (),
+            1.0,
+            8,
+            False,
+        )[0],
+        [c["hidden"], c["weight"]],
+    )
     c["temperature"] = 1.0
-    wanted = torch.autograd.grad(-full_logprobs(c, c["hidden"], c["weight"]).sum(), [c["hidden"], c["weight"]])
+    wanted = torch.autograd.grad(
+        -full_logprobs(c, c["hidden"], c["weight"]).sum(), [c["hidden"], c["weight"]]
+    )
     assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -163,14 +195,17 @@ def test_without_grad_mode_the_loss_is_there_and_nothing_is_kept():
     hidden, weight = c["hidden"].requires_grad_(), c["weight"].requires_grad_()
     with torch.no_grad():
         value, _ = in_one_pass(c, hidden, weight)
-        logprobs, _ = token_logprobs(hidden, weight, c["targets"], c["temperature"], c["chunk"], False)
+        logprobs, _ = token_logprobs(
+            hidden, weight, c["targets"], c["temperature"], c["chunk"], False
+        )
     assert not value.requires_grad and not logprobs.requires_grad
     assert_close(value, by_autograd(c, hidden, weight)[0].detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("alg", ALGORITHMS)
 def test_the_coefficient_is_the_finite_difference_of_the_token_loss(alg):
-    """In fp64, for every algorithm. CISPO's weight is held fixed, since no gradient flows through it."""
+    """In fp64, for every algorithm. CISPO's weight is held fixed, since no gradient flows through
+    it."""
     c = case(11, torch.float64, alg=alg, N=40, kept=1.0)
     logprobs = full_logprobs(c, c["hidden"], c["weight"])
     hidden, eps = c["hidden"], 1e-6
@@ -186,13 +221,15 @@ def test_the_coefficient_is_the_finite_difference_of_the_token_loss(alg):
         return -(advantages * weight * is_weight * weights * moved).sum()
 
     for seed in range(5):
-        way = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        way = torch.randn(
+            hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         slope = (loss_at(hidden + eps * way) - loss_at(hidden - eps * way)) / (2 * eps)
         # eps^2 of curvature and 1e-16 / eps of cancellation
         assert_close((found * way).sum(), slope, rtol=1e-7, atol=1e-8)
 
 
-# ---- where the weight's gradient goes --------------------------------------------------------------------------
+# ---- where the weight's gradient goes ------------------------------------------------------------
 def test_the_gradient_of_a_tied_weight_is_added_to_what_is_there():
     c = case(2, N=20, V=40, D=16, upstream=1.0)
     ids = torch.arange(20) * 2
@@ -201,7 +238,9 @@ def test_the_gradient_of_a_tied_weight_is_added_to_what_is_there():
         table = c["weight"].clone().requires_grad_()
         table.grad = torch.ones_like(table)
         for _ in range(2):  # two micro-batches
-            method(c, table[ids].tanh(), table, **({"weight_grad": table.grad} if kwargs else {}))[0].backward()
+            method(c, table[ids].tanh(), table, **({"weight_grad": table.grad} if kwargs else {}))[
+                0
+            ].backward()
         return table.grad
 
     assert_close(tied(in_one_pass, weight_grad=True), tied(by_autograd), rtol=1e-5, atol=1e-6)
@@ -219,7 +258,7 @@ def test_a_factor_that_comes_too_late_and_a_second_backward_are_errors():
         value.backward()
 
 
-# ---- precision ---------------------------------------------------------------------------------------------------
+# ---- precision -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "N", "V"), [("bfloat16", 64, 2000), ("float32", 4, 151_936), ("bfloat16", 4, 151_936)]
@@ -230,7 +269,9 @@ def test_logprobs_are_within_1e_5_nats_of_fp64(dtype, N, V, compiled):
     found, entropy = token_logprobs(c["hidden"], c["weight"], c["targets"], 1.0, N, compiled)
     logprobs = (c["hidden"].double() @ c["weight"].double().t()).log_softmax(-1)
     assert found.dtype == torch.float32
-    assert (found - full_logprobs(c, c["hidden"].double(), c["weight"].double())).abs().max() <= 1e-5
+    assert (
+        found - full_logprobs(c, c["hidden"].double(), c["weight"].double())
+    ).abs().max() <= 1e-5
     assert (entropy + (logprobs.exp() * logprobs).sum(-1)).abs().max() <= 1e-5
 
 
@@ -243,7 +284,7 @@ def test_bf16_gradients_are_those_of_fp32_rounded_once():
         assert (a.float() - b).norm() <= 2**-8 * b.norm()  # half a unit in bf16's last place
 
 
-# ---- compilation and memory ------------------------------------------------------------------------------------
+# ---- compilation and memory ----------------------------------------------------------------------
 def test_compiled_equals_eager_and_fifty_lengths_need_one_compilation():
     torch._dynamo.reset()
     fixed = dict(D=16, V=52, chunk=8, temperature=0.6, alg=ALGORITHMS[0])
@@ -259,11 +300,16 @@ def test_compiled_equals_eager_and_fifty_lengths_need_one_compilation():
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("n, worked_on", [(5, [5]), (24, [24]), (53, [24, 24, 5]), (1, [2]), (0, [2])])
+@pytest.mark.parametrize(
+    "n, worked_on", [(5, [5]), (24, [24]), (53, [24, 24, 5]), (1, [2]), (0, [2])]
+)
 def test_no_chunk_has_more_rows_than_tokens_are_left(n, worked_on, monkeypatch):
-    """A chunk that is padded to its full size costs as much as a full one; of the compiler's sake two rows are left."""
+    """A chunk that is padded to its full size costs as much as a full one; of the compiler's sake
+    two rows are left."""
     rows, body = [], ops._head_body
-    monkeypatch.setattr(ops, "_head_body", lambda logits, *rest: (rows.append(len(logits)), body(logits, *rest))[1])
+    monkeypatch.setattr(
+        ops, "_head_body", lambda logits, *rest: (rows.append(len(logits)), body(logits, *rest))[1]
+    )
     run(in_one_pass, case(0, N=n, D=16, V=52, chunk=24))
     assert rows == worked_on
 
@@ -284,7 +330,9 @@ for N in (512, 512, 2048, 8192):  # the first to warm up
 
 def test_memory_does_not_grow_with_the_number_of_tokens():
     command, repo = [sys.executable, "-c", PEAKS], Path(__file__).parent.parent
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc keeps nothing of what was freed
+    env = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "1000000"
+    }  # glibc keeps nothing of what was freed
     done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, check=True)
     _, *peaks = map(float, done.stdout.split())
     full_logits = 4 * 8192 * 10_000 / 2**20
@@ -293,10 +341,12 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
 
 def test_chunks_are_the_largest_power_of_two_in_the_budget():
     assert chunk_rows(151_936) == 256 and chunk_rows(151_936, 2**30) == 1024
-    assert chunk_rows(32) == 4096 and chunk_rows(10**9) == 16  # as many as ever help, as few as ever do
+    assert (
+        chunk_rows(32) == 4096 and chunk_rows(10**9) == 16
+    )  # as many as ever help, as few as ever do
 
 
-# ---- a sharded vocabulary --------------------------------------------------------------------------------------
+# ---- a sharded vocabulary ------------------------------------------------------------------------
 def shards_on_this_rank(compiled, drop):
     """This rank's words of every case. drop: an all-reduce to leave out, by number."""
     join_ranks(60)
@@ -316,7 +366,11 @@ def shards_on_this_rank(compiled, drop):
 def shard_cases(compiled):
     if compiled:
         return [case(s, V=64, D=16, chunk=8, temperature=1.0, alg=ALGORITHMS[0]) for s in range(2)]
-    return [case(s, chunk=64) for s in range(8)] + [case(s) for s in range(8, 16)] + [case(0, N=0), case(1, kept=0.0)]
+    return (
+        [case(s, chunk=64) for s in range(8)]
+        + [case(s) for s in range(8, 16)]
+        + [case(0, N=0), case(1, kept=0.0)]
+    )
 
 
 def shards(tp, compiled=False, drop=None):
@@ -325,8 +379,8 @@ def shards(tp, compiled=False, drop=None):
 
 
 def whole(ranks):
-    """One result from those of the ranks: what all of them must agree on, the sum of their shares of the hidden states'
-    gradient, and the weight's rows put together."""
+    """One result from those of the ranks: what all of them must agree on, the sum of their shares
+    of the hidden states' gradient, and the weight's rows put together."""
     for other in ranks[1:]:
         assert other[:2] == ranks[0][:2]  # bit by bit: the ranks go on with it
     hidden, weight = sum(torch.tensor(r[2]) for r in ranks), [row for r in ranks for row in r[3]]
@@ -344,7 +398,8 @@ def test_a_sharded_vocabulary_gives_the_loss_and_gradients_of_the_whole(tp, comp
 
 @pytest.mark.parametrize("drop", [0, 1], ids=["the maximum", "the sums"])
 def test_without_any_one_of_the_all_reduces_the_shards_do_differ(drop):
-    """The control of the test above. The cases of one chunk: there the two collectives come in this order."""
+    """The control of the test above. The cases of one chunk: there the two collectives come in this
+    order."""
     c, ranks = next(zip(shard_cases(False), shards(2, drop=drop)))
     wanted, found = run(by_autograd, c), ranks[0]
     errors = [(torch.tensor(a).view_as(b) - b).norm() / b.norm() for a, b in zip(found[:2], wanted)]

@@ -1,4 +1,5 @@
-"""hub.py: what is refused and why, and that prompts are neither lost, nor used twice, nor trained too late."""
+"""hub.py: what is refused and why, and that prompts are neither lost, nor used twice, nor trained
+too late."""
 
 import asyncio
 import heapq
@@ -73,15 +74,25 @@ def lease(hub, count=1):
 
 
 def push(hub, lease_id, **change):
-    return call(hub, "POST", "/groups", data=save(group_tensors(**change), metadata={"lease": lease_id}))
+    return call(
+        hub, "POST", "/groups", data=save(group_tensors(**change), metadata={"lease": lease_id})
+    )
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("token", [None, "wrong", ""])
-@pytest.mark.parametrize(("method", "route"), [
-    ("GET", "/status"), ("GET", "/run"), ("POST", "/lease"), ("POST", "/groups"), ("POST", "/receipts"),
-    ("GET", "/weights/latest"), ("GET", "/weights/0/config.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "route"),
+    [
+        ("GET", "/status"),
+        ("GET", "/run"),
+        ("POST", "/lease"),
+        ("POST", "/groups"),
+        ("POST", "/receipts"),
+        ("GET", "/weights/latest"),
+        ("GET", "/weights/0/config.json"),
+    ],
+)
 def test_every_route_refuses_a_missing_or_wrong_token(hub, token, method, route):
     status, body = call(hub, method, route, token=token)
     assert status == 401 and "token" in body
@@ -107,14 +118,27 @@ def test_a_bad_group_is_refused_with_the_reason_and_the_run_goes_on(hub):
         ({"logprobs": -t["logprobs"]}, 422, "above 0"),
         ({"rewards": torch.tensor([0.0, torch.inf])}, 422, "reward is not finite"),
         ({"versions": t["versions"] + 1}, 422, "policy versions 1..1 outside 0..0"),
-        ({"lengths": torch.tensor([5], dtype=torch.int32), "rewards": torch.zeros(1),
-          "truncated": torch.zeros(1, dtype=torch.uint8)}, 422, "1 samples, expected 2 to 4"),
-    ]:  # fmt: skip
+        (
+            {
+                "lengths": torch.tensor([5], dtype=torch.int32),
+                "rewards": torch.zeros(1),
+                "truncated": torch.zeros(1, dtype=torch.uint8),
+            },
+            422,
+            "1 samples, expected 2 to 4",
+        ),
+    ]:
         found, body = push(hub, lease_id, **change)
         assert (found, reason in body) == (status, True), (change.keys(), found, body)
     long = torch.ones(2 * NEW + 1)
-    found, body = push(hub, lease_id, lengths=torch.tensor([NEW + 1, NEW], dtype=torch.int32),
-                       token_ids=long.int(), logprobs=-long, versions=0 * long.int())  # fmt: skip
+    found, body = push(
+        hub,
+        lease_id,
+        lengths=torch.tensor([NEW + 1, NEW], dtype=torch.int32),
+        token_ids=long.int(),
+        logprobs=-long,
+        versions=0 * long.int(),
+    )
     assert found == 422 and f"more than {NEW} tokens" in body
     assert push(hub, lease_id)[0] == 200  # the same lease is still good
 
@@ -128,11 +152,23 @@ def test_garbage_oversize_and_unknown_leases_are_refused_and_the_run_goes_on(hub
     for lease_id in ("7-1", "", "0-1"):
         status, reason = push(hub, lease_id)
         assert status == 409 and "unknown lease" in reason
-    for body in (b"{", b"[]", b'{"node": "n"}', b'{"node": 1, "max": 2}', b'{"node": "n", "max": 0}'):
+    for body in (
+        b"{",
+        b"[]",
+        b'{"node": "n"}',
+        b'{"node": 1, "max": 2}',
+        b'{"node": "n", "max": 0}',
+    ):
         assert call(hub, "POST", "/lease", data=body)[0] in (400, 422)
-    assert call(hub, "POST", "/lease", json={"node": "stranger", "max": 1})[0] == 422  # without a receipt
+    assert (
+        call(hub, "POST", "/lease", json={"node": "stranger", "max": 1})[0] == 422
+    )  # without a receipt
     assert call(hub, "GET", "/weights/latest?after=x")[0] == 400
-    for route in ("/weights/1/config.json", "/weights/0/manifest.json", "/weights/0/..%2Fconfig.json"):
+    for route in (
+        "/weights/1/config.json",
+        "/weights/0/manifest.json",
+        "/weights/0/..%2Fconfig.json",
+    ):
         assert call(hub, "GET", route)[0] == 404
     bad_digest = {"node": "n", "version": 0, "digest": "0", "timing": {}}
     assert call(hub, "POST", "/receipts", json=bad_digest)[0] == 409
@@ -177,7 +213,8 @@ def test_a_waiting_lease_is_granted_when_a_receipt_admits_it(hub):
 
 
 def test_a_batch_that_the_trainer_no_longer_waits_for_is_not_taken(hub):
-    """The hub's thread stands still for longer than the trainer waits: the prompts are trained later, not lost."""
+    """The hub's thread stands still for longer than the trainer waits: the prompts are trained
+    later, not lost."""
     for lease_id in lease(hub, 2):
         assert push(hub, lease_id)[0] == 200
     go_on, hub.call_timeout_s = threading.Event(), 0.2
@@ -210,7 +247,7 @@ def test_a_node_that_dies_while_it_waits_for_prompts_gets_none(hub):
     assert len(lease(hub, 9)) == 8
 
 
-# ---- weights -------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 def receipt(hub, node, version=0, **more):
     body = {"node": node, "version": version, "digest": digest(hub.manifest), "timing": {}, **more}
     assert call(hub, "POST", "/receipts", json=body)[0] == 200
@@ -222,7 +259,10 @@ def test_the_log_says_when_a_version_has_landed_everywhere_and_status_who_lags(h
     write_version(hub.weights_dir, 1, [("w", torch.ones(4))], static=hub.weights_dir / "v0")
     publish(hub, 1)
     receipt(hub, "n", 1)
-    assert hub.take_news() == [] and {n: s["behind"] for n, s in hub.status()["nodes"].items()} == {"n": 0, "m": 1}
+    assert hub.take_news() == [] and {n: s["behind"] for n, s in hub.status()["nodes"].items()} == {
+        "n": 0,
+        "m": 1,
+    }
     receipt(hub, "m", 1)
     assert hub.take_news() == ["v1 landed on 2/2 engines, digest ok"]
 
@@ -230,7 +270,9 @@ def test_the_log_says_when_a_version_has_landed_everywhere_and_status_who_lags(h
 def test_nodes_whose_vllm_made_different_things_of_one_version_are_named(hub):
     receipt(hub, "n", checksum="a" * 64)
     receipt(hub, "m", checksum="a" * 64)
-    receipt(hub, "split", checksum="c" * 64, engine="--tensor-parallel-size 2")  # others may differ from it
+    receipt(
+        hub, "split", checksum="c" * 64, engine="--tensor-parallel-size 2"
+    )  # others may differ from it
     assert not hub.status()["counts"].get("checksums_differ")
     receipt(hub, "x", checksum="b" * 64)
     (news,) = [line for line in hub.take_news() if "not the same" in line]
@@ -239,7 +281,8 @@ def test_nodes_whose_vllm_made_different_things_of_one_version_are_named(hub):
 
 
 def test_a_receipt_for_any_manifest_of_a_version_is_honest(hub):
-    """After a node's refusal the version is published again, with more files, while another loads it as it was."""
+    """After a node's refusal the version is published again, with more files, while another loads
+    it as it was."""
     write_version(hub.weights_dir, 1, [("w", torch.ones(4))], static=hub.weights_dir / "v0")
     publish(hub, 1)
     first = digest(hub.manifest)
@@ -258,7 +301,9 @@ def test_what_a_node_fetches_is_known_from_its_question_to_its_receipt_or_its_en
     receipt(hub, "n")
     assert hub.oldest_in_use() == float("inf")
     for version in (1, 2):
-        write_version(hub.weights_dir, version, [("w", torch.ones(4))], static=hub.weights_dir / "v0")
+        write_version(
+            hub.weights_dir, version, [("w", torch.ones(4))], static=hub.weights_dir / "v0"
+        )
     publish(hub, 2)
     assert call(hub, "GET", "/weights/latest?after=0&node=n")[0] == 200
     assert hub.oldest_in_use() == 1  # the deltas after what it has; or the newest whole one, 2
@@ -266,9 +311,11 @@ def test_what_a_node_fetches_is_known_from_its_question_to_its_receipt_or_its_en
     assert hub.oldest_in_use() == float("inf")  # it is gone
 
 
-# ---- ledger --------------------------------------------------------------------------------------------------
+# ---- ledger --------------------------------------------------------------------------------------
 def made_group(ordinal, version, rewards=(1.0, 0.0)):
-    t = group_tensors(versions=torch.full((5,), version, dtype=torch.int32), rewards=torch.tensor(rewards))
+    t = group_tensors(
+        versions=torch.full((5,), version, dtype=torch.int32), rewards=torch.tensor(rewards)
+    )
     return Group(ordinal, [2], **t)
 
 
@@ -295,17 +342,22 @@ def test_a_group_that_would_be_too_old_is_waited_for_and_one_that_is_gets_a_new_
     again = ledger.grant("n", 1, 11.0)
     assert again.ordinal == slow.ordinal
     ledger.accept(again.id, made_group(again.ordinal, 1))
-    assert ledger.take(3) is None and ledger.counts["groups_too_old"] == 1  # two steps later: dropped, and returned
+    assert (
+        ledger.take(3) is None and ledger.counts["groups_too_old"] == 1
+    )  # two steps later: dropped, and returned
     assert ledger.grant("n", 3, 11.0).ordinal == slow.ordinal
     ledger.check()
 
 
 @pytest.mark.parametrize("max_age", [0, 1, 3])
 def test_under_random_delays_losses_and_retries_every_prompt_is_trained_once_and_in_time(max_age):
-    """A simulated run: leases are answered in any order, some never; nodes lag behind with their weights."""
+    """A simulated run: leases are answered in any order, some never; nodes lag behind with their
+    weights."""
     rng = random.Random(max_age)
     P, steps = 4, 50
-    ledger = Ledger(P, max_age, steps, lease_timeout_s=30, max_failures=1000)  # every second lease is lost
+    ledger = Ledger(
+        P, max_age, steps, lease_timeout_s=30, max_failures=1000
+    )  # every second lease is lost
     trained, now, version, node_version, held = [], 0.0, 0, 0, []
     while version < steps:
         now += 1.0
@@ -334,10 +386,18 @@ def test_under_random_delays_losses_and_retries_every_prompt_is_trained_once_and
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
 def test_long_answers_are_trained_as_surely_as_short_ones(sigma):
-    """A simulated run of the preset scalerl's shape: 48 prompts a step, age 8, log-normal answer times. Without an
-    expired lease nothing is dropped for age, so each answer is trained, however long it took."""
+    """A simulated run of the preset scalerl's shape: 48 prompts a step, age 8, log-normal answer
+    times. Without an expired lease nothing is dropped for age, so each answer is trained, however
+    long it took."""
     rng, P, steps, now, version = random.Random(0), 48, 40, 0.0, 0
-    ledger, trainer_free, in_flight, took, trained, again = Ledger(P, 8, steps, 1e9), 0.0, [], {}, [], []
+    ledger, trainer_free, in_flight, took, trained, again = (
+        Ledger(P, 8, steps, 1e9),
+        0.0,
+        [],
+        {},
+        [],
+        [],
+    )
     while version < steps:
         while len(in_flight) < 400 and (lease := ledger.grant("n", version, now)):
             again += [took[lease.ordinal]] if lease.ordinal in took else []
@@ -362,8 +422,9 @@ def test_admission_never_hands_out_more_than_the_run_needs():
 
 
 def test_prompts_too_long_or_solved_are_passed_over_and_every_ordinal_keeps_its_prompt():
-    """Ten rows of which two are too long; a group with mean reward 0.75 or more ends its row's turn. All is counted, a
-    checkpoint in between changes nothing, and when no row is left the ledger says so."""
+    """Ten rows of which two are too long; a group with mean reward 0.75 or more ends its row's
+    turn. All is counted, a checkpoint in between changes nothing, and when no row is left the
+    ledger says so."""
     examples = [{"prompt": str(i), "answer": ""} for i in range(10)]
     prompts = Prompts(examples, seed=1, skip={3, 7})
     solved_by = {2: 0, 5: 1}  # row: the epoch in which it is solved
@@ -389,7 +450,10 @@ def test_prompts_too_long_or_solved_are_passed_over_and_every_ordinal_keeps_its_
     whole = {epoch: sorted(row for e, row in seen if e == epoch) for epoch in range(4)}
     assert whole[0] == [0, 1, 2, 4, 5, 6, 8, 9] and whole[1] == [0, 1, 4, 5, 6, 8, 9]
     assert whole[2] == whole[3] == [0, 1, 4, 6, 8, 9]
-    assert ledger.solved == {2, 5} and ledger.next_ordinal == 60 + ledger.num_skipped == ledger.frontier
+    assert (
+        ledger.solved == {2, 5}
+        and ledger.next_ordinal == 60 + ledger.num_skipped == ledger.frontier
+    )
     assert not ledger.none_left
     ledger.solved |= {0, 1, 4, 6, 8, 3}  # 3 is too long as well: after a resume with another limit
     assert not ledger.none_left
@@ -398,7 +462,8 @@ def test_prompts_too_long_or_solved_are_passed_over_and_every_ordinal_keeps_its_
 
 
 def test_a_node_that_has_died_loses_its_prompts_long_before_one_that_is_silent(hub):
-    """The kernel closes the connections of a process that is killed; a node that is only slow keeps them."""
+    """The kernel closes the connections of a process that is killed; a node that is only slow keeps
+    them."""
     hub.hung_up_timeout_s = 0.5
     receipt = {"node": "dead", "version": 0, "digest": digest(hub.manifest), "timing": {}}
     assert call(hub, "POST", "/receipts", json=receipt)[0] == 200
@@ -409,7 +474,9 @@ def test_a_node_that_has_died_loses_its_prompts_long_before_one_that_is_silent(h
         for node, session in sessions.items():
             async with session.post("/lease", json={"node": node, "max": 1}) as response:
                 (held[node],) = [granted["lease"] for granted in (await response.json())["leases"]]
-            async with session.post("/beat", json={"node": node, "leases": [held[node]], "vllm": {}}) as response:
+            async with session.post(
+                "/beat", json={"node": node, "leases": [held[node]], "vllm": {}}
+            ) as response:
                 assert (await response.json())["drop"] == []
         await sessions["dead"].close()
         deadline = time.monotonic() + 10

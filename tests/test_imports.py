@@ -1,4 +1,5 @@
-"""What can be imported where: our modules have plain names, and none may stand in a package's place."""
+"""What can be imported where: our modules have plain names, and none may stand in a package's
+place."""
 
 import ast
 import asyncio
@@ -19,7 +20,12 @@ from ranks import checkpoint
 from rollout import RolloutConfig
 
 REPO = Path(__file__).resolve().parent.parent
-OURS = sorted([*(path.stem for path in REPO.glob("*.py")), *(path.parent.name for path in REPO.glob("*/__init__.py"))])
+OURS = sorted(
+    [
+        *(path.stem for path in REPO.glob("*.py")),
+        *(path.parent.name for path in REPO.glob("*/__init__.py")),
+    ]
+)
 # In a process: for each name the file that an import of it would read, or None.
 LOOK = """
 import importlib.util, json, sys
@@ -38,11 +44,16 @@ def packages(tmp_path):
 
 def found_by_vllm(tmp_path, command: str = "") -> dict:
     """What a process in vLLM's place, which ends at once, has printed."""
-    vllm = VLLM(RolloutConfig(hub="", vllm_command=command), {"dtype": "float32", "max_model_len": 64, "seed": 0},
-                tmp_path / "log")  # fmt: skip
+    vllm = VLLM(
+        RolloutConfig(hub="", vllm_command=command),
+        {"dtype": "float32", "max_model_len": 64, "seed": 0},
+        tmp_path / "log",
+    )
     with pytest.raises(RuntimeError, match="ended with status 0"):
         asyncio.run(vllm.start(tmp_path))
-    return json.loads(next(line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")))
+    return json.loads(
+        next(line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{"))
+    )
 
 
 def test_vllm_finds_the_engine_and_no_other_module_of_ours(tmp_path, packages):
@@ -57,8 +68,11 @@ def test_vllm_finds_the_engine_and_no_other_module_of_ours(tmp_path, packages):
     assert {name for name, file in found.items() if file} == set()
 
 
-def test_vllm_finds_nothing_in_the_directory_that_a_run_is_started_in(tmp_path, packages, monkeypatch):
-    """As in a shell `python -m` looks there first; and packages that the user's PYTHONPATH names are still found."""
+def test_vllm_finds_nothing_in_the_directory_that_a_run_is_started_in(
+    tmp_path, packages, monkeypatch
+):
+    """As in a shell `python -m` looks there first; and packages that the user's PYTHONPATH names
+    are still found."""
     server = packages / "vllm/entrypoints/openai/api_server.py"
     server.parent.mkdir(parents=True)
     (packages / "vllm/__init__.py").touch()
@@ -70,15 +84,29 @@ def test_vllm_finds_nothing_in_the_directory_that_a_run_is_started_in(tmp_path, 
 
 
 def test_the_trainer_finds_a_package_kernels_that_is_installed(packages):
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r})\n{LOOK}", '["kernels", "model"]']
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(REPO)!r})\n{LOOK}",
+        '["kernels", "model"]',
+    ]
     env = {**os.environ, "PYTHONPATH": str(packages)}
-    found = json.loads(subprocess.run(command, env=env, cwd=packages.parent, capture_output=True, check=True).stdout)
-    assert found == {"kernels": str(packages / "kernels/__init__.py"), "model": str(REPO / "model.py")}
+    found = json.loads(
+        subprocess.run(
+            command, env=env, cwd=packages.parent, capture_output=True, check=True
+        ).stdout
+    )
+    assert found == {
+        "kernels": str(packages / "kernels/__init__.py"),
+        "model": str(REPO / "model.py"),
+    }
 
 
 def test_no_module_has_the_name_of_a_package_that_what_we_import_imports():
     """Installed here or not: an optional package counts, as one day it is there."""
-    perhaps = re.compile(rb"^[ \t]*(?:import|from) (?:%s)\b" % "|".join(OURS).encode(), re.M)  # or a word of prose
+    perhaps = re.compile(
+        rb"^[ \t]*(?:import|from) (?:%s)\b" % "|".join(OURS).encode(), re.M
+    )  # or a word of prose
     clashes = {}
     for package in "transformers vllm torch datasets huggingface_hub tokenizers safetensors wandb tensorboard".split():
         root = Path(importlib.util.find_spec(package).origin).parent
@@ -94,6 +122,9 @@ def test_no_module_has_the_name_of_a_package_that_what_we_import_imports():
 def test_a_run_keeps_all_of_its_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint.begin_run_dir(parse_config(["--name", "x"]), None, {}, print)
-    kept = {str(path.relative_to(tmp_path / "runs/x/code")) for path in (tmp_path / "runs/x/code").rglob("*.py")}
+    kept = {
+        str(path.relative_to(tmp_path / "runs/x/code"))
+        for path in (tmp_path / "runs/x/code").rglob("*.py")
+    }
     assert kept == {str(path.relative_to(REPO)) for path in program_files()}
     assert "vllm_engine.py" in {Path(path).name for path in kept}

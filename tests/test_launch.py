@@ -1,4 +1,5 @@
-"""launch.sh by itself, with stand-ins for Python and ssh: what it calls, from where, and what it says."""
+"""launch.sh by itself, with stand-ins for Python and ssh: what it calls, from where, and what it
+says."""
 
 import os
 import re
@@ -25,14 +26,17 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def program(tmp_path):
-    """launch.sh in a directory of its own, whose Python says how it was called. Tests call it from tmp_path."""
+    """launch.sh in a directory of its own, whose Python says how it was called. Tests call it from
+    tmp_path."""
     (tmp_path / "program/inside_vllm").mkdir(parents=True)
     for name in ("launch.sh", "pyproject.toml"):
         shutil.copy(REPO / name, tmp_path / "program")
     for name in ("train_cispo.py", "bridge/inside_vllm/vllm_engine.py"):
         (tmp_path / "program" / name).touch()
     script(tmp_path / "program/.venv/bin/python", SAYS)
-    stamp = subprocess.run("cksum <pyproject.toml", shell=True, cwd=REPO, capture_output=True, text=True, check=True)
+    stamp = subprocess.run(
+        "cksum <pyproject.toml", shell=True, cwd=REPO, capture_output=True, text=True, check=True
+    )
     (tmp_path / "program/.venv/installed").write_text(f"cpu {stamp.stdout}")
     return tmp_path / "program"
 
@@ -44,16 +48,33 @@ def environment(program: Path, **env) -> dict:
 
 
 def launch(program: Path, *args, **env):
-    return subprocess.run(["bash", str(program / "launch.sh"), *args], cwd=program.parent, text=True, timeout=60,
-                          env=environment(program, **env), stdin=subprocess.DEVNULL, capture_output=True)  # fmt: skip
+    return subprocess.run(
+        ["bash", str(program / "launch.sh"), *args],
+        cwd=program.parent,
+        text=True,
+        timeout=60,
+        env=environment(program, **env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
 
 
-@pytest.mark.parametrize(("args", "env"), [
-    (["--data", "mine.jsonl"], {}),
-    (["--data", "mine.jsonl"], {"NPROC": "2"}),
-    (["trainer", "--data", "mine.jsonl"], {"MASTER_ADDR": "127.0.0.1", "CISPO_TOKEN": "x"}),
-    (["rollout"], {"MASTER_ADDR": "127.0.0.1", "CISPO_TOKEN": "x", "ROLLOUT_ARGS": "--vllm-args '--c mine.jsonl'"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "env"),
+    [
+        (["--data", "mine.jsonl"], {}),
+        (["--data", "mine.jsonl"], {"NPROC": "2"}),
+        (["trainer", "--data", "mine.jsonl"], {"MASTER_ADDR": "127.0.0.1", "CISPO_TOKEN": "x"}),
+        (
+            ["rollout"],
+            {
+                "MASTER_ADDR": "127.0.0.1",
+                "CISPO_TOKEN": "x",
+                "ROLLOUT_ARGS": "--vllm-args '--c mine.jsonl'",
+            },
+        ),
+    ],
+)
 def test_relative_paths_mean_the_caller_s_directory(program, args, env):
     done = launch(program, *args, **env)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("in ")]
@@ -82,20 +103,28 @@ def test_a_greeting_of_a_node_s_shell_is_no_other_version(program, tmp_path, gre
     assert "has ended with status 0" in done.stdout and "warning" not in done.stdout
     shutil.copytree(program, tmp_path / "other", symlinks=True)
     (tmp_path / "other/train_cispo.py").write_text("# forked\n")
-    done = launch(program, NODES="127.0.0.1 localhost", SSH=str(ssh), CISPO_DIR=str(tmp_path / "other"))
+    done = launch(
+        program, NODES="127.0.0.1 localhost", SSH=str(ssh), CISPO_DIR=str(tmp_path / "other")
+    )
     assert done.stdout.count("has another version") == 2
 
 
 def test_a_printed_line_can_be_given_by_hand(program, tmp_path):
     ssh = script(tmp_path / "ssh", '#!/bin/bash\nshift\nexec "$@"\n')
     words = ["--name", "a b", "--prompt-template", '{problem} in \\boxed{} for $5, "it\'s"']
-    printed = launch(program, "--print", *words, NODES="127.0.0.1 localhost", SSH=str(ssh)).stdout.splitlines()
+    printed = launch(
+        program, "--print", *words, NODES="127.0.0.1 localhost", SSH=str(ssh)
+    ).stdout.splitlines()
     by_hand = printed[0].split("launch: ", 1)[1]
     env = {k: v for k, v in os.environ.items() if k != "CISPO_TOKEN"}
-    without = subprocess.run(["bash", "-c", by_hand], env=env, text=True, capture_output=True, timeout=60)
+    without = subprocess.run(
+        ["bash", "-c", by_hand], env=env, text=True, capture_output=True, timeout=60
+    )
     assert without.returncode != 0 and "CISPO_TOKEN: one for all nodes" in without.stderr
     env = environment(program, CISPO_TOKEN="secret")
-    done = subprocess.run(["bash", "-c", by_hand], env=env, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", by_hand], env=env, text=True, capture_output=True, timeout=60
+    )
     assert done.returncode == 0 and " ".join(words) in done.stdout.splitlines()[-1]
     assert done.stdout.rstrip().endswith("(leash none, token secret)")
 
@@ -108,7 +137,9 @@ def test_a_leash_that_is_gone_at_the_start_is_named(program):
 
 @pytest.mark.parametrize("master", ["::1", "[::1]"])
 def test_a_master_of_ipv6_has_its_brackets_in_the_url_only(program, master):
-    assert "http://[::1]:8790" in launch(program, "--print", "rollout", MASTER_ADDR=master).stdout.replace("\\", "")
+    assert "http://[::1]:8790" in launch(
+        program, "--print", "rollout", MASTER_ADDR=master
+    ).stdout.replace("\\", "")
     trainer = launch(program, "--print", "trainer", MASTER_ADDR=master).stdout
     assert "--master-addr ::1 " in trainer and "--hub-host ::1 " in trainer
 
@@ -136,7 +167,7 @@ def test_flags_are_those_of_a_preset_too_and_of_this_machine(program):
     assert f"python {program}/train_cispo.py --help --preset add" in done.stdout
 
 
-# ---- installing ------------------------------------------------------------------------------------------------
+# ---- installing ----------------------------------------------------------------------------------
 PIP = """#!/bin/bash
 case "$*" in
   "-c "*) ;;
@@ -153,21 +184,31 @@ def installer(program):
     shutil.rmtree(program / ".venv")
     os.mkfifo(program.parent / "gate")
     (program.parent / "pip.log").touch()
-    gate = os.open(program.parent / "gate", os.O_RDWR)  # so that nobody has to wait for the other end
+    gate = os.open(
+        program.parent / "gate", os.O_RDWR
+    )  # so that nobody has to wait for the other end
     pip = PIP.format(log=program.parent / "pip.log", gate=program.parent / "gate")
     yield str(script(program.parent / "bin/python-to-be", pip)), lambda: os.write(gate, b"go\n")
     os.close(gate)
 
 
-def test_two_installs_into_one_venv_come_one_after_the_other_and_the_second_says_whom_it_waits_for(program, installer):
+def test_two_installs_into_one_venv_come_one_after_the_other_and_the_second_says_whom_it_waits_for(
+    program, installer
+):
     python, let_end = installer
-    start = lambda: subprocess.Popen(["bash", str(program / "launch.sh"), "install"], stdout=subprocess.PIPE,
-                                     stderr=subprocess.STDOUT, env=environment(program, PYTHON=python))  # fmt: skip
+    start = lambda: subprocess.Popen(
+        ["bash", str(program / "launch.sh"), "install"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(program, PYTHON=python),
+    )
     with start() as first, start() as second:
         try:
             said, deadline = "", time.monotonic() + 60
             while "waiting for" not in said:  # whichever comes second
-                ready, _, _ = select.select([first.stdout, second.stdout], [], [], max(0, deadline - time.monotonic()))
+                ready, _, _ = select.select(
+                    [first.stdout, second.stdout], [], [], max(0, deadline - time.monotonic())
+                )
                 assert ready and said.count("installing") < 5, f"both install:\n{said}"
                 said += os.read(ready[0].fileno(), 10000).decode()
             assert re.search(r"waiting for pid \d+ on \S+, which installs into", said)
@@ -185,7 +226,11 @@ def test_without_flock_the_install_goes_on_and_says_so(program, installer):
     python, let_end = installer
     let_end()
     done = launch(program, "install", PYTHON=python)
-    assert done.returncode == 0 and "warning: no lock on" in done.stdout and "installed in" in done.stdout
+    assert (
+        done.returncode == 0
+        and "warning: no lock on" in done.stdout
+        and "installed in" in done.stdout
+    )
 
 
 def test_white_space_in_the_path_is_warned_of_in_one_line(program, installer):

@@ -1,4 +1,5 @@
-"""Rollout nodes: beside one that refuses, with a vLLM that dies at the worst moment or never starts, far from a hub."""
+"""Rollout nodes: beside one that refuses, with a vLLM that dies at the worst moment or never
+starts, far from a hub."""
 
 import asyncio
 import contextlib
@@ -35,21 +36,35 @@ def hub(tmp_path, tiny_checkpoint):
     hub.close(patience_s=0.0)
 
 
-def test_a_node_that_loads_while_another_refuses_the_same_version_stays(tmp_path, tiny_checkpoint, fake_vllm_command):
-    """Two whole nodes and a real publisher: one has fetched v1 and loads it when a bit of the file flips. The other
-    refuses it, v1 is published again, and the receipt of the first names the manifest that it was given."""
+def test_a_node_that_loads_while_another_refuses_the_same_version_stays(
+    tmp_path, tiny_checkpoint, fake_vllm_command
+):
+    """Two whole nodes and a real publisher: one has fetched v1 and loads it when a bit of the file
+    flips. The other refuses it, v1 is published again, and the receipt of the first names the
+    manifest that it was given."""
     hub = make_hub(tmp_path, tiny_checkpoint)
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
-    publisher = bridge.publish.Publisher(model, torch.float32, hub.weights_dir, tiny_checkpoint, full_every=1, keep=4,
-                                  store=torch.distributed.HashStore(), deadline_s=60.0, hub=hub)  # fmt: skip
+    publisher = bridge.publish.Publisher(
+        model,
+        torch.float32,
+        hub.weights_dir,
+        tiny_checkpoint,
+        full_every=1,
+        keep=4,
+        store=torch.distributed.HashStore(),
+        deadline_s=60.0,
+        hub=hub,
+    )
 
     async def run():
         async with asyncio.timeout(200), contextlib.AsyncExitStack() as stack:
             nodes, tasks, loading, go_on = {}, [], asyncio.Event(), asyncio.Event()
             for name in ("first", "second"):
                 session = aiohttp.ClientSession(hub.url, headers={"Authorization": "Bearer t"})
-                cfg = RolloutConfig(hub.url, dir=str(tmp_path / name), vllm_command=fake_vllm_command)
+                cfg = RolloutConfig(
+                    hub.url, dir=str(tmp_path / name), vllm_command=fake_vllm_command
+                )
                 node = nodes[name] = Node(cfg, await stack.enter_async_context(session))
                 node.name = name
                 await node.join()
@@ -63,7 +78,8 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(tmp_path
                 return await load(checkpoint, version)
 
             nodes["first"].vllm.load = held_up
-            # The publisher has cleared and written version 0 by now; the nodes start on it one after the other.
+            # The publisher has cleared and written version 0 by now; the nodes start on it one
+            # after the other.
             publisher.publish(0)
             tasks = [asyncio.create_task(nodes["first"].follow_weights())]
             fine = lambda: not any(task.done() and task.exception() for task in tasks)
@@ -77,7 +93,9 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(tmp_path
             file.write_bytes(whole)
             tasks.append(asyncio.create_task(nodes["second"].follow_weights()))
             await until(lambda: hub.nodes.get("second", {}).get("version") == 1)
-            await until(lambda: hub.manifest != given)  # the second may have met the mended file a moment earlier
+            await until(
+                lambda: hub.manifest != given
+            )  # the second may have met the mended file a moment earlier
             go_on.set()
             await until(lambda: hub.nodes["first"]["version"] == 1 or not fine())
             found = [task.exception() for task in tasks if task.done()]
@@ -88,14 +106,18 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(tmp_path
 
     try:
         assert asyncio.run(run()) == []
-        assert hub.ledger.counts["updates_refused"] >= 1  # it may ask again before the version is mended
+        assert (
+            hub.ledger.counts["updates_refused"] >= 1
+        )  # it may ask again before the version is mended
         assert hub.nodes["first"]["digest"] != weights.digest(hub.manifest)
     finally:
         publisher.close()
         hub.close(patience_s=0.0)
 
 
-def test_a_vllm_that_dies_between_load_and_checksum_is_started_again(hub, tmp_path, fake_vllm_command, capfd):
+def test_a_vllm_that_dies_between_load_and_checksum_is_started_again(
+    hub, tmp_path, fake_vllm_command, capfd
+):
     async def scenario(node):
         await groups(hub, 2)
         await node.vllm.post("/fault", {"kind": "crash_checksum"})
@@ -122,7 +144,9 @@ def test_a_sample_of_another_form_is_dropped_and_named(hub, tmp_path, fake_vllm_
     assert hub.ledger.counts["samples_dropped"] == 1
 
 
-def test_a_generation_may_take_as_long_as_its_lease_and_no_longer(tmp_path, tiny_checkpoint, fake_vllm_command, capfd):
+def test_a_generation_may_take_as_long_as_its_lease_and_no_longer(
+    tmp_path, tiny_checkpoint, fake_vllm_command, capfd
+):
     """There is one deadline: the hub's, which comes with the lease."""
     hub = make_hub(tmp_path, tiny_checkpoint, lease_timeout_s=1.5)
 
@@ -131,7 +155,10 @@ def test_a_generation_may_take_as_long_as_its_lease_and_no_longer(tmp_path, tiny
         await node.vllm.post("/fault", {"kind": "hang"})
         await until(lambda: hub.ledger.counts["leases_expired"])
         await until(
-            lambda: "wait 'generation': rollout node waits for vLLM's answer to lease" in capfd.readouterr().out
+            lambda: (
+                "wait 'generation': rollout node waits for vLLM's answer to lease"
+                in capfd.readouterr().out
+            )
         )
 
     try:
@@ -142,7 +169,9 @@ def test_a_generation_may_take_as_long_as_its_lease_and_no_longer(tmp_path, tiny
 
 
 def test_nodes_of_one_host_name_and_process_id_have_names_of_their_own(tmp_path):
-    names = {Node(RolloutConfig("http://h:1", dir=str(tmp_path / str(i))), None).name for i in range(3)}
+    names = {
+        Node(RolloutConfig("http://h:1", dir=str(tmp_path / str(i))), None).name for i in range(3)
+    }
     assert len(names) == 3 and all(name.startswith(f"{socket.gethostname()}:") for name in names)
 
 
@@ -152,7 +181,9 @@ def test_what_a_killed_local_node_held_goes_back_at_once(hub, tmp_path, fake_vll
     try:
         deadline = time.monotonic() + 120
         while not hub.nodes or not hub.ledger.leases:
-            assert local.process.poll() is None and time.monotonic() < deadline, (tmp_path / "rollout.log").read_text()
+            assert local.process.poll() is None and time.monotonic() < deadline, (
+                tmp_path / "rollout.log"
+            ).read_text()
             time.sleep(0.02)  # polling another process
         (name,) = hub.nodes
         local.process.send_signal(signal.SIGKILL)
@@ -164,7 +195,7 @@ def test_what_a_killed_local_node_held_goes_back_at_once(hub, tmp_path, fake_vll
         local.stop()
 
 
-# ---- what never starts -----------------------------------------------------------------------------------------
+# ---- what never starts ---------------------------------------------------------------------------
 PYDANTIC = """
 (APIServer pid=77) INFO 11-26 07:00:00 [api_server.py:1] vLLM API server version 0.33.0
 (APIServer pid=77) Traceback (most recent call last):
@@ -208,26 +239,45 @@ def test_what_vllm_refuses_is_tried_once_and_its_own_reason_is_said(tmp_path):
 
 
 def test_an_engine_that_fails_twice_alike_is_given_up_but_memory_may_come_free(tmp_path):
-    (first, _), (second, said) = first_starts(tmp_path, ENGINE.format("head size 7 is not supported"), 2)
-    assert (first, second) == (RuntimeError, VLLMUnfit) and "ValueError: head size 7 is not supported" in said
-    found = first_starts(tmp_path, ENGINE.format("Free memory on device (1 GiB) is less than desired"), 3)
-    assert [kind for kind, _ in found] == [RuntimeError] * 3 and "Free memory on device" in found[-1][1]
+    (first, _), (second, said) = first_starts(
+        tmp_path, ENGINE.format("head size 7 is not supported"), 2
+    )
+    assert (first, second) == (
+        RuntimeError,
+        VLLMUnfit,
+    ) and "ValueError: head size 7 is not supported" in said
+    found = first_starts(
+        tmp_path, ENGINE.format("Free memory on device (1 GiB) is less than desired"), 3
+    )
+    assert [kind for kind, _ in found] == [RuntimeError] * 3 and "Free memory on device" in found[
+        -1
+    ][1]
 
 
-# ---- addresses ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("address", "why"), [
-    ("h0:8790", "expected http://HOST:PORT"), ("http://::1:8790", "expected http://HOST:PORT"),
-    ("http://h0", "expected http://HOST:PORT"), ("http://h0:port", "expected http://HOST:PORT"),
-])  # fmt: skip
+# ---- addresses -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("h0:8790", "expected http://HOST:PORT"),
+        ("http://::1:8790", "expected http://HOST:PORT"),
+        ("http://h0", "expected http://HOST:PORT"),
+        ("http://h0:port", "expected http://HOST:PORT"),
+    ],
+)
 def test_what_is_no_address_of_a_hub_is_one_line(address, why):
     node = subprocess.run(
-        [sys.executable, str(REPO / "rollout.py"), address], capture_output=True, text=True, timeout=100
+        [sys.executable, str(REPO / "rollout.py"), address],
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert node.returncode == 2 and why in node.stdout and "Traceback" not in node.stderr
     assert repr(address) in node.stdout
 
 
-@pytest.mark.parametrize("flags", ["--hub-host no-such-host.invalid", "--hub-host 127.0.0.1 --hub-port {taken}"])
+@pytest.mark.parametrize(
+    "flags", ["--hub-host no-such-host.invalid", "--hub-host 127.0.0.1 --hub-port {taken}"]
+)
 def test_a_hub_that_cannot_listen_is_one_line_before_anything_is_made(tmp_path, flags):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         flags = flags.format(taken=taken.getsockname()[1])
@@ -247,7 +297,9 @@ def test_a_hub_on_ipv6_is_reached_by_the_address_it_says(tmp_path, tiny_checkpoi
         assert re.fullmatch(r"http://\[::1\]:\d+", hub.url)
 
         async def get():
-            async with aiohttp.ClientSession(hub.url, headers={"Authorization": "Bearer t"}) as session:
+            async with aiohttp.ClientSession(
+                hub.url, headers={"Authorization": "Bearer t"}
+            ) as session:
                 async with session.get("/run") as response:
                     return await response.json()
 

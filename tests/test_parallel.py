@@ -1,10 +1,11 @@
-"""Every layout computes what one process computes: loss, every gradient, the clipped norm and the weights after AdamW.
-
-The oracle is the same code on one rank, which test_model.py compares with transformers and test_loss.py with closed
-forms. A rank compares its own ZeRO shard of every gradient and all of its weights with its slice of the oracle's, so
-between them the ranks check every element. Weights have the checkpoint's names; each rank reads its slice of it.
-
-fp32: 1e-5 of a tensor's largest value, sums in another order. fp64: 1e-10, which no forgotten factor or rank hides in.
+"""Every layout computes what one process computes: loss, every gradient, the clipped norm and the
+weights after AdamW.
+ The oracle is the same code on one rank, which test_model.py compares with transformers and
+test_loss.py with closed forms. A rank compares its own ZeRO shard of every gradient and all of its
+weights with its slice of the oracle's, so between them the ranks check every element. Weights have
+the checkpoint's names; each rank reads its slice of it.
+ fp32: 1e-5 of a tensor's largest value, sums in another order. fp64: 1e-10, which no forgotten
+factor or rank hides in.
 """
 
 import collections
@@ -31,25 +32,48 @@ from ranks.checkpoint import MANIFEST, CheckpointError, Pieces, load_state_tenso
 from ranks.parallel import Mesh, ShardedAdamW, Split, join_ranks, make_mesh, reduce_metrics
 from train_cispo import micro_batch_logprobs, train_update
 
-# No two widths agree; 2 kv heads, so that tp 4 has to replicate them; a dense layer between two with experts.
+# No two widths agree; 2 kv heads, so that tp 4 has to replicate them; a dense layer between two
+# with experts.
 MODEL = ModelConfig(
-    vocab_size=32, hidden_size=24, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=12,
-    intermediate_size=40, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True,
+    vocab_size=32,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=12,
+    intermediate_size=40,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=20,
+    norm_topk_prob=True,
     mlp_only_layers=(1,),
-)  # fmt: skip
+)
 RUN = dataclasses.replace(
-    Config(), num_prompts_per_step=4, num_generations_per_prompt=4, train_global_batch_size=16, max_new_tokens=8,
-    max_total_sequence_length=16, max_tokens_per_micro_batch=48, logprob_chunk_size=16, compile=False,
-    freeze_moe_router=False, max_grad_norm=0.1, lr=1e-2,
-)  # fmt: skip
-GSPO = {"use_cispo": False, "token_level_loss": False, "sequence_level_importance_ratios": True}  # the two-pass loss
+    Config(),
+    num_prompts_per_step=4,
+    num_generations_per_prompt=4,
+    train_global_batch_size=16,
+    max_new_tokens=8,
+    max_total_sequence_length=16,
+    max_tokens_per_micro_batch=48,
+    logprob_chunk_size=16,
+    compile=False,
+    freeze_moe_router=False,
+    max_grad_norm=0.1,
+    lr=1e-2,
+)
+GSPO = {
+    "use_cispo": False,
+    "token_level_loss": False,
+    "sequence_level_importance_ratios": True,
+}  # the two-pass loss
 CASES = {
     "random": {},
     "all tokens to two experts": {"steered": True},  # the ranks of the other six get no row
     "one short sample": {"samples": 1},  # all other ranks run a masked one
     "tied": {"tied": True},
     "sequence weights, recompute": {"run": GSPO | {"activation_checkpointing": True}},
-}  # fmt: skip
+}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -63,7 +87,9 @@ def write_checkpoint(path, case):
     model, g = Qwen3MoE(model_config(case)).double(), torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.normal_(0.0, 0.3, generator=g) if p.dim() > 1 else p.uniform_(0.5, 1.5, generator=g)
-    if case.get("steered"):  # feature 0 is the same in every token and layer, and the routers look at nothing else
+    if case.get(
+        "steered"
+    ):  # feature 0 is the same in every token and layer, and the routers look at nothing else
         for name, p in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 p.select(-2, 0).zero_()
@@ -75,12 +101,15 @@ def write_checkpoint(path, case):
 
 
 def train(case, dtype, checkpoint, mesh, num_updates=3):
-    """num_updates of a fixed batch. Returns the model, the optimizer, per-update metrics and, by parameter name, this
-    rank's pieces of the first update's gradient as (range in the local parameter, values)."""
+    """num_updates of a fixed batch. Returns the model, the optimizer, per-update metrics and, by
+    parameter name, this rank's pieces of the first update's gradient as (range in the local
+    parameter, values)."""
     cfg = dataclasses.replace(RUN, tp=mesh.tp, ep=mesh.ep, **case.get("run", {}))
     model = Qwen3MoE(model_config(case), mesh, cfg.activation_checkpointing).to(dtype)
     load_hf(model, checkpoint)
-    optimizer = ShardedAdamW(model, cfg.max_grad_norm, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = ShardedAdamW(
+        model, cfg.max_grad_norm, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01
+    )
     groups = random_groups()
     if samples := case.get("samples"):
         keep = int(groups[0].lengths[:samples].sum())
@@ -91,11 +120,15 @@ def train(case, dtype, checkpoint, mesh, num_updates=3):
     for group in groups:
         group.token_ids %= 32
         group.prompt_ids = [t % 32 for t in group.prompt_ids]
-    updates, counts = unpack_batch(pack_batch(groups, cfg), cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
+    updates, counts = unpack_batch(
+        pack_batch(groups, cfg), cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp
+    )
     metrics, grads = [], {}
     with torch.no_grad():
         for mb in updates[0]:
-            mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] + 0.5 * torch.sin(mb.gen_logprobs)
+            mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] + 0.5 * torch.sin(
+                mb.gen_logprobs
+            )
             mb.age = 1 - mb.versions
             mb.advantages = torch.ones_like(mb.advantages) if case.get("samples") else mb.advantages
     for update in range(num_updates):
@@ -125,8 +158,13 @@ def keep_grads(bucket, grads):
 def stacked(model, checkpoint_file):
     """Tensors with the names of the checkpoint, as whole parameters of the model."""
     tensors, whole = load_file(checkpoint_file), Qwen3MoE(model.cfg)
-    names = {name: [hf for hf, _ in whole.hf_views(name, p)] for name, p in whole.named_parameters()}
-    return {n: torch.stack([tensors[h] for h in hf]) if ".experts." in n else tensors[hf[0]] for n, hf in names.items()}
+    names = {
+        name: [hf for hf, _ in whole.hf_views(name, p)] for name, p in whole.named_parameters()
+    }
+    return {
+        n: torch.stack([tensors[h] for h in hf]) if ".experts." in n else tensors[hf[0]]
+        for n, hf in names.items()
+    }
 
 
 def write_oracle(path, case, dtype):
@@ -142,49 +180,78 @@ def write_oracle(path, case, dtype):
 
 def relative(found, wanted, scale):
     """Largest difference, of the scale's largest value; infinite where something is NaN."""
-    error = (found - wanted).abs().max().item() / max(scale.abs().max().item(), 1e-30) if found.numel() else 0.0
+    error = (
+        (found - wanted).abs().max().item() / max(scale.abs().max().item(), 1e-30)
+        if found.numel()
+        else 0.0
+    )
     return error if error == error else float("inf")
 
 
 def compare(path, case, dtype, wanted_metrics, mesh):
     """This rank against the oracle: {what: largest relative error}."""
-    # In fp32 one update: AdamW divides by the gradient's size, so where that is about 0, rounding decides the next.
-    model, _, metrics, grads = train(case, dtype, path, mesh, num_updates=3 if dtype == torch.float64 else 1)
+    # In fp32 one update: AdamW divides by the gradient's size, so where that is about 0, rounding
+    # decides the next.
+    model, _, metrics, grads = train(
+        case, dtype, path, mesh, num_updates=3 if dtype == torch.float64 else 1
+    )
     errors = collections.defaultdict(list)
     for found, wanted in zip(metrics, wanted_metrics):
         for name in found:
             a, b = torch.tensor(found[name]), torch.tensor(wanted[name])
-            errors[name if name in ("loss", "norm") else "metrics"].append(relative(a, b, b.abs().clamp(min=1e-3)))
-    wanted_grads, wanted_after = (stacked(model, path / f"{f}.safetensors") for f in ("grads", "after"))
+            errors[name if name in ("loss", "norm") else "metrics"].append(
+                relative(a, b, b.abs().clamp(min=1e-3))
+            )
+    wanted_grads, wanted_after = (
+        stacked(model, path / f"{f}.safetensors") for f in ("grads", "after")
+    )
     for name, p in model.named_parameters():
         part = model.split_of(name).of(wanted_after[name].shape)
         whole, kind = wanted_grads[name], name.split(".")[-2 + (".experts." in name)]
         if name in grads:  # some of it lies in this rank's shard
             (low, high), values = grads[name]
-            errors[f"gradient of {kind}"].append(relative(values, whole[part].flatten()[low:high], whole))
+            errors[f"gradient of {kind}"].append(
+                relative(values, whole[part].flatten()[low:high], whole)
+            )
         if dtype == torch.float64:
-            errors["weights after 3 steps"].append(relative(p.detach(), wanted_after[name][part], wanted_after[name]))
+            errors["weights after 3 steps"].append(
+                relative(p.detach(), wanted_after[name][part], wanted_after[name])
+            )
     if dtype == torch.float64:  # the whole model again, each tensor from one rank
         after, own = load_file(path / "after.safetensors"), dict(own_hf(model, dtype))
         names: list = [None] * mesh.world_size
         torch.distributed.all_gather_object(names, list(own))
         assert sorted(name for of_rank in names for name in of_rank) == sorted(after)
-        errors["published"] = [relative(tensor, after[name], after[name]) for name, tensor in own.items()] or [0.0]
+        errors["published"] = [
+            relative(tensor, after[name], after[name]) for name, tensor in own.items()
+        ] or [0.0]
     return {what: max(found) for what, found in errors.items()}
 
 
-# ---- sabotage: each collective taken away --------------------------------------------------------------------
+# ---- sabotage: each collective taken away --------------------------------------------------------
 def without(what):
     """(owner, attribute, what stands in for it), for mock.patch.object."""
     size, me = torch.distributed.get_world_size, torch.distributed.get_rank
     mine = lambda x, group: x.chunk(size(group))[me(group)].clone()
     repeated = lambda x, group: torch.cat([x] * size(group))
-    of_my_own = lambda x, receive, group: torch.cat([x, x.new_zeros(sum(receive), *x.shape[1:])])[: sum(receive)]
+    of_my_own = lambda x, receive, group: torch.cat([x, x.new_zeros(sum(receive), *x.shape[1:])])[
+        : sum(receive)
+    ]
     if what in ("all-gather, forward", "reduce-scatter, forward"):
-        owner, result = {"all": (parallel._AllGather, repeated), "red": (parallel._ReduceScatter, mine)}[what[:3]]
-        return owner, "forward", lambda ctx, x, group: (setattr(ctx, "group", group), result(x, group))[1]
+        owner, result = {
+            "all": (parallel._AllGather, repeated),
+            "red": (parallel._ReduceScatter, mine),
+        }[what[:3]]
+        return (
+            owner,
+            "forward",
+            lambda ctx, x, group: (setattr(ctx, "group", group), result(x, group))[1],
+        )
     if what in ("all-gather, backward", "reduce-scatter, backward"):
-        owner, result = {"all": (parallel._AllGather, mine), "red": (parallel._ReduceScatter, repeated)}[what[:3]]
+        owner, result = {
+            "all": (parallel._AllGather, mine),
+            "red": (parallel._ReduceScatter, repeated),
+        }[what[:3]]
         return owner, "backward", lambda ctx, grad: (result(grad, ctx.group), None)
     if what == "all-to-all, forward":
 
@@ -198,10 +265,23 @@ def without(what):
         return parallel._AllToAll, "backward", back
     if what == "sum of the norm":
         all_reduce = parallel.all_reduce
-        return parallel, "all_reduce", lambda x, group, *op: x if x.ndim == 0 else all_reduce(x, group, *op)
+        return (
+            parallel,
+            "all_reduce",
+            lambda x, group, *op: x if x.ndim == 0 else all_reduce(x, group, *op),
+        )
     if what == "all-gather of the new values":
-        return parallel.Bucket, "gather_values", lambda self: self.my_shard(self.values).copy_(self.master)
-    parameter = {"experts": "gate_proj", "kv heads": "k_proj", "dense": "q_proj", "replicated": "model.norm"}[what]
+        return (
+            parallel.Bucket,
+            "gather_values",
+            lambda self: self.my_shard(self.values).copy_(self.master),
+        )
+    parameter = {
+        "experts": "gate_proj",
+        "kv heads": "k_proj",
+        "dense": "q_proj",
+        "replicated": "model.norm",
+    }[what]
     reduce_grads = parallel.Bucket.reduce_grads
 
     def keep_mine(self):
@@ -233,7 +313,9 @@ def run_layouts(path, layouts, wanted):
         mesh = make_mesh(tp, ep, MODEL.num_key_value_heads)
         for (name, dtype_name), metrics in wanted.items():
             dtype = getattr(torch, dtype_name)
-            found[tp, ep, name, dtype_name] = compare(path / name / dtype_name, CASES[name], dtype, metrics, mesh)
+            found[tp, ep, name, dtype_name] = compare(
+                path / name / dtype_name, CASES[name], dtype, metrics, mesh
+            )
     return found
 
 
@@ -249,7 +331,10 @@ def oracle(tmp_path_factory):
     return path, metrics
 
 
-LAYOUTS = {world: [(tp, ep) for tp in (1, 2, 4) for ep in (1, 2, 4) if max(tp, ep) <= world] for world in (1, 2, 4, 8)}
+LAYOUTS = {
+    world: [(tp, ep) for tp in (1, 2, 4) for ep in (1, 2, 4) if max(tp, ep) <= world]
+    for world in (1, 2, 4, 8)
+}
 
 
 QUICK = [(1, [(1, 1)]), (2, LAYOUTS[2]), (4, [(1, 4), (2, 2), (4, 1), (4, 4)])]
@@ -261,27 +346,41 @@ SLOW = [(4, LAYOUTS[4]), (8, LAYOUTS[8]), (16, [(2, 8)])]
 )
 def test_every_layout_computes_what_one_process_computes(world, layouts, oracle):
     path, metrics = oracle
-    for rank, found in enumerate(on_ranks(world, run_layouts, path, layouts, metrics, timeout_s=600)):
+    for rank, found in enumerate(
+        on_ranks(world, run_layouts, path, layouts, metrics, timeout_s=600)
+    ):
         assert len(found) == len(layouts) * len(metrics)
         for (tp, ep, case, dtype_name), errors in found.items():
             for what, error in errors.items():
-                limit = 1e-5 if what == "metrics" else TOLERANCE[getattr(torch, dtype_name)]  # those are fp32 sums
+                limit = (
+                    1e-5 if what == "metrics" else TOLERANCE[getattr(torch, dtype_name)]
+                )  # those are fp32 sums
                 if what in ("weights after 3 steps", "published"):
                     limit = 1e-9
-                assert error <= limit, f"rank {rank}, tp {tp} ep {ep}, {case}, {dtype_name}: {what} off by {error:.1e}"
+                assert error <= limit, (
+                    f"rank {rank}, tp {tp} ep {ep}, {case}, {dtype_name}: {what} off by {error:.1e}"
+                )
 
 
 CONTROLS = {
-    2: [("all-gather, forward", 2, 1), ("all-gather, backward", 2, 1), ("reduce-scatter, forward", 2, 1),
-        ("reduce-scatter, backward", 2, 1), ("all-to-all, forward", 1, 2), ("all-to-all, backward", 1, 2),
-        ("sum of the norm", 1, 1), ("all-gather of the new values", 1, 1)],
+    2: [
+        ("all-gather, forward", 2, 1),
+        ("all-gather, backward", 2, 1),
+        ("reduce-scatter, forward", 2, 1),
+        ("reduce-scatter, backward", 2, 1),
+        ("all-to-all, forward", 1, 2),
+        ("all-to-all, backward", 1, 2),
+        ("sum of the norm", 1, 1),
+        ("all-gather of the new values", 1, 1),
+    ],
     4: [("experts", 2, 2), ("kv heads", 4, 1), ("dense", 2, 1), ("replicated", 2, 1)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("world", CONTROLS)
 def test_without_any_one_collective_the_layouts_do_differ(world, oracle):
-    """The control of the test above. World 2: each collective; world 4: the sum over each kind of replicas."""
+    """The control of the test above. World 2: each collective; world 4: the sum over each kind of
+    replicas."""
     path, metrics = oracle
     wanted = {("random", "float64"): metrics["random", "float64"]}
     ranks = on_ranks(world, run_controls, path, CONTROLS[world], wanted)
@@ -289,9 +388,10 @@ def test_without_any_one_collective_the_layouts_do_differ(world, oracle):
         assert max(found[what] for found in ranks) > 1e-3, f"nothing changes without {what}"
 
 
-# ---- against transformers ------------------------------------------------------------------------------------
+# ---- against transformers ------------------------------------------------------------------------
 def against_transformers(path, layouts):
-    """On every rank: {layout: {what: largest relative error}}. Only dp rank 0 has a loss, so all sums are its."""
+    """On every rank: {layout: {what: largest relative error}}. Only dp rank 0 has a loss, so all
+    sums are its."""
     join_ranks(120)
     batch, found = load_file(path / "batch.safetensors"), {}
     for tp, ep in layouts:
@@ -324,9 +424,15 @@ def test_every_layout_matches_transformers(world, tmp_path):
     hf = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**hf))
     g = torch.Generator().manual_seed(0)
     for p in hf.parameters():
-        p.data = torch.randn(p.shape, generator=g) * 0.3 if p.dim() > 1 else torch.rand(p.shape, generator=g) + 0.5
+        p.data = (
+            torch.randn(p.shape, generator=g) * 0.3
+            if p.dim() > 1
+            else torch.rand(p.shape, generator=g) + 0.5
+        )
     hf.save_pretrained(tmp_path / "weights")
-    sequences = [torch.randint(32, (n,), generator=g) for n in (7, 1, 12, 4)]  # 24 tokens: a multiple of every tp
+    sequences = [
+        torch.randint(32, (n,), generator=g) for n in (7, 1, 12, 4)
+    ]  # 24 tokens: a multiple of every tp
     logits = torch.cat([hf(s[None]).logits[0] for s in sequences])
     probe = torch.randn(logits.shape, generator=g)
     (logits * probe).sum().backward()
@@ -334,24 +440,37 @@ def test_every_layout_matches_transformers(world, tmp_path):
         p.data = p.grad
     hf.save_pretrained(tmp_path / "gradients")
     cu_seqlens = torch.tensor([0, 7, 8, 20, 24], dtype=torch.int32)
-    batch = {"tokens": torch.cat(sequences), "cu_seqlens": cu_seqlens, "probe": probe, "logits": logits.detach()}
+    batch = {
+        "tokens": torch.cat(sequences),
+        "cu_seqlens": cu_seqlens,
+        "probe": probe,
+        "logits": logits.detach(),
+    }
     save_file(batch, tmp_path / "batch.safetensors")
     for rank, found in enumerate(on_ranks(world, against_transformers, tmp_path, LAYOUTS[world])):
         for layout, errors in found.items():
             assert max(errors.values()) < 1e-5, f"rank {rank}, tp and ep {layout}: {errors}"
 
 
-# ---- torch.compile -------------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 def compiled_against_eager(tp, ep, recompute, num_batches):
-    """On every rank: largest relative error of outputs and gradients, seconds of the first batch, and the graphs
-    compiled by the end of the second batch and of the last."""
+    """On every rank: largest relative error of outputs and gradients, seconds of the first batch,
+    and the graphs compiled by the end of the second batch and of the last."""
     if int(os.environ["WORLD_SIZE"]) > 1:
         join_ranks(300)
-    mesh = make_mesh(tp, ep, MODEL.num_key_value_heads) if torch.distributed.is_initialized() else Mesh()
+    mesh = (
+        make_mesh(tp, ep, MODEL.num_key_value_heads)
+        if torch.distributed.is_initialized()
+        else Mesh()
+    )
     eager, compiled = (Qwen3MoE(MODEL, mesh, recompute) for _ in range(2))
     g = torch.Generator().manual_seed(mesh.rank)
     for p, q in zip(eager.parameters(), compiled.parameters()):
-        p.data = torch.randn(p.shape, generator=g) * 0.3 if p.dim() > 1 else torch.rand(p.shape, generator=g) + 0.5
+        p.data = (
+            torch.randn(p.shape, generator=g) * 0.3
+            if p.dim() > 1
+            else torch.rand(p.shape, generator=g) + 0.5
+        )
         q.data = p.data.clone()
     compiled.compile_blocks()
     graphs, errors, seconds = [], [], []
@@ -377,15 +496,21 @@ def compiled_against_eager(tp, ep, recompute, num_batches):
     return max(errors), seconds[1], graphs[1], graphs[-1]
 
 
-@pytest.mark.parametrize(("world", "tp", "ep", "recompute", "batches"), [(1, 1, 1, False, 100), (2, 2, 2, True, 100)])
-def test_compiled_blocks_equal_eager_ones_and_a_hundred_batches_compile_nothing_new(world, tp, ep, recompute, batches):
-    for error, first_s, warm, end in on_ranks(world, compiled_against_eager, tp, ep, recompute, batches, timeout_s=500):
+@pytest.mark.parametrize(
+    ("world", "tp", "ep", "recompute", "batches"), [(1, 1, 1, False, 100), (2, 2, 2, True, 100)]
+)
+def test_compiled_blocks_equal_eager_ones_and_a_hundred_batches_compile_nothing_new(
+    world, tp, ep, recompute, batches
+):
+    for error, first_s, warm, end in on_ranks(
+        world, compiled_against_eager, tp, ep, recompute, batches, timeout_s=500
+    ):
         assert error < 1e-5
         assert warm == end == 4  # blocks with experts and dense ones, with and without gradient
         print(f"first batch, compiled: {first_s:.1f} s")
 
 
-# ---- training state ------------------------------------------------------------------------------------------
+# ---- training state ------------------------------------------------------------------------------
 def save_state(path, layout, case):
     """Train under one layout and write this rank's state."""
     join_ranks(120)
@@ -406,10 +531,13 @@ def write_state(path, name, model, optimizer, mesh):
 
 
 def load_and_save_state(path, layout, case):
-    """Resume under another layout, write its state; then one more update, whose norm tells that all is in place."""
+    """Resume under another layout, write its state; then one more update, whose norm tells that all
+    is in place."""
     join_ranks(120)
     mesh = make_mesh(*layout, MODEL.num_key_value_heads)
-    model, optimizer, *_ = train(CASES[case], torch.float32, path / case / "float32", mesh, num_updates=0)
+    model, optimizer, *_ = train(
+        CASES[case], torch.float32, path / case / "float32", mesh, num_updates=0
+    )
     load_state_tensors(path / "saved", model, optimizer, updates=3)
     write_state(path, "again", model, optimizer, mesh)
     assert all(int(state["step"]) == 3 for state in optimizer.state.values())
@@ -421,15 +549,21 @@ def whole_state(path, cfg):
     return {key: pieces.whole(*key) for key in pieces.pieces}
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [((4, (4, 2)), (2, (1, 2))), ((2, (2, 1)), (4, (1, 4)))])
+@pytest.mark.parametrize(
+    ("saved", "resumed"), [((4, (4, 2)), (2, (1, 2))), ((2, (2, 1)), (4, (1, 4)))]
+)
 @pytest.mark.parametrize("case", ["random", "tied"])
-def test_a_state_saved_under_one_layout_resumes_under_another_bit_for_bit(case, saved, resumed, oracle, tmp_path):
+def test_a_state_saved_under_one_layout_resumes_under_another_bit_for_bit(
+    case, saved, resumed, oracle, tmp_path
+):
     path, cfg = tmp_path, model_config(CASES[case])
     (path / case).symlink_to(oracle[0] / case)
     on_ranks(saved[0], save_state, path, saved[1], case)
     on_ranks(resumed[0], load_and_save_state, path, resumed[1], case)
     before, after = whole_state(path / "saved", cfg), whole_state(path / "again", cfg)
-    assert before.keys() == after.keys() and len(before) == 3 * len(Qwen3MoE(cfg).checkpoint_shapes())
+    assert before.keys() == after.keys() and len(before) == 3 * len(
+        Qwen3MoE(cfg).checkpoint_shapes()
+    )
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert sum(t.abs().sum() > 0 for (kind, _), t in before.items() if kind == "exp_avg") > 20
 

@@ -13,16 +13,18 @@ import pytest
 
 import config
 import model
+import prepare
 from bridge.flags import parse_flags
 from bridge.processes import rollout_gpus
 from config import PRESET_NOTES, PRESETS, Config, parse_config
+from ranks import plan
 from rollout import RolloutConfig
 from train_cispo import learning_rate
 
 REPO = Path(__file__).resolve().parent.parent
 
-# NeMo RL at 7ea279a, grpo-cispo-mm1-...-3n8g-megatron-cispo.yaml, resolved over its three parents: its key, its value,
-# and the flag that has to have it here.
+# NeMo RL at 7ea279a, grpo-cispo-mm1-...-3n8g-megatron-cispo.yaml, resolved over its three parents:
+# its key, its value, and the flag that has to have it here.
 RECIPE = [
     ("policy.model_name", "Qwen/Qwen3-30B-A3B", "model"),
     ("grpo.seed", 42, "seed"),
@@ -33,7 +35,11 @@ RECIPE = [
     ("policy.generation.max_new_tokens", 4096, "max_new_tokens"),
     ("grpo.max_num_steps", 10, "max_num_steps"),
     ("grpo.async_grpo.max_trajectory_age_steps", 1, "max_trajectory_age_steps"),
-    ("grpo.async_grpo.recompute_kv_cache_after_weight_updates", False, "recompute_kv_cache_after_weight_updates"),
+    (
+        "grpo.async_grpo.recompute_kv_cache_after_weight_updates",
+        False,
+        "recompute_kv_cache_after_weight_updates",
+    ),
     ("policy.generation.temperature", 1.0, "temperature"),
     ("optimizer.lr", 3e-7, "lr"),
     ("scheduler.lr_warmup_iters", 10, "lr_warmup_steps"),
@@ -70,7 +76,11 @@ RECIPE = [
     ("loss_fn.use_importance_sampling_correction", True, "use_importance_sampling_correction"),
     ("loss_fn.truncated_importance_sampling_type", None, "truncated_importance_sampling_type"),
     ("loss_fn.truncated_importance_sampling_ratio", None, "truncated_importance_sampling_ratio"),
-    ("loss_fn.truncated_importance_sampling_ratio_min", None, "truncated_importance_sampling_ratio_min"),
+    (
+        "loss_fn.truncated_importance_sampling_ratio_min",
+        None,
+        "truncated_importance_sampling_ratio_min",
+    ),
     ("loss_fn.sequence_level_importance_ratios", False, "sequence_level_importance_ratios"),
     ("loss_fn.token_level_loss", True, "token_level_loss"),
     ("loss_fn.force_on_policy_ratio", False, "force_on_policy_ratio"),
@@ -82,19 +92,40 @@ RECIPE = [
 
 
 def test_the_30b_preset_is_nemo_rl_s_recipe_number_by_number():
-    """The dry run prints it, from one process of torchrun as well, with a layout for its 16 ranks."""
-    command = [sys.executable, "train_cispo.py", "--preset", "qwen3-30b-a3b", "--use-cispo", "--dry-run"]
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # what torchrun sets for one
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120, check=True)
+    """The dry run prints it, from one process of torchrun as well, with a layout for its 16
+    ranks."""
+    command = [
+        sys.executable,
+        "train_cispo.py",
+        "--preset",
+        "qwen3-30b-a3b",
+        "--use-cispo",
+        "--dry-run",
+    ]
+    env = {
+        **os.environ,
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+    }  # what torchrun sets for one
+    done = subprocess.run(
+        command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120, check=True
+    )
     recipe, end = json.JSONDecoder().raw_decode(done.stdout)
-    assert {key: recipe[flag] for key, _, flag in RECIPE} == {key: value for key, value, _ in RECIPE}
+    assert {key: recipe[flag] for key, _, flag in RECIPE} == {
+        key: value for key, value, _ in RECIPE
+    }
     assert "on 16 ranks: tp 1, ep 8" in done.stdout[end:]
     # max_input_seq_length is 4096 too; a prompt that long would leave no token for a sample
-    assert recipe["max_input_seq_length"] == 4095 and PRESETS["qwen3-30b-a3b"].max_input_seq_length == 4096
+    assert (
+        recipe["max_input_seq_length"] == 4095
+        and PRESETS["qwen3-30b-a3b"].max_input_seq_length == 4096
+    )
 
 
 def test_the_30b_preset_s_schedule_is_the_recipe_s():
-    """Once per RL step: 3e-8 for the 16 updates of step 1, 2.73e-7 in step 10, then 3e-7 (lr_decay_style constant)."""
+    """Once per RL step: 3e-8 for the 16 updates of step 1, 2.73e-7 in step 10, then 3e-7
+    (lr_decay_style constant)."""
     cfg = PRESETS["qwen3-30b-a3b"]
     assert cfg.samples_per_step == 512 and cfg.samples_per_step // cfg.train_global_batch_size == 16
     found = [learning_rate(step, cfg) for step in (0, 1, 9, 10, 499)]
@@ -103,21 +134,45 @@ def test_the_30b_preset_s_schedule_is_the_recipe_s():
 
 def test_the_scalerl_preset_has_all_of_scalerl_that_is_a_flag():
     cfg = PRESETS["scalerl"]
-    assert (cfg.num_prompts_per_step, cfg.num_generations_per_prompt, cfg.samples_per_step) == (48, 16, 768)
-    assert (cfg.ratio_anchor, 1 + cfg.ratio_clip_max, 1 - cfg.ratio_clip_min) == ("sampler", 5.0, 0.0)
-    assert cfg.use_cispo and cfg.prompt_level_loss and cfg.fp32_lm_head and not cfg.use_importance_sampling_correction
+    assert (cfg.num_prompts_per_step, cfg.num_generations_per_prompt, cfg.samples_per_step) == (
+        48,
+        16,
+        768,
+    )
+    assert (cfg.ratio_anchor, 1 + cfg.ratio_clip_max, 1 - cfg.ratio_clip_min) == (
+        "sampler",
+        5.0,
+        0.0,
+    )
+    assert (
+        cfg.use_cispo
+        and cfg.prompt_level_loss
+        and cfg.fp32_lm_head
+        and not cfg.use_importance_sampling_correction
+    )
     assert (cfg.advantage_std, cfg.use_leave_one_out_baseline) == ("batch", False)
-    assert cfg.drop_zero_variance and cfg.no_resampling_pass_rate == 0.9 and cfg.max_trajectory_age_steps == 8
-    assert 0 < cfg.interrupt_at_tokens < cfg.max_new_tokens and cfg.max_total_sequence_length == 16384
+    assert (
+        cfg.drop_zero_variance
+        and cfg.no_resampling_pass_rate == 0.9
+        and cfg.max_trajectory_age_steps == 8
+    )
+    assert (
+        0 < cfg.interrupt_at_tokens < cfg.max_new_tokens and cfg.max_total_sequence_length == 16384
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid_named_and_fits(name, capsys):
     cfg = parse_config(["--preset", name])
-    assert cfg == PRESETS[name] == parse_config([f"--preset={name}"]) and cfg.preset == cfg.name == name in PRESET_NOTES
+    assert (
+        cfg == PRESETS[name] == parse_config([f"--preset={name}"])
+        and cfg.preset == cfg.name == name in PRESET_NOTES
+    )
     assert not cfg.warnings()
     if cfg.model:
-        plan.print_report(cfg, cfg.dry_run_ranks)  # raises where it does not fit
+        plan.print_report(
+            prepare.known_config(cfg), cfg, cfg.dry_run_ranks
+        )  # raises where it does not fit
 
 
 @pytest.mark.parametrize("preset", ["tiny", "scalerl"])
@@ -135,28 +190,39 @@ def test_help_shows_every_flag_once_on_one_line_with_its_value(preset, capsys):
         if isinstance(value, int | float) and not isinstance(value, bool):
             assert line.split()[1] == str(value), line
     value = lambda flag: next(line.split()[1] for line in lines if line.split()[:1] == [flag])
-    assert value("--ratio-clip-max") == {"tiny": "5.0", "scalerl": "4.0"}[preset]  # unset in tiny: resolved
+    assert (
+        value("--ratio-clip-max") == {"tiny": "5.0", "scalerl": "4.0"}[preset]
+    )  # unset in tiny: resolved
     assert value("--max-input-seq-length") == {"tiny": "56", "scalerl": "2048"}[preset]
     groups = [line for line in lines if line and not line.startswith(" ")]
     assert {"the run", "data", "rewards", "rollouts", "loss", "training"} <= set(groups)
 
 
 @pytest.mark.parametrize(
-    ("visible", "ranks", "left"), [("0", 1, "0"), ("0,1", 1, "1"), ("3,5,7", 1, "5,7"), ("0,1", 2, "0,1")]
+    ("visible", "ranks", "left"),
+    [("0", 1, "0"), ("0,1", 1, "1"), ("3,5,7", 1, "5,7"), ("0,1", 2, "0,1")],
 )
 def test_the_local_vllm_has_the_gpus_that_no_rank_has(visible, ranks, left):
     assert rollout_gpus(visible, ranks) == left
 
 
 def test_flags_that_hold_flags_reach_vllm_as_they_are_written():
-    """tyro by itself takes the value of --vllm-args "--tensor-parallel-size 8" for a flag of its own."""
+    """tyro by itself takes the value of --vllm-args "--tensor-parallel-size 8" for a flag of its
+    own."""
     readme = (REPO / "README.md").read_text()
     (example,) = re.findall(r'^ROLLOUT_ARGS="(.*?)" bash launch', readme, re.M)
-    given = {example: "--tensor-parallel-size 8", PRESETS["qwen3-0.6b"].rollout_args: "--gpu-memory-utilization 0.4",
-             "--vllm-args=--dtype=half": "--dtype=half", "--max-groups 3 --vllm_args ''": ""}  # fmt: skip
+    given = {
+        example: "--tensor-parallel-size 8",
+        PRESETS["qwen3-0.6b"].rollout_args: "--gpu-memory-utilization 0.4",
+        "--vllm-args=--dtype=half": "--dtype=half",
+        "--max-groups 3 --vllm_args ''": "",
+    }
     for text, reached in given.items():
         assert parse_flags(RolloutConfig, ["http://h:1", *shlex.split(text)]).vllm_args == reached
-    assert parse_config(["--rollout-args", "--vllm-args '--seed 1'"]).rollout_args == "--vllm-args '--seed 1'"
+    assert (
+        parse_config(["--rollout-args", "--vllm-args '--seed 1'"]).rollout_args
+        == "--vllm-args '--seed 1'"
+    )
 
 
 @pytest.fixture
@@ -169,13 +235,18 @@ def real_model(tmp_path):
 
 
 def test_a_real_model_is_not_trained_with_the_tiny_preset_s_values(real_model, tiny_checkpoint):
-    for model in (real_model, "Qwen/Qwen3-0.6B"):
+    for name in (real_model, "Qwen/Qwen3-0.6B"):
         for flags in ([], ["--lr", "1e-6"], ["--preset", "add", "--max-new-tokens=32"]):
-            with pytest.raises(ValueError, match=r"begin with --preset qwen3-0\.6b or qwen3-30b-a3b"):
-                parse_config(["--model", model, *flags])
-        assert not parse_config(["--model", model, "--lr=1e-6", "--max-new-tokens", "32"]).warnings()
-        for flags in (["--preset", "qwen3-0.6b", "--lr", "2e-05"], ["--lr", "0.0001", "--max_new_tokens", "8"]):
-            (warning,) = parse_config(["--model", model, *flags]).warnings()
+            with pytest.raises(
+                ValueError, match=r"begin with --preset qwen3-0\.6b or qwen3-30b-a3b"
+            ):
+                parse_config(["--model", name, *flags])
+        assert not parse_config(["--model", name, "--lr=1e-6", "--max-new-tokens", "32"]).warnings()
+        for flags in (
+            ["--preset", "qwen3-0.6b", "--lr", "2e-05"],
+            ["--lr", "0.0001", "--max_new_tokens", "8"],
+        ):
+            (warning,) = parse_config(["--model", name, *flags]).warnings()
             assert warning.startswith(f"--lr {flags[flags.index('--lr') + 1]} is far above")
     assert not parse_config(["--model", str(tiny_checkpoint)]).warnings()
 
@@ -192,17 +263,30 @@ def test_own_data_has_not_the_preset_s_columns_and_validation():
     cfg = parse_config(["--preset", "qwen3-0.6b", "--data", "mine.jsonl"])
     found = (cfg.data_split, cfg.prompt_column, cfg.answer_column, cfg.val_data, cfg.val_data_split)
     assert found == ("train", "", "", "", "train") and cfg.prompt_template == config.MATH_PROMPT
-    cfg = parse_config(["--preset", "qwen3-0.6b", "--data=mine.jsonl", "--data-split", "dev", "--reward", "exact"])
+    cfg = parse_config(
+        ["--preset", "qwen3-0.6b", "--data=mine.jsonl", "--data-split", "dev", "--reward", "exact"]
+    )
     assert (cfg.data_split, cfg.prompt_template, cfg.lr) == ("dev", "{problem}", 1e-6)
 
 
-@pytest.mark.parametrize("command", [
-    "train_cispo.py --help", "train_cispo.py --dry-run --preset qwen3-30b-a3b", "rollout.py --help",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train_cispo.py --help",
+        "train_cispo.py --dry-run --preset qwen3-30b-a3b",
+        "rollout.py --help",
+    ],
+)
 def test_a_reader_that_has_seen_enough_is_no_error(command):
     """As in `python train_cispo.py --help | head -3`."""
     ends, given = os.pipe()
     os.close(ends)
-    done = subprocess.run([sys.executable, *command.split()], cwd=REPO, stdout=given, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=REPO,
+        stdout=given,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(given)
     assert (done.returncode, done.stderr) == (0, "")

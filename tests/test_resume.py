@@ -1,4 +1,5 @@
-"""Age 0 against a plain synchronous loop, and runs that end before their time: bit for bit, on the fake vLLM."""
+"""Age 0 against a plain synchronous loop, and runs that end before their time: bit for bit, on the
+fake vLLM."""
 
 import asyncio
 import dataclasses
@@ -38,16 +39,42 @@ from task import eos_token_ids, task_examples
 from train_cispo import build_model, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
-SMALL = {"num_prompts_per_step": 8, "num_generations_per_prompt": 8, "train_global_batch_size": 32, "cpu_threads": 1,
-         "max_trajectory_age_steps": 0, "compile": False}  # fmt: skip
+SMALL = {
+    "num_prompts_per_step": 8,
+    "num_generations_per_prompt": 8,
+    "train_global_batch_size": 32,
+    "cpu_threads": 1,
+    "max_trajectory_age_steps": 0,
+    "compile": False,
+}
 
 
-def start(cwd, tiny_checkpoint, fake_vllm_command, steps, *flags, launcher=(sys.executable,), env=None):
-    """A training run; `compile` is off since what is compiled depends on the shapes that a process meets first."""
-    command = [*launcher, str(REPO / "train_cispo.py"), "--model", str(tiny_checkpoint), "--max-num-steps", str(steps),
-               "--num-prompts-per-step", "8", "--num-generations-per-prompt", "8", "--train-global-batch-size", "32",
-               "--cpu-threads", "1", "--max-trajectory-age-steps", "0", "--no-compile",
-               f"--rollout-args=--vllm-command '{fake_vllm_command}'", *flags]  # fmt: skip
+def start(
+    cwd, tiny_checkpoint, fake_vllm_command, steps, *flags, launcher=(sys.executable,), env=None
+):
+    """A training run; `compile` is off since what is compiled depends on the shapes that a process
+    meets first."""
+    command = [
+        *launcher,
+        str(REPO / "train_cispo.py"),
+        "--model",
+        str(tiny_checkpoint),
+        "--max-num-steps",
+        str(steps),
+        "--num-prompts-per-step",
+        "8",
+        "--num-generations-per-prompt",
+        "8",
+        "--train-global-batch-size",
+        "32",
+        "--cpu-threads",
+        "1",
+        "--max-trajectory-age-steps",
+        "0",
+        "--no-compile",
+        f"--rollout-args=--vllm-command '{fake_vllm_command}'",
+        *flags,
+    ]
     with open(cwd / "out", "a") as out:
         return subprocess.Popen(command, cwd=cwd, stdout=out, stderr=out, env=env)
 
@@ -59,12 +86,16 @@ def finish(process, cwd, status=0, within_s=240):
 def wait_for(cwd, process, condition, within_s=120):
     deadline = time.monotonic() + within_s
     while not condition((cwd / "out").read_text()):
-        assert time.monotonic() < deadline and process.poll() is None, (cwd / "out").read_text()[-3000:]
+        assert time.monotonic() < deadline and process.poll() is None, (cwd / "out").read_text()[
+            -3000:
+        ]
         time.sleep(0.05)  # polling what another program prints
 
 
 def trained(cwd):
-    records = [json.loads(line) for line in (cwd / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (cwd / "runs/tiny/metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["step"] for r in records] == list(range(len(records)))
     return [r["ordinals"] for r in records]
 
@@ -78,18 +109,30 @@ def same(a, b):
 
 
 def plain_loop(tiny_checkpoint, tmp_path, steps):
-    """Generate, score, train, one after the other in one process: no hub, no node, no buffer. Returns the tensors."""
+    """Generate, score, train, one after the other in one process: no hub, no node, no buffer.
+    Returns the tensors."""
     cfg = dataclasses.replace(Config(), model=str(tiny_checkpoint), max_num_steps=steps, **SMALL)
     prompts, codec, _ = load_prompts(cfg, tiny_checkpoint, load_examples(cfg))
     model = build_model(cfg, ModelConfig.from_dir(tiny_checkpoint), Mesh(), tiny_checkpoint)
     optimizer = ShardedAdamW(
-        model, cfg.max_grad_norm, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps,
+        model,
+        cfg.max_grad_norm,
+        lr=cfg.lr,
+        betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=cfg.adam_eps,
         weight_decay=cfg.weight_decay,
-    )  # fmt: skip
-    sampling = {"n": 8, "temperature": 1.0, "max_tokens": 8, "stop_token_ids": eos_token_ids(tiny_checkpoint)}
+    )
+    sampling = {
+        "n": 8,
+        "temperature": 1.0,
+        "max_tokens": 8,
+        "stop_token_ids": eos_token_ids(tiny_checkpoint),
+    }
 
     async def generate(step):
-        policy = fake_vllm.Policy(write_version(tmp_path, step, list(model.hf_tensors()), tiny_checkpoint))
+        policy = fake_vllm.Policy(
+            write_version(tmp_path, step, list(model.hf_tensors()), tiny_checkpoint)
+        )
         groups = []
         for ordinal in range(step * 8, step * 8 + 8):
             example = prompts[ordinal]
@@ -114,20 +157,27 @@ def plain_loop(tiny_checkpoint, tmp_path, steps):
     return {name: t.clone() for name, t in model.hf_tensors()}
 
 
-def test_age_0_equals_a_plain_synchronous_loop_bit_for_bit(tmp_path, tiny_checkpoint, fake_vllm_command):
+def test_age_0_equals_a_plain_synchronous_loop_bit_for_bit(
+    tmp_path, tiny_checkpoint, fake_vllm_command
+):
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 20)
     expected = plain_loop(tiny_checkpoint, tmp_path / "plain", 20)
     finish(run, tmp_path)
     assert same(final(tmp_path, 20), expected)
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(20)]
     before = dict(weights.read_tensors(tiny_checkpoint))
-    assert not torch.equal(before["lm_head.weight"], expected["lm_head.weight"])  # it has been trained at all
+    assert not torch.equal(
+        before["lm_head.weight"], expected["lm_head.weight"]
+    )  # it has been trained at all
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(seed, tmp_path, tiny_checkpoint, fake_vllm_command):
-    """Five times each, so 20 in all: kill -9 of the trainer, then the same command with --resume auto."""
+def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(
+    seed, tmp_path, tiny_checkpoint, fake_vllm_command
+):
+    """Five times each, so 20 in all: kill -9 of the trainer, then the same command with --resume
+    auto."""
     rng, steps = random.Random(seed), 30
     flags = ["--resume", "auto", "--checkpoint-every-steps", "2"]
     for kill in range(5):
@@ -146,7 +196,9 @@ def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(seed, tmp_path, tiny
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_0_and_the_run_goes_on_where_it_was(tmp_path, tiny_checkpoint, fake_vllm_command):
+def test_sigterm_saves_and_exits_0_and_the_run_goes_on_where_it_was(
+    tmp_path, tiny_checkpoint, fake_vllm_command
+):
     flags = ["--resume", "auto", "--checkpoint-every-steps", "0"]
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags)
     wait_for(tmp_path, run, lambda out: "step    3 " in out)
@@ -155,10 +207,14 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on_where_it_was(tmp_path, ti
     finish(run, tmp_path)
     assert not psutil.wait_procs(children, timeout=20)[1]
     (stop,) = re.findall(
-        r"stopped at step (\d+), its state is in runs/tiny/checkpoints .*: SIGTERM", (tmp_path / "out").read_text()
+        r"stopped at step (\d+), its state is in runs/tiny/checkpoints .*: SIGTERM",
+        (tmp_path / "out").read_text(),
     )
     finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags), tmp_path)
-    assert f"going on from runs/tiny/checkpoints/step-{int(stop):06d}: step {stop}, " in (tmp_path / "out").read_text()
+    assert (
+        f"going on from runs/tiny/checkpoints/step-{int(stop):06d}: step {stop}, "
+        in (tmp_path / "out").read_text()
+    )
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
     assert same(final(tmp_path, 12), plain_loop(tiny_checkpoint, tmp_path / "plain", 12))
 
@@ -171,11 +227,14 @@ def test_a_run_goes_on_under_another_layout(tmp_path, tiny_checkpoint, fake_vllm
     finish(run, tmp_path)
     launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
     flags = ["--resume", "auto", "--tp", "2", "--ep", "2"]
-    finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags, launcher=launcher), tmp_path)
+    finish(
+        start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags, launcher=launcher), tmp_path
+    )
     assert "going on from runs/tiny/checkpoints/step-" in (tmp_path / "out").read_text()
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
     expected, found = plain_loop(tiny_checkpoint, tmp_path / "plain", 12), final(tmp_path, 12)
-    # One layout computes another's sums in another order, and a sample may then come out otherwise: close, not equal.
+    # One layout computes another's sums in another order, and a sample may then come out otherwise:
+    # close, not equal.
     assert max((found[name] - expected[name]).abs().max() for name in expected) < 0.02
 
 
@@ -185,9 +244,21 @@ def test_when_a_rank_dies_torchrun_starts_the_job_again_and_it_resumes_by_itself
 ):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2"
     launcher = [sys.executable, *torchrun.split()]
-    run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, "--checkpoint-every-steps", "2", launcher=launcher)
+    run = start(
+        tmp_path,
+        tiny_checkpoint,
+        fake_vllm_command,
+        12,
+        "--checkpoint-every-steps",
+        "2",
+        launcher=launcher,
+    )
     wait_for(tmp_path, run, lambda out: "step    5 " in out)
-    ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    ranks = [
+        p
+        for p in psutil.Process(run.pid).children(recursive=True)
+        if p.environ().get("RANK") == "1"
+    ]
     ranks[0].send_signal(signal.SIGKILL)
     finish(run, tmp_path)
     assert "going on from" in (tmp_path / "out").read_text()
@@ -195,13 +266,24 @@ def test_when_a_rank_dies_torchrun_starts_the_job_again_and_it_resumes_by_itself
 
 
 @pytest.mark.slow
-def test_a_node_keeps_trying_while_the_trainer_is_away_and_keeps_its_vllm(tmp_path, tiny_checkpoint, fake_vllm_command):
-    """kill -9 of the trainer, and another on the same port: what the node held is void, its vLLM is not."""
+def test_a_node_keeps_trying_while_the_trainer_is_away_and_keeps_its_vllm(
+    tmp_path, tiny_checkpoint, fake_vllm_command
+):
+    """kill -9 of the trainer, and another on the same port: what the node held is void, its vLLM is
+    not."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     env = {**os.environ, "CISPO_TOKEN": "shared"}
-    flags = ["--no-local-rollout", "--hub-port", port, "--resume", "auto", "--checkpoint-every-steps", "2"]
+    flags = [
+        "--no-local-rollout",
+        "--hub-port",
+        port,
+        "--resume",
+        "auto",
+        "--checkpoint-every-steps",
+        "2",
+    ]
     node_command = [
         sys.executable,
         str(REPO / "rollout.py"),
@@ -221,17 +303,29 @@ def test_a_node_keeps_trying_while_the_trainer_is_away_and_keeps_its_vllm(tmp_pa
     finally:
         node.kill()
     log = (tmp_path / "node").read_text()
-    assert log.count("vLLM is up") == 1 and "the trainer was started again" in log and "stopped: RunOver" in log
+    assert (
+        log.count("vLLM is up") == 1
+        and "the trainer was started again" in log
+        and "stopped: RunOver" in log
+    )
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
     assert same(final(tmp_path, 12), plain_loop(tiny_checkpoint, tmp_path / "plain", 12))
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 def small(hidden_size=8, mesh=Mesh()):  # noqa: B008
     cfg = ModelConfig(
-        vocab_size=16, hidden_size=hidden_size, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=4, intermediate_size=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
-    )  # fmt: skip
+        vocab_size=16,
+        hidden_size=hidden_size,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        intermediate_size=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    )
     model = Qwen3MoE(cfg, mesh)
     model.init_weights(torch.Generator().manual_seed(0))
     return model, ShardedAdamW(model, 1.0, lr=0.1)
@@ -239,7 +333,9 @@ def small(hidden_size=8, mesh=Mesh()):  # noqa: B008
 
 def one_update(model, optimizer):
     optimizer.zero_grad()
-    model(torch.arange(6), torch.tensor([0, 2, 6], dtype=torch.int32), 4)[0].square().sum().backward()
+    model(torch.arange(6), torch.tensor([0, 2, 6], dtype=torch.int32), 4)[
+        0
+    ].square().sum().backward()
     optimizer.step()
 
 
@@ -259,7 +355,11 @@ def saved(tmp_path):
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(saved):
-    assert sorted(p.name for p in saved[0].iterdir()) == ["step-000004", "step-000006", "step-000008"]
+    assert sorted(p.name for p in saved[0].iterdir()) == [
+        "step-000004",
+        "step-000006",
+        "step-000008",
+    ]
 
 
 def test_a_checkpoint_brings_back_parameters_and_optimizer(saved):
@@ -273,7 +373,10 @@ def test_a_checkpoint_brings_back_parameters_and_optimizer(saved):
         one_update(m, o)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
     assert not torch.equal(model.head_weight, small()[0].head_weight)
-    with pytest.raises(checkpoint.CheckpointError, match=r"step-000008: weight of model\.embed_tokens\.weight, part 1"):
+    with pytest.raises(
+        checkpoint.CheckpointError,
+        match=r"step-000008: weight of model\.embed_tokens\.weight, part 1",
+    ):
         checkpoint.load_state_tensors(root / "step-000008", *small(hidden_size=12), updates=4)
 
 
@@ -289,11 +392,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(saved):
     (root / "step-000009.tmp").mkdir()  # one that was never finished
     (root / "step-000010").mkdir()  # one without a manifest
     assert choose() == "step-000006"
-    assert "step-000010 is incomplete" in said[0] and "step-000008/state-00000.safetensors is damaged" in said[1]
+    assert (
+        "step-000010 is incomplete" in said[0]
+        and "step-000008/state-00000.safetensors is damaged" in said[1]
+    )
 
 
 def save_damage_and_choose(root):
-    """A rank with a disk of its own: what it says and chooses after each damage, and what is left in its directory."""
+    """A rank with a disk of its own: what it says and chooses after each damage, and what is left
+    in its directory."""
     parallel.join_ranks(60)
     mesh = parallel.make_mesh(1, 1, 1)
     os.chdir(root / f"host{mesh.rank}")
@@ -313,19 +420,30 @@ def save_damage_and_choose(root):
 
 
 def test_every_rank_passes_over_a_checkpoint_that_is_not_whole_on_one_of_them(tmp_path):
-    """Two hosts with disks of their own. What was passed over is kept, under a name that no run goes on from."""
+    """Two hosts with disks of their own. What was passed over is kept, under a name that no run
+    goes on from."""
     for rank in (0, 1):
         (tmp_path / f"host{rank}").mkdir()
-    (chosen_0, said_0, left_0), (chosen_1, said_1, left_1) = on_ranks(2, save_damage_and_choose, tmp_path)
+    (chosen_0, said_0, left_0), (chosen_1, said_1, left_1) = on_ranks(
+        2, save_damage_and_choose, tmp_path
+    )
     assert chosen_0 == chosen_1 == "step-000004"
-    assert left_0 == left_1 == ["step-000002", "step-000004", "step-000006.passed1", "step-000008.passed1"]
+    assert (
+        left_0
+        == left_1
+        == ["step-000002", "step-000004", "step-000006.passed1", "step-000008.passed1"]
+    )
     (line,) = said_1
     assert "rank 1" in line and "c/step-000008/state-00001.safetensors is damaged" in line
-    assert [line.split(":")[0] for line in said_0] == ["passing over c/step-000008", "passing over c/step-000006"]
+    assert [line.split(":")[0] for line in said_0] == [
+        "passing over c/step-000008",
+        "passing over c/step-000006",
+    ]
 
 
 def test_a_ledger_restored_from_any_moment_trains_every_prompt_once():
-    """Stop at random steps with leases, buffer and holes; what was in flight is leased again, in order."""
+    """Stop at random steps with leases, buffer and holes; what was in flight is leased again, in
+    order."""
     for seed in range(20):
         rng, done = random.Random(seed), []
         ledger, version, held = Ledger(4, 2, 40, 30.0, max_failures=3), 0, []
@@ -339,7 +457,10 @@ def test_a_ledger_restored_from_any_moment_trains_every_prompt_once():
                     ledger.give_back(one.id, "leases_returned", failure="it never works")
                 elif one.id in ledger.leases:
                     t = torch.full((2,), version, dtype=torch.int32)
-                    ledger.accept(one.id, Group(one.ordinal, [1], t, t, t.float(), t, t.float(), t.to(torch.uint8)))
+                    ledger.accept(
+                        one.id,
+                        Group(one.ordinal, [1], t, t, t.float(), t, t.float(), t.to(torch.uint8)),
+                    )
             if batch := ledger.take(version):
                 done.append([g.ordinal for g in batch])
                 version += 1
@@ -353,15 +474,31 @@ def test_a_ledger_restored_from_any_moment_trains_every_prompt_once():
         assert counts.total() == len(counts) == 160 and set(ledger.set_aside) == {
             o for o in range(max(counts)) if o % 37 == 5
         }
-        assert set(counts) == {o for o in range(max(counts) + 1) if o % 37 != 5} or ledger.frontier <= max(counts)
+        assert set(counts) == {
+            o for o in range(max(counts) + 1) if o % 37 != 5
+        } or ledger.frontier <= max(counts)
 
 
 def test_a_checkpoint_of_another_sequence_of_prompts_is_refused(tmp_path, tiny_checkpoint):
-    manifest = {"step": 3, "world_size": 1, "files": {}, "config": {**dataclasses.asdict(Config()), "seed": 7}}
+    manifest = {
+        "step": 3,
+        "world_size": 1,
+        "files": {},
+        "config": {**dataclasses.asdict(Config()), "seed": 7},
+    }
     (tmp_path / "step-000003").mkdir()
     (tmp_path / "step-000003/checkpoint.json").write_text(json.dumps(manifest))
-    command = [sys.executable, str(REPO / "train_cispo.py"), "--model", str(tiny_checkpoint), "--resume", "step-000003"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False)
+    command = [
+        sys.executable,
+        str(REPO / "train_cispo.py"),
+        "--model",
+        str(tiny_checkpoint),
+        "--resume",
+        "step-000003",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False
+    )
     assert done.returncode == 2 and "was made with seed = 7, this run has 0" in done.stderr
 
 
@@ -369,14 +506,17 @@ def test_a_checkpoint_of_another_sequence_of_prompts_is_refused(tmp_path, tiny_c
 def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_saved(
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):
-    """ENOSPC of a real file system, which a full version does not fit on; mended, the run goes on where it was."""
+    """ENOSPC of a real file system, which a full version does not fit on; mended, the run goes on
+    where it was."""
     flags = ["--checkpoint-every-steps", "0", "--resume", "auto", "--full-version-every", "1"]
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags)
     directory = tmp_path / "runs/tiny/weights"
     wait_for(tmp_path, run, lambda out: "step    2 " in out)
     run.send_signal(signal.SIGSTOP)
     while not all((version / "manifest.json").exists() for version in directory.glob("v*")):
-        run.send_signal(signal.SIGCONT)  # a version half written would lose its directory, and not its room
+        run.send_signal(
+            signal.SIGCONT
+        )  # a version half written would lose its directory, and not its room
         time.sleep(0.05)
         run.send_signal(signal.SIGSTOP)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], check=True)
@@ -386,19 +526,32 @@ def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_sav
     finally:
         subprocess.run(["umount", "-l", str(directory)], check=True)
     out = (tmp_path / "out").read_text()
-    (stop, why) = re.findall(r"stopped at step (\d+), its state is in runs/tiny/checkpoints .*?: (.*)", out)[0]
+    (stop, why) = re.findall(
+        r"stopped at step (\d+), its state is in runs/tiny/checkpoints .*?: (.*)", out
+    )[0]
     assert re.match(r"publishing v\d+ to runs/tiny/weights failed: .*No space left on device", why)
     finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags), tmp_path)
-    assert f"going on from runs/tiny/checkpoints/step-{int(stop):06d}" in (tmp_path / "out").read_text()
+    assert (
+        f"going on from runs/tiny/checkpoints/step-{int(stop):06d}"
+        in (tmp_path / "out").read_text()
+    )
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
     assert same(final(tmp_path, 12), plain_loop(tiny_checkpoint, tmp_path / "plain", 12))
 
 
-# ---- one process, one attempt, one origin --------------------------------------------------------------------
+# ---- one process, one attempt, one origin --------------------------------------------------------
 def refused(cwd, tiny_checkpoint, *flags):
     """The one line with which a run ends at its start."""
-    command = [sys.executable, str(REPO / "train_cispo.py"), "--model", str(tiny_checkpoint), *flags]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    command = [
+        sys.executable,
+        str(REPO / "train_cispo.py"),
+        "--model",
+        str(tiny_checkpoint),
+        *flags,
+    ]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
     return done.stderr
 
@@ -406,7 +559,8 @@ def refused(cwd, tiny_checkpoint, *flags):
 def test_a_second_run_of_a_name_is_refused_until_the_first_has_ended_however(
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):
-    """Two terminals, or a requeued job beside the old one. kill -9 frees the name; moved aside, a run is still held."""
+    """Two terminals, or a requeued job beside the old one. kill -9 frees the name; moved aside, a
+    run is still held."""
     (tmp_path / "runs/tiny/code").mkdir(parents=True)  # goes aside
     flags = ["--checkpoint-every-steps", "2"]
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 500, *flags)
@@ -414,11 +568,17 @@ def test_a_second_run_of_a_name_is_refused_until_the_first_has_ended_however(
     run.send_signal(signal.SIGSTOP)
     for more in ([], ["--resume", "auto"], ["--name", "tiny", "--seed", "3"]):
         said = refused(tmp_path, tiny_checkpoint, *more)
-        assert f"--name tiny: {tmp_path}/runs/tiny is in use by pid {run.pid} on {socket.gethostname()}" in said
+        assert (
+            f"--name tiny: {tmp_path}/runs/tiny is in use by pid {run.pid} on {socket.gethostname()}"
+            in said
+        )
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [".tiny.lock", "tiny", "tiny.1"]
     run.send_signal(signal.SIGKILL)
     run.wait()
-    finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 20, *flags, "--resume", "auto"), tmp_path)
+    finish(
+        start(tmp_path, tiny_checkpoint, fake_vllm_command, 20, *flags, "--resume", "auto"),
+        tmp_path,
+    )
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(20)]
 
 
@@ -443,21 +603,34 @@ REWARD = "def score(completion, example):\n    return {} + 0.01 * len(completion
 def test_a_run_goes_on_by_what_data_and_model_are_and_says_what_else_is_other(
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):
-    """Rows that moved and other weights are refused under the same name, the same ones taken under another. Other
-    flags, texts and rewards are said, each in a line; what the run was made with is kept; scores of two rewards are
-    not compared. A `latest` link does as a checkpoint."""
+    """Rows that moved and other weights are refused under the same name, the same ones taken under
+    another. Other flags, texts and rewards are said, each in a line; what the run was made with is
+    kept; scores of two rewards are not compared. A `latest` link does as a checkpoint."""
     rows = [json.dumps(example) + "\n" for example in task_examples("reverse", 60, seed=7)]
     (tmp_path / "d.jsonl").write_text("".join(rows))
     (tmp_path / "template.txt").write_text("{problem}")
     (tmp_path / "my.py").write_text(REWARD.format(0.7))
     shutil.copytree(tiny_checkpoint, tmp_path / "copy")
-    flags = ["--val-every-steps", "0", "--checkpoint-every-steps", "2", "--reward", "my.py:score", "--prompt-template",
-             "template.txt"]  # fmt: skip
-    finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 4, "--data", "d.jsonl", *flags), tmp_path)
+    flags = [
+        "--val-every-steps",
+        "0",
+        "--checkpoint-every-steps",
+        "2",
+        "--reward",
+        "my.py:score",
+        "--prompt-template",
+        "template.txt",
+    ]
+    finish(
+        start(tmp_path, tiny_checkpoint, fake_vllm_command, 4, "--data", "d.jsonl", *flags),
+        tmp_path,
+    )
     flags = [*flags, "--num-prompts-per-step", "8", "--resume", "auto"]
 
     (tmp_path / "d.jsonl").write_text("".join(rows[30:] + rows[:30]))
-    assert "was made with other rows than 'd.jsonl'" in refused(tmp_path, tiny_checkpoint, "--data", "d.jsonl", *flags)
+    assert "was made with other rows than 'd.jsonl'" in refused(
+        tmp_path, tiny_checkpoint, "--data", "d.jsonl", *flags
+    )
     (tmp_path / "d.jsonl").write_text("".join(rows))
     tensors = load_file(tiny_checkpoint / "model.safetensors")
     save_file({name: t * 0.5 for name, t in tensors.items()}, tmp_path / "copy/model.safetensors")
@@ -476,10 +649,12 @@ def test_a_run_goes_on_by_what_data_and_model_are_and_says_what_else_is_other(
     lines = (tmp_path / "out").read_text().splitlines()
     told = [line.split("resumes with ")[1] for line in lines if "resumes with " in line]
     assert told == [
-        "--max-num-steps 6, was 4", f"--model {str(tmp_path / 'copy')!r}, was {str(tiny_checkpoint)!r}",
+        "--max-num-steps 6, was 4",
+        f"--model {str(tmp_path / 'copy')!r}, was {str(tiny_checkpoint)!r}",
         f"--data {str(tmp_path / 'd.jsonl')!r}, was 'd.jsonl'",
-        "--reward 'my.py:score', which has another content now", "--lr 0.001, was 0.0001",
-    ]  # fmt: skip
+        "--reward 'my.py:score', which has another content now",
+        "--lr 0.001, was 0.0001",
+    ]
     assert len(trained(tmp_path)) == 6 and not (tmp_path / "runs/tiny.1").exists()
     config = lambda name: json.loads((tmp_path / "runs/tiny" / name).read_text())["lr"]
     assert (config("config-000004.json"), config("config.json")) == (1e-4, 1e-3)
@@ -492,15 +667,20 @@ def test_a_run_without_a_step_says_so_and_resume_auto_that_there_is_nothing(
 ):
     env = {**os.environ, "FAKE_VLLM_FAULT": '{"kind": "hang"}'}
     flags = ["--resume", "auto", "--batch-timeout-s", "2", "--val-every-steps", "0"]
-    finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 4, *flags, env=env), tmp_path, status=1)
+    finish(
+        start(tmp_path, tiny_checkpoint, fake_vllm_command, 4, *flags, env=env), tmp_path, status=1
+    )
     out = (tmp_path / "out").read_text()
-    assert "--resume auto: no whole checkpoint in runs/tiny/checkpoints, so the run starts anew" in out
+    assert (
+        "--resume auto: no whole checkpoint in runs/tiny/checkpoints, so the run starts anew" in out
+    )
     assert "stopped at step 0, before any was trained, so there is no state to go on from: " in out
     assert "its state is in" not in out
 
 
 def test_what_another_attempt_left_is_in_no_checkpoint_and_in_no_export(tmp_path):
-    """Four ranks killed while they wrote step 2; then one rank writes it. Nor is a file read that no manifest names."""
+    """Four ranks killed while they wrote step 2; then one rank writes it. Nor is a file read that
+    no manifest names."""
     stale = tmp_path / "step-000002.tmp"
     stale.mkdir()
     (stale / "state-00001.safetensors").write_bytes(b"stale")
@@ -514,9 +694,13 @@ def test_what_another_attempt_left_is_in_no_checkpoint_and_in_no_export(tmp_path
         torch.distributed.destroy_process_group()
     path = tmp_path / "step-000002"
     assert sorted(p.name for p in path.iterdir()) == ["checkpoint.json", "state-00000.safetensors"]
-    zeros = {name: torch.zeros_like(t) for name, t in load_file(path / "state-00000.safetensors").items()}
+    zeros = {
+        name: torch.zeros_like(t) for name, t in load_file(path / "state-00000.safetensors").items()
+    }
     save_file(zeros, path / "state-00001.safetensors")
-    (path / "state-00001.safetensors").rename(path / "state-.safetensors")  # sorts before the true one
+    (path / "state-00001.safetensors").rename(
+        path / "state-.safetensors"
+    )  # sorts before the true one
     twin, fresh = small()
     checkpoint.load_state_tensors(path, twin, fresh, updates=0)
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters()))
@@ -530,7 +714,9 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_gone_on_from(saved):
         bucket.master[3] = torch.nan
     saver = checkpoint.Checkpointer(root, 0, 1, keep=2, start=8)
     saver.save(10, model, optimizer, {"ledger": {}, "scores": {}, "unscored": []})
-    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint in .*: weight/model\.\S+ is not finite"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"no checkpoint in .*: weight/model\.\S+ is not finite"
+    ):
         saver.wait()
     with torch.no_grad():
         bucket.master.copy_(before)
@@ -540,7 +726,10 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_gone_on_from(saved):
     tensors[name][0] = torch.inf
     save_file(tensors, file)
     manifest = json.loads((root / "step-000008/checkpoint.json").read_text())
-    manifest["files"][file.name] |= {"bytes": file.stat().st_size, "blake3": weights.digest(file.read_bytes())}
+    manifest["files"][file.name] |= {
+        "bytes": file.stat().st_size,
+        "blake3": weights.digest(file.read_bytes()),
+    }
     (root / "step-000008/checkpoint.json").write_text(json.dumps(manifest))
     assert checkpoint.choose(checkpoint.whole(root), Mesh(), said.append)[0].name == "step-000006"
     assert f"{name} is not finite" in said[0]
@@ -565,7 +754,12 @@ def save_where_one_cannot(root):
     model, optimizer = small(mesh=mesh)
     saver = checkpoint.Checkpointer(root / f"disk{mesh.rank}", mesh.rank, 2, keep=9)
     saver.deadline_s = 60.0
-    saver.save(2, model, optimizer, {"ledger": {}, "scores": {}, "unscored": []} if mesh.rank == 0 else None)
+    saver.save(
+        2,
+        model,
+        optimizer,
+        {"ledger": {}, "scores": {}, "unscored": []} if mesh.rank == 0 else None,
+    )
     try:
         saver.wait()
     except checkpoint.CheckpointError as e:
@@ -575,5 +769,9 @@ def save_where_one_cannot(root):
 def test_a_rank_that_cannot_write_tells_the_others_why(tmp_path):
     (tmp_path / "disk1").write_text("a file where its directory should be")
     first, second = on_ranks(2, save_where_one_cannot, tmp_path)
-    assert "rank 0: no checkpoint" in first and "rank 1: [Errno" in first and "rank 1: no checkpoint" in second
+    assert (
+        "rank 0: no checkpoint" in first
+        and "rank 1: [Errno" in first
+        and "rank 1: no checkpoint" in second
+    )
     assert not list((tmp_path / "disk0").glob("step-000002"))

@@ -1,4 +1,5 @@
-"""rollout.py between a real hub and a stand-in for vLLM that fails on demand; tests/test_vllm.py has the real one."""
+"""rollout.py between a real hub and a stand-in for vLLM that fails on demand; tests/test_vllm.py
+has the real one."""
 
 import asyncio
 import json
@@ -22,13 +23,17 @@ ANSWER = [6, 5, 4, 3, 2, 1]  # "edcba" and <eos> in the tiny task's tokens
 
 
 def choice(logprob=-0.5, version=0, tokens=ANSWER):
-    return {"token_ids": tokens, "finish_reason": "stop",
-            "logprobs": {"content": [{"logprob": -0.5}] * (len(tokens) - 1) + [{"logprob": logprob}]},
-            "weight_versions": [{"version": str(version), "start": 0, "end": len(tokens)}]}  # fmt: skip
+    return {
+        "token_ids": tokens,
+        "finish_reason": "stop",
+        "logprobs": {"content": [{"logprob": -0.5}] * (len(tokens) - 1) + [{"logprob": logprob}]},
+        "weight_versions": [{"version": str(version), "start": 0, "end": len(tokens)}],
+    }
 
 
 class StandIn:
-    """Answers like rollout.VLLM. `replies`: what generate returns or raises, in turn; then good samples."""
+    """Answers like rollout.VLLM. `replies`: what generate returns or raises, in turn; then good
+    samples."""
 
     def __init__(self, replies=(), broken_loads=()):
         self.replies, self.broken_loads, self.calls = list(replies), set(broken_loads), []
@@ -71,10 +76,18 @@ def hub(tmp_path, tiny_checkpoint):
     for version in range(3):
         tensors = [(name, t + version) for name, t in model.hf_tensors()]
         write_version(weights_dir, version, tensors, tiny_checkpoint)
-    run = {"num_generations": SAMPLES, "max_new_tokens": 8, "sampling": {"n": SAMPLES, "max_tokens": 8},
-           "max_model_len": 64, "reward": "exact", "reward_digest": ""}  # fmt: skip
+    run = {
+        "num_generations": SAMPLES,
+        "max_new_tokens": 8,
+        "sampling": {"n": SAMPLES, "max_tokens": 8},
+        "max_model_len": 64,
+        "reward": "exact",
+        "reward_digest": "",
+    }
     prompts = [{"prompt": "abcde>", "answer": "edcba"}] * 10
-    hub = Hub(Ledger(1, 1, 4, 60.0), prompts, Codec(tiny_checkpoint).encode, weights_dir, 32, "t", run)
+    hub = Hub(
+        Ledger(1, 1, 4, 60.0), prompts, Codec(tiny_checkpoint).encode, weights_dir, 32, "t", run
+    )
     hub.start("127.0.0.1", 0)
     publish(hub, 0)
     yield hub
@@ -88,10 +101,16 @@ def run_node(hub, tmp_path, stand_in, scenario):
     async def run():
         headers = {"Authorization": "Bearer t"}
         async with aiohttp.ClientSession(hub.url, headers=headers) as session:
-            node = Node(RolloutConfig(hub.url, dir=str(tmp_path / "node"), max_tries=3, reward_workers=1), session)
+            node = Node(
+                RolloutConfig(hub.url, dir=str(tmp_path / "node"), max_tries=3, reward_workers=1),
+                session,
+            )
             await node.join()
             node.vllm = stand_in
-            tasks = [asyncio.create_task(t()) for t in (node.follow_weights, node.answer_prompts, node.beat)]
+            tasks = [
+                asyncio.create_task(t())
+                for t in (node.follow_weights, node.answer_prompts, node.beat)
+            ]
             done = asyncio.create_task(scenario(node))
             await asyncio.wait([done, *tasks], timeout=60, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
@@ -124,7 +143,9 @@ def test_a_group_left_with_one_sample_is_generated_again(hub, tmp_path):
 
 
 def test_a_generation_that_fails_is_repeated_for_the_same_lease(hub, tmp_path):
-    stand_in = StandIn(replies=[aiohttp.ServerDisconnectedError(), RuntimeError("vLLM answered 500")])
+    stand_in = StandIn(
+        replies=[aiohttp.ServerDisconnectedError(), RuntimeError("vLLM answered 500")]
+    )
     (group,) = run_node(hub, tmp_path, stand_in, lambda node: next_batch(hub, 0))
     assert group.ordinal in (0, 1) and hub.status()["counts"].get("leases_expired", 0) == 0
 
@@ -158,7 +179,9 @@ def test_a_hub_that_is_not_there_yet_is_waited_for_and_one_that_never_comes_is_a
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{s.getsockname()[1]}"
-        with pytest.raises(RuntimeError, match="wait 'hub': rollout node waits for the hub's answer to /run since"):
+        with pytest.raises(
+            RuntimeError, match="wait 'hub': rollout node waits for the hub's answer to /run since"
+        ):
             asyncio.run(run(nowhere, 0.4))
     assert json.loads(asyncio.run(run(hub.url, 0.5))) == hub.run
 
@@ -175,13 +198,21 @@ def test_each_version_is_loaded_once_reported_and_used_as_the_salt_of_later_requ
         await next_batch(hub, 0)
         for version in (1, 2):
             await asyncio.to_thread(publish, hub, version)
-            await until(lambda version=version: hub.nodes.get(node.name, {}).get("version") == version)
+            await until(
+                lambda version=version: hub.nodes.get(node.name, {}).get("version") == version
+            )
         await next_batch(hub, 1)
         return sorted(p.name for p in node.root.iterdir() if p.is_dir())
 
-    assert run_node(hub, tmp_path, stand_in, scenario) == ["v2"]  # what is not needed any more is gone
+    assert run_node(hub, tmp_path, stand_in, scenario) == [
+        "v2"
+    ]  # what is not needed any more is gone
     assert [c for c in stand_in.calls if c[0] != "generate"] == [
-        ("start", "v0"), ("load", 0), ("load", 1), ("load", 2)]  # fmt: skip
+        ("start", "v0"),
+        ("load", 0),
+        ("load", 1),
+        ("load", 2),
+    ]
     salts = [version for call, version in stand_in.calls if call == "generate"]
     assert salts == sorted(salts) and salts[0] == 0
 
@@ -196,7 +227,12 @@ def test_a_load_that_broke_off_starts_vllm_afresh_on_the_new_weights(hub, tmp_pa
 
     run_node(hub, tmp_path, stand_in, scenario)
     assert [c for c in stand_in.calls if c[0] != "generate"] == [
-        ("start", "v0"), ("load", 0), ("load", 1), ("start", "v1"), ("load", 1)]  # fmt: skip
+        ("start", "v0"),
+        ("load", 0),
+        ("load", 1),
+        ("start", "v1"),
+        ("load", 1),
+    ]
 
 
 def test_damaged_weights_are_refused_and_the_node_stays_on_what_it_has(hub, tmp_path):
@@ -211,7 +247,9 @@ def test_damaged_weights_are_refused_and_the_node_stays_on_what_it_has(hub, tmp_
         await until(lambda: hub.status()["counts"].get("updates_refused"))
         assert node.version == 0 and node.ready.is_set()
         (news,) = [line for line in hub.take_news() if "refused" in line]
-        assert f"{node.name} stays on v0: v1 refused: " in news and "differs from the manifest" in news
+        assert (
+            f"{node.name} stays on v0: v1 refused: " in news and "differs from the manifest" in news
+        )
         file.write_bytes(whole)  # mended: the next attempt takes it
         await until(lambda: node.version == 1)
 
@@ -220,7 +258,8 @@ def test_damaged_weights_are_refused_and_the_node_stays_on_what_it_has(hub, tmp_
 
 
 def test_a_reload_that_changes_a_tensor_is_not_survived(hub, tmp_path):
-    """The proof at start: a vLLM whose checksums differ after reloading the same weights may not serve."""
+    """The proof at start: a vLLM whose checksums differ after reloading the same weights may not
+    serve."""
     stand_in = StandIn()
     sums = iter([{"w": "1"}, {"w": "2"}])
 
@@ -228,7 +267,9 @@ def test_a_reload_that_changes_a_tensor_is_not_survived(hub, tmp_path):
         return next(sums)
 
     stand_in.checksums = checksums
-    with pytest.raises((AssertionError, RuntimeError), match="reloading the same weights changed 1 tensors"):
+    with pytest.raises(
+        (AssertionError, RuntimeError), match="reloading the same weights changed 1 tensors"
+    ):
         run_node(hub, tmp_path, stand_in, lambda node: asyncio.Event().wait())
 
 

@@ -1,4 +1,5 @@
-"""Whole training runs as a user starts them, against a real vLLM. Each takes a minute or two (`--slow`)."""
+"""Whole training runs as a user starts them, against a real vLLM. Each takes a minute or two
+(`--slow`)."""
 
 import json
 import os
@@ -24,13 +25,16 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 class Run:
-    """A run in a directory of its own; what it prints goes to DIR/out. Leaving the context ends it."""
+    """A run in a directory of its own; what it prints goes to DIR/out. Leaving the context ends
+    it."""
 
     def __init__(self, cwd, command, out="out", **env):
         self.cwd, self.path = cwd, cwd / out
         env = {**os.environ, **env}
         with open(self.path, "w") as out:
-            self.process = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=out, start_new_session=True, env=env)
+            self.process = subprocess.Popen(
+                command, cwd=cwd, stdout=out, stderr=out, start_new_session=True, env=env
+            )
 
     def __enter__(self):
         return self
@@ -46,14 +50,18 @@ class Run:
     def wait_for(self, text, timeout_s=180):
         deadline = time.monotonic() + timeout_s
         while text not in self.out:
-            assert time.monotonic() < deadline and self.process.poll() is None, f"no {text!r}:\n{self.out[-3000:]}"
+            assert time.monotonic() < deadline and self.process.poll() is None, (
+                f"no {text!r}:\n{self.out[-3000:]}"
+            )
             time.sleep(0.2)  # polling a file that another program writes
 
     def finish(self, timeout_s=420):
         """Wait for a good end, check every step, return the records."""
         status = self.process.wait(timeout_s)
         assert status == 0, self.out[-3000:]
-        assert (self.cwd / "runs/tiny/curves.png").stat().st_size > 10_000 and "curves: runs/tiny" in self.out
+        assert (
+            self.cwd / "runs/tiny/curves.png"
+        ).stat().st_size > 10_000 and "curves: runs/tiny" in self.out
         lines = (self.cwd / "runs/tiny/metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         assert [r["step"] for r in records] == list(range(len(records)))
@@ -62,9 +70,13 @@ class Run:
             states = ("taken", "buffered", "leased", "returned", "set_aside", "skipped")
             assert hub["handed_out"] == sum(hub[state] for state in states)
             assert r["train/max_trajectory_age"] <= 1
-            for node in hub["nodes"].values():  # vLLM's cache is never full here, so nothing holds prompts back
+            for node in hub[
+                "nodes"
+            ].values():  # vLLM's cache is never full here, so nothing holds prompts back
                 assert node.get("vllm", {}).get("limit", 16) >= 16
-            if r["train/tokens_same_version"]:  # two fp32 implementations of the same policy: rounding, no more
+            if r[
+                "train/tokens_same_version"
+            ]:  # two fp32 implementations of the same policy: rounding, no more
                 assert r["train/gen_kl_error_same_version"] <= 1e-5
                 assert r["train/token_mult_prob_error_same_version"] <= 1.002
         return records
@@ -78,7 +90,9 @@ def learned(records):
 
 def test_the_first_command_of_the_readme_learns():
     """bash launch.sh, but under another name, so that nobody's runs/tiny is overwritten."""
-    done = subprocess.run(["bash", "launch.sh", "--use-cispo", "--name", "test"], cwd=REPO, timeout=420, check=False)
+    done = subprocess.run(
+        ["bash", "launch.sh", "--use-cispo", "--name", "test"], cwd=REPO, timeout=420, check=False
+    )
     assert done.returncode == 0
     lines = (REPO / "runs/test/metrics.jsonl").read_text().splitlines()
     ok, rewards = learned([json.loads(line) for line in lines])
@@ -87,7 +101,8 @@ def test_the_first_command_of_the_readme_learns():
 
 def test_without_use_cispo_the_ppo_clip_learns(tmp_path):
     with Run(
-        tmp_path, [*TORCHRUN, "--nproc-per-node", "1", TRAIN[1], "--no-use-cispo", "--max-num-steps", "120"]
+        tmp_path,
+        [*TORCHRUN, "--nproc-per-node", "1", TRAIN[1], "--no-use-cispo", "--max-num-steps", "120"],
     ) as run:
         records = run.finish()
     ok, rewards = learned(records)
@@ -96,7 +111,8 @@ def test_without_use_cispo_the_ppo_clip_learns(tmp_path):
 
 
 def test_at_age_0_every_token_of_60_weight_updates_has_the_trainer_s_own_logprob(tmp_path):
-    """The proof of the whole bridge: after each of 60 updates, what vLLM sampled with is what the trainer has."""
+    """The proof of the whole bridge: after each of 60 updates, what vLLM sampled with is what the
+    trainer has."""
     with Run(tmp_path, [*TRAIN, "--max-trajectory-age-steps", "0", "--max-num-steps", "61"]) as run:
         records = run.finish()
     assert len(records) == 61
@@ -110,15 +126,20 @@ def test_at_age_0_every_token_of_60_weight_updates_has_the_trainer_s_own_logprob
 def test_a_vllm_killed_in_mid_run_comes_back_on_the_current_weights(tmp_path):
     with Run(tmp_path, [*TRAIN, "--max-num-steps", "40"]) as run:
         run.wait_for("step   10")
-        servers = [p for p in psutil.Process(run.process.pid).children(recursive=True)
-                   if "vllm.entrypoints.openai.api_server" in " ".join(p.cmdline())]  # fmt: skip
+        servers = [
+            p
+            for p in psutil.Process(run.process.pid).children(recursive=True)
+            if "vllm.entrypoints.openai.api_server" in " ".join(p.cmdline())
+        ]
         assert servers
         servers[0].kill()
         records = run.finish()
     assert len(records) == 40
     log = (tmp_path / "runs/tiny/rollout.log").read_text()
     # noticed by whoever spoke to it first: the watch, or a weight update under way
-    assert log.count("vLLM is up") == 2 and ("vLLM ended with status" in log or "vLLM is started again" in log)
+    assert log.count("vLLM is up") == 2 and (
+        "vLLM ended with status" in log or "vLLM is started again" in log
+    )
     # the version it came back on is a late one, and it stayed current to the end
     assert records[-1]["hub"]["nodes"].popitem()[1]["version"] >= 38
 
@@ -136,24 +157,38 @@ def test_interrupting_the_launcher_ends_every_process_it_started(tmp_path):
 
 
 def test_the_preset_qwen3_0_6b_trains_a_tied_checkpoint_that_stores_its_head_too(tmp_path):
-    """As Qwen/Qwen3-0.6B is published: dense, tied, bf16, with lm_head.weight. Two layers of small widths, a ChatML
-    tokenizer of bytes; a reward that differs between samples, so that there is a gradient."""
+    """As Qwen/Qwen3-0.6B is published: dense, tied, bf16, with lm_head.weight. Two layers of small
+    widths, a ChatML tokenizer of bytes; a reward that differs between samples, so that there is a
+    gradient."""
     cfg = ModelConfig(
-        vocab_size=264, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, intermediate_size=256, max_position_embeddings=40960, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=264,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=256,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    )
     path = tmp_path / "model"
     path.mkdir()
     (path / "config.json").write_text(json.dumps({**cfg.to_hf(256), "torch_dtype": "bfloat16"}))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>"])
     tokenizer.save(str(path / "tokenizer.json"))
     turn = "'<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n'"
     template = f"{{% for m in messages %}}{{{{ {turn} }}}}{{% endfor %}}{{{{ '<|im_start|>assistant\\n' }}}}"
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "chat_template": template,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     model = Qwen3MoE(cfg)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -162,11 +197,15 @@ def test_the_preset_qwen3_0_6b_trains_a_tied_checkpoint_that_stores_its_head_too
     save_file(tensors, path / "model.safetensors")
     rows = [{"problem": f"What is {n} + {n}?", "expected_answer": str(2 * n)} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "my.py").write_text("def score(completion, example):\n    return len(completion) % 7 / 7\n")
-    flags = (f"--preset qwen3-0.6b --name tiny --model {path} --data {tmp_path}/rows.jsonl --data-split train "
-             f"--reward {tmp_path}/my.py:score --val-every-steps 0 --max-num-steps 2 --num-prompts-per-step 4 "
-             "--num-generations-per-prompt 4 --train-global-batch-size 8 --max-total-sequence-length 256 "
-             "--max-input-seq-length 224 --max-new-tokens 16 --no-compile")  # fmt: skip
+    (tmp_path / "my.py").write_text(
+        "def score(completion, example):\n    return len(completion) % 7 / 7\n"
+    )
+    flags = (
+        f"--preset qwen3-0.6b --name tiny --model {path} --data {tmp_path}/rows.jsonl --data-split train "
+        f"--reward {tmp_path}/my.py:score --val-every-steps 0 --max-num-steps 2 --num-prompts-per-step 4 "
+        "--num-generations-per-prompt 4 --train-global-batch-size 8 --max-total-sequence-length 256 "
+        "--max-input-seq-length 224 --max-new-tokens 16 --no-compile"
+    )
     with Run(tmp_path, ["bash", str(REPO / "launch.sh"), *flags.split()]) as run:
         first, _ = run.finish()
     assert first["train/grad_norm"] > 0 and first["train/gen_kl_error"] < 1e-6

@@ -1,7 +1,8 @@
-"""What a rank reads, holds and keeps: bytes of the checkpoint, optimizer state, gradients, activations; replayed
-routing. Exact numbers, against counts made by other means than the code's own.
-
-A fake Mesh (rank and degrees, no groups) is enough where no rank talks to another; the rest runs on real gloo ranks.
+"""What a rank reads, holds and keeps: bytes of the checkpoint, optimizer state, gradients,
+activations; replayed routing. Exact numbers, against counts made by other means than the code's
+own.
+ A fake Mesh (rank and degrees, no groups) is enough where no rank talks to another; the rest runs
+on real gloo ranks.
 """
 
 import dataclasses
@@ -43,10 +44,14 @@ def seeded(cfg, mesh=None, recompute=False):
 
 def packed(num_tokens=24, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(32, (num_tokens,), generator=g), torch.tensor([0, 7, 8, num_tokens], dtype=torch.int32), 16
+    return (
+        torch.randint(32, (num_tokens,), generator=g),
+        torch.tensor([0, 7, 8, num_tokens], dtype=torch.int32),
+        16,
+    )
 
 
-# ---- loading -------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 class CountingFile:
     """safe_open, with the bytes counted of every tensor it hands out."""
 
@@ -75,28 +80,45 @@ class CountingSlice:
 
     def __getitem__(self, index):
         part = self.stored[index]
-        CountingFile.materialised += part.numel() * part.element_size()  # a view of the mapped file, yet unread
+        CountingFile.materialised += (
+            part.numel() * part.element_size()
+        )  # a view of the mapped file, yet unread
         return part
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("world", "tp", "ep"), LAYOUTS)
-def test_each_rank_reads_the_bytes_of_its_own_slices_and_no_others(world, tp, ep, tied, tmp_path, monkeypatch):
+def test_each_rank_reads_the_bytes_of_its_own_slices_and_no_others(
+    world, tp, ep, tied, tmp_path, monkeypatch
+):
     cfg = dataclasses.replace(MODEL, tie_word_embeddings=tied)
     whole = dict(seeded(cfg).hf_tensors())
-    save_file({name: t.detach().clone() for name, t in whole.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: t.detach().clone() for name, t in whole.items()}, tmp_path / "model.safetensors"
+    )
     monkeypatch.setattr(weights, "safe_open", CountingFile)
     read = []
     for rank in range(world):
         model = Qwen3MoE(cfg, Mesh(rank=rank, world_size=world, tp=tp, ep=ep))
         CountingFile.materialised = 0
         read.append(load_hf(model, tmp_path))
-        assert read[-1] == CountingFile.materialised == 4 * sum(p.numel() for p in model.parameters())
-        for name, view in model.hf_tensors():  # by the rule of model.split_of, in one line a kind, written again
+        assert (
+            read[-1] == CountingFile.materialised == 4 * sum(p.numel() for p in model.parameters())
+        )
+        for (
+            name,
+            view,
+        ) in model.hf_tensors():  # by the rule of model.split_of, in one line a kind, written again
             t = whole[name]
-            if ".experts." not in name and name.split(".")[-2] not in ("gate", "norm") and "norm" not in name:
+            if (
+                ".experts." not in name
+                and name.split(".")[-2] not in ("gate", "norm")
+                and "norm" not in name
+            ):
                 dim = int("o_proj" in name or "down_proj" in name)
-                count = min(tp, cfg.num_key_value_heads) if "k_proj" in name or "v_proj" in name else tp
+                count = (
+                    min(tp, cfg.num_key_value_heads) if "k_proj" in name or "v_proj" in name else tp
+                )
                 t = t.chunk(count, dim)[rank % tp * count // tp]
             assert torch.equal(view, t), name
     sizes = {"experts": 0, "kv": 0, "norms and routers": 0, "others": 0}
@@ -104,19 +126,27 @@ def test_each_rank_reads_the_bytes_of_its_own_slices_and_no_others(world, tp, ep
         kind = "kv" if "k_proj" in name or "v_proj" in name else "others"
         kind = "norms and routers" if "norm" in name or name.endswith("mlp.gate.weight") else kind
         sizes["experts" if ".experts." in name else kind] += 4 * t.numel()
-    copies = {"experts": world // ep, "kv": world // min(tp, 2), "norms and routers": world, "others": world // tp}
+    copies = {
+        "experts": world // ep,
+        "kv": world // min(tp, 2),
+        "norms and routers": world,
+        "others": world // tp,
+    }
     assert sum(read) == sum(sizes[kind] * copies[kind] for kind in sizes)
 
 
-# ---- parameters, gradients, optimizer state ------------------------------------------------------------------
+# ---- parameters, gradients, optimizer state ------------------------------------------------------
 def storage_bytes(tensors):
     """Of distinct storages, so that views count once and what they are views of counts whole."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def held_after_a_step(layouts):
-    """On every rank, by layout: bytes of parameters, gradients and optimizer state, what static_memory says, the same
-    summed over parameters, and how many of the bytes are padding of the shards at most."""
+    """On every rank, by layout: bytes of parameters, gradients and optimizer state, what
+    static_memory says, the same summed over parameters, and how many of the bytes are padding of
+    the shards at most."""
     join_ranks(120)
     world, found = torch.distributed.get_world_size(), []
     for tp, ep in layouts:
@@ -128,32 +158,49 @@ def held_after_a_step(layouts):
         for bucket in optimizer.buckets:
             bucket.grads.fill_(0.1)
         optimizer.step()
-        moments = [optimizer.state[b.master][kind] for b in optimizer.buckets for kind in ("exp_avg", "exp_avg_sq")]
+        moments = [
+            optimizer.state[b.master][kind]
+            for b in optimizer.buckets
+            for kind in ("exp_avg", "exp_avg_sq")
+        ]
         state = [*(b.master.detach() for b in optimizer.buckets), *moments]
         assert all(t.dtype == torch.float32 for t in state)
-        trained = [(p.numel(), parallel.group_size(model.split_of(n).replicas)) for n, p in model.named_parameters()
-                   if p.requires_grad]  # fmt: skip
-        found.append({
-            "parameters": storage_bytes(p.detach() for p in model.parameters()),
-            "gradients": storage_bytes(bucket.grads for bucket in optimizer.buckets),
-            "optimizer state": storage_bytes(state),
-            "predicted": static_memory(MODEL, world, tp, ep, 4, 4),
-            "by parameter": sum(12 * numel / replicas for numel, replicas in trained),
-            "padding": 12 * len(optimizer.buckets),  # a shard is rounded up to a whole element
-            "left": [p.grad is not None for p in model.parameters()].count(True),
-        })  # fmt: skip
+        trained = [
+            (p.numel(), parallel.group_size(model.split_of(n).replicas))
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        ]
+        found.append(
+            {
+                "parameters": storage_bytes(p.detach() for p in model.parameters()),
+                "gradients": storage_bytes(bucket.grads for bucket in optimizer.buckets),
+                "optimizer state": storage_bytes(state),
+                "predicted": static_memory(MODEL, world, tp, ep, 4, 4),
+                "by parameter": sum(12 * numel / replicas for numel, replicas in trained),
+                "padding": 12 * len(optimizer.buckets),  # a shard is rounded up to a whole element
+                "left": [p.grad is not None for p in model.parameters()].count(True),
+            }
+        )
     return found
 
 
-@pytest.mark.parametrize(("world", "layouts"), [(2, [(1, 1), (2, 1), (1, 2)]), (4, [(1, 1), (2, 2), (4, 2), (1, 4)])])
-def test_a_rank_holds_12_bytes_per_parameter_over_replicas_and_what_the_dry_run_predicts(world, layouts):
+@pytest.mark.parametrize(
+    ("world", "layouts"), [(2, [(1, 1), (2, 1), (1, 2)]), (4, [(1, 1), (2, 2), (4, 2), (1, 4)])]
+)
+def test_a_rank_holds_12_bytes_per_parameter_over_replicas_and_what_the_dry_run_predicts(
+    world, layouts
+):
     for rank, layouts_found in enumerate(on_ranks(world, held_after_a_step, layouts)):
         for layout, held in zip(layouts, layouts_found):
             where = f"rank {rank} of {world}, tp and ep {layout}: {held}"
             assert 0 <= held["optimizer state"] - held["by parameter"] < held["padding"], where
-            assert held["by parameter"] == pytest.approx(held["predicted"]["optimizer state"], rel=1e-12), where
+            assert held["by parameter"] == pytest.approx(
+                held["predicted"]["optimizer state"], rel=1e-12
+            ), where
             for kind in ("parameters", "gradients", "optimizer state"):
-                assert held[kind] == pytest.approx(held["predicted"][kind], rel=0.01), where  # 5 % are promised
+                assert held[kind] == pytest.approx(held["predicted"][kind], rel=0.01), (
+                    where
+                )  # 5 % are promised
             assert held["left"] == 0, where
 
 
@@ -167,21 +214,25 @@ def test_optimizer_state_is_exactly_12_bytes_per_parameter_where_the_replicas_di
     ):
         optimizer = ShardedAdamW(model, 1.0, lr=1e-3)
     (bucket,) = optimizer.buckets
-    assert bucket.master.untyped_storage().nbytes() == 4 * 160 // 8  # exp_avg and exp_avg_sq are made of its size
+    assert (
+        bucket.master.untyped_storage().nbytes() == 4 * 160 // 8
+    )  # exp_avg and exp_avg_sq are made of its size
     assert torch.equal(bucket.master, p.detach().flatten()[60:80])
 
 
-# ---- ZeRO-1 --------------------------------------------------------------------------------------------------
+# ---- ZeRO-1 --------------------------------------------------------------------------------------
 ADAMW = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def zero_against_plain(steps=5):
-    """On every rank: names of parameters that differ in any bit from plain AdamW's on whole tensors, after each step,
-    and of moments at the end. Both get the same reduced gradient and the same clipping factor.
+    """On every rank: names of parameters that differ in any bit from plain AdamW's on whole
+    tensors, after each step, and of moments at the end. Both get the same reduced gradient and the
+    same clipping factor.
 
-    Tensors here have multiples of 8 elements. torch's fused kernel takes the last size % 8 elements of what it is
-    given one by one, and rounds their exp_avg_sq once less: there a 12-element q_norm alone and one inside a flat
-    shard differ by one unit in the last place, in the moment though not in the weight."""
+    Tensors here have multiples of 8 elements. torch's fused kernel takes the last size % 8 elements
+    of what it is given one by one, and rounds their exp_avg_sq once less: there a 12-element q_norm
+    alone and one inside a flat shard differ by one unit in the last place, in the moment though not
+    in the weight."""
     join_ranks(120)
     mesh = make_mesh(1, 1, MODEL.num_key_value_heads)
     model = Qwen3MoE(dataclasses.replace(MODEL, hidden_size=32, head_dim=16), mesh)
@@ -192,7 +243,10 @@ def zero_against_plain(steps=5):
     optimizer = ShardedAdamW(model, 0.5, **ADAMW)
     differ, norms = [], []
     for step in range(steps):
-        draw = lambda rank, p: torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + rank))  # noqa: B023
+        draw = lambda rank, p: torch.randn(
+            p.shape,
+            generator=torch.Generator().manual_seed(100 * step + rank),  # noqa: B023
+        )
         optimizer.zero_grad()
         for p in model.parameters():
             p.main_grad.add_(draw(mesh.rank, p))
@@ -208,7 +262,9 @@ def zero_against_plain(steps=5):
     state = optimizer.state[bucket.master]
     for name, (low, high), (a, b) in bucket.pieces():
         for kind in ("exp_avg", "exp_avg_sq"):
-            if not torch.equal(state[kind][a:b], plain.state[whole[name]][kind].flatten()[low:high]):
+            if not torch.equal(
+                state[kind][a:b], plain.state[whole[name]][kind].flatten()[low:high]
+            ):
                 differ.append(f"{kind} of {name}")
     return differ, norms
 
@@ -218,17 +274,19 @@ def test_zero_1_equals_plain_adamw_bit_for_bit():
         assert differ == [[]] * 5 and min(norms) > 0.5, differ  # it did clip
 
 
-# ---- gradients in another dtype than parameters --------------------------------------------------------------
+# ---- gradients in another dtype than parameters --------------------------------------------------
 def test_bf16_micro_batches_add_up_in_fp32():
-    """bf16 keeps 8 bits: adding 16 gradients up in it is off by percents; in fp32 the sum of what autograd gave is
-    exact to fp32's rounding, whatever the order."""
+    """bf16 keeps 8 bits: adding 16 gradients up in it is off by percents; in fp32 the sum of what
+    autograd gave is exact to fp32's rounding, whatever the order."""
     model, g = MoE(MODEL, Mesh()).to(torch.bfloat16), torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.data.normal_(0.0, 0.3, generator=g)
     model.mesh, model.split_of = Mesh(), lambda name: parallel.Split(0, 0, 1, None)
     optimizer = ShardedAdamW(model, 1.0, lr=1e-3)
     assert {b.values.dtype for b in optimizer.buckets} == {torch.bfloat16}
-    assert {b.grads.dtype for b in optimizer.buckets} | {b.master.dtype for b in optimizer.buckets} == {torch.float32}
+    assert {b.grads.dtype for b in optimizer.buckets} | {
+        b.master.dtype for b in optimizer.buckets
+    } == {torch.float32}
     exact = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
     coarse = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     trained = dict(model.named_parameters())
@@ -244,12 +302,18 @@ def test_bf16_micro_batches_add_up_in_fp32():
     for name, p in trained.items():
         assert p.grad is None
         scale = exact[name].abs().max()
-        errors["ours"] = max(errors["ours"], ((p.main_grad - exact[name]).abs().max() / scale).item())
-        errors["bf16"] = max(errors["bf16"], ((coarse[name] - exact[name]).abs().max() / scale).item())
-    assert errors["ours"] < 2e-6 and errors["bf16"] > 2e-3, errors  # 16 roundings of 6e-8; a rounding of bf16
+        errors["ours"] = max(
+            errors["ours"], ((p.main_grad - exact[name]).abs().max() / scale).item()
+        )
+        errors["bf16"] = max(
+            errors["bf16"], ((coarse[name] - exact[name]).abs().max() / scale).item()
+        )
+    assert errors["ours"] < 2e-6 and errors["bf16"] > 2e-3, (
+        errors
+    )  # 16 roundings of 6e-8; a rounding of bf16
 
 
-# ---- router replay -------------------------------------------------------------------------------------------
+# ---- router replay -------------------------------------------------------------------------------
 def replayed_by_hand(moe, x_TD, ids_TK):
     """One token and one given expert at a time."""
     experts, rows = moe.experts, []
@@ -266,12 +330,17 @@ def replayed_by_hand(moe, x_TD, ids_TK):
 
 def close(found, wanted, what):
     error, scale = (found - wanted).abs().max().item(), wanted.abs().max().item()
-    assert error <= 1e-5 * scale, f"{what}: off by {error:.2e} on a scale of {scale:.2e}"  # fp32 sums, reordered
+    assert error <= 1e-5 * scale, (
+        f"{what}: off by {error:.2e} on a scale of {scale:.2e}"
+    )  # fp32 sums, reordered
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_given_experts_are_used_with_weights_from_the_full_softmax(norm_topk_prob):
-    moe, g = MoE(dataclasses.replace(MODEL, norm_topk_prob=norm_topk_prob), Mesh()), torch.Generator().manual_seed(0)
+    moe, g = (
+        MoE(dataclasses.replace(MODEL, norm_topk_prob=norm_topk_prob), Mesh()),
+        torch.Generator().manual_seed(0),
+    )
     for p in moe.parameters():
         p.data.normal_(0.0, 0.3, generator=g)
     x_TD = torch.randn(16, 24, generator=g).requires_grad_()
@@ -279,7 +348,9 @@ def test_given_experts_are_used_with_weights_from_the_full_softmax(norm_topk_pro
     given_TD, used_TK = moe(x_TD, chosen_TK)
     assert torch.equal(free_TD, given_TD) and torch.equal(used_TK, chosen_TK)
 
-    ids_TK = torch.stack([torch.randperm(8, generator=g)[:2] for _ in range(16)])  # the likeliest experts or not
+    ids_TK = torch.stack(
+        [torch.randperm(8, generator=g)[:2] for _ in range(16)]
+    )  # the likeliest experts or not
     assert (ids_TK.sort(1).values != chosen_TK.sort(1).values).any(1).sum() > 8
     ids_TK[ids_TK == 5] = 4  # nobody gets expert 5; a token may have one expert twice
     replayed_TD, used_TK = moe(x_TD, ids_TK)
@@ -287,16 +358,20 @@ def test_given_experts_are_used_with_weights_from_the_full_softmax(norm_topk_pro
     by_hand_TD, probe_TD = replayed_by_hand(moe, x_TD, ids_TK), torch.randn(16, 24, generator=g)
     close(replayed_TD, by_hand_TD, "output")
     inputs = {"x": x_TD, **dict(moe.named_parameters())}
-    mine, theirs = (torch.autograd.grad((y * probe_TD).sum(), inputs.values()) for y in (replayed_TD, by_hand_TD))
+    mine, theirs = (
+        torch.autograd.grad((y * probe_TD).sum(), inputs.values())
+        for y in (replayed_TD, by_hand_TD)
+    )
     for name, a, b in zip(inputs, mine, theirs):
         close(a, b, f"gradient of {name}")
         assert b.abs().max() > 0, name
         assert "experts" not in name or ((a[5] == 0).all() and (a[4] != 0).any())
 
 
-# ---- recompute -----------------------------------------------------------------------------------------------
+# ---- recompute -----------------------------------------------------------------------------------
 def run_saving(model, given_ids_LtK=None):
-    """Output, gradients, experts, and the bytes of distinct tensors that autograd held when backward began."""
+    """Output, gradients, experts, and the bytes of distinct tensors that autograd held when
+    backward began."""
     saved = {}
 
     def pack(t):
@@ -306,9 +381,11 @@ def run_saving(model, given_ids_LtK=None):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         hidden_TD, ids_LtK = model(*packed(), given_ids_LtK)
         held = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        num_bytes = sum(t.untyped_storage().nbytes() for t in
-                        {t.untyped_storage().data_ptr(): t for t in saved.values()}.values()
-                        if t.untyped_storage().data_ptr() not in held)  # fmt: skip
+        num_bytes = sum(
+            t.untyped_storage().nbytes()
+            for t in {t.untyped_storage().data_ptr(): t for t in saved.values()}.values()
+            if t.untyped_storage().data_ptr() not in held
+        )
     probe_TD = torch.randn(hidden_TD.shape, generator=torch.Generator().manual_seed(2))
     trained = {name: p for name, p in model.named_parameters() if "lm_head" not in name}
     grads = torch.autograd.grad((hidden_TD * probe_TD).sum(), trained.values())
@@ -321,7 +398,9 @@ def test_recompute_changes_no_bit_and_keeps_only_the_blocks_inputs(replay):
     given = None
     if replay:
         g = torch.Generator().manual_seed(3)
-        given = torch.stack([torch.stack([torch.randperm(8, generator=g)[:2] for _ in range(24)]) for _ in range(2)])
+        given = torch.stack(
+            [torch.stack([torch.randperm(8, generator=g)[:2] for _ in range(24)]) for _ in range(2)]
+        )
     (hidden, grads, ids, kept), (hidden_again, grads_again, ids_again, kept_again) = (
         run_saving(model, given) for model in (keeping, again)
     )
@@ -341,7 +420,9 @@ def test_a_recompute_that_chose_other_experts_would_show():
     def fickle(self, x_tD, given_ids_tK=None):
         weights_tK, ids_tK = route(self, x_tD, given_ids_tK)
         calls.append(None)
-        return weights_tK, ids_tK if len(calls) <= 2 else (ids_tK + 1) % 8  # two MoE layers forward, then again
+        return weights_tK, ids_tK if len(calls) <= 2 else (
+            ids_tK + 1
+        ) % 8  # two MoE layers forward, then again
 
     with mock.patch.object(MoE, "route", fickle):
         found = run_saving(model)[1]
@@ -358,15 +439,24 @@ def test_an_fp32_head_in_a_bf16_model_gets_fp32_states_and_trains(tied, tmp_path
     whole.init_weights(torch.Generator().manual_seed(0))
     save_file({name: t.clone() for name, t in whole.hf_tensors()}, tmp_path / "model.safetensors")
     model = build_model(cfg, model_cfg, Mesh(), tmp_path)
-    assert model.head_weight.dtype == torch.float32 and model.model["norm"].weight.dtype == torch.bfloat16
+    assert (
+        model.head_weight.dtype == torch.float32
+        and model.model["norm"].weight.dtype == torch.bfloat16
+    )
     assert torch.equal(model.head_weight, whole.head_weight)
     optimizer, before = ShardedAdamW(model, 1.0, lr=1e-2), model.head_weight.detach().clone()
-    updates, counts = unpack_batch(pack_batch(test_train.random_groups(), cfg), cfg, 0, 1, torch.device("cpu"))
+    updates, counts = unpack_batch(
+        pack_batch(test_train.random_groups(), cfg), cfg, 0, 1, torch.device("cpu")
+    )
     for micro_batches, update_counts in zip(updates, counts):
         for mb in micro_batches:
             assert model(mb.tokens_T, mb.cu_seqlens, mb.max_seqlen)[0].dtype == torch.float32
             with torch.no_grad():
                 mb.prev_logprobs, mb.age = micro_batch_logprobs(model, mb, cfg)[0], 1 - mb.versions
-        metrics, norm = train_update(model, optimizer, micro_batches, update_counts, cfg, loss.policy_loss)
+        metrics, norm = train_update(
+            model, optimizer, micro_batches, update_counts, cfg, loss.policy_loss
+        )
         assert metrics["loss"].isfinite() and norm > 0
-    assert not torch.equal(model.head_weight, before) and all(p.isfinite().all() for p in model.parameters())
+    assert not torch.equal(model.head_weight, before) and all(
+        p.isfinite().all() for p in model.parameters()
+    )

@@ -1,4 +1,5 @@
-"""task.py: data that is malformed is named by line; an ordinal names one prompt; rewards are what they say."""
+"""task.py: data that is malformed is named by line; an ordinal names one prompt; rewards are what
+they say."""
 
 import json
 import os
@@ -25,11 +26,20 @@ def write(tmp_path, *lines):
 GOOD = '{"prompt": "1+1=", "answer": 2}'
 
 
-@pytest.mark.parametrize(("line", "reason"), [
-    ("{", "line 2: not JSON"), ("[1]", "line 2: not a JSON object"), ('{"answer": "2"}', "line 2: 'prompt' must be a"),
-    ('{"prompt": "", "answer": "2"}', "line 2: 'prompt' must be a text or chat messages, not empty"),
-    ('{"prompt": 3, "answer": "2"}', "line 2: 'prompt' must be"), ('{"prompt": "a"}', "line 2: 'answer' is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: not a JSON object"),
+        ('{"answer": "2"}', "line 2: 'prompt' must be a"),
+        (
+            '{"prompt": "", "answer": "2"}',
+            "line 2: 'prompt' must be a text or chat messages, not empty",
+        ),
+        ('{"prompt": 3, "answer": "2"}', "line 2: 'prompt' must be"),
+        ('{"prompt": "a"}', "line 2: 'answer' is missing"),
+    ],
+)
 def test_a_malformed_line_is_named_by_its_number(tmp_path, line, reason):
     with pytest.raises(ValueError, match=reason):
         data.read_data(write(tmp_path, GOOD, line, GOOD))
@@ -49,12 +59,19 @@ def test_an_empty_or_missing_file_is_refused(tmp_path):
         with pytest.raises(ValueError, match="holds no example"):
             data.read_data(write(tmp_path, *lines))
     (tmp_path / "data.jsonl").write_text("")
-    for path, reason in [("data.jsonl", "holds no example"), ("no.jsonl", "no such file"), ("no.parquet", "no such")]:
+    for path, reason in [
+        ("data.jsonl", "holds no example"),
+        ("no.jsonl", "no such file"),
+        ("no.parquet", "no such"),
+    ]:
         with pytest.raises(ValueError, match=reason):
             data.read_data(str(tmp_path / path))
 
 
-ROWS = [{"problem": f"{i}+{i}", "expected_answer": str(2 * i), "generated_solution": "long"} for i in range(5)]
+ROWS = [
+    {"problem": f"{i}+{i}", "expected_answer": str(2 * i), "generated_solution": "long"}
+    for i in range(5)
+]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "saved", "saved splits"])
@@ -68,11 +85,19 @@ def test_all_forms_of_a_data_set_give_the_same_examples(tmp_path, monkeypatch, f
     elif form == "parquet":
         rows.to_parquet(str(path))
     else:
-        (rows if form == "saved" else datasets.DatasetDict(train=rows, test=rows.select([0]))).save_to_disk(path)
+        (
+            rows if form == "saved" else datasets.DatasetDict(train=rows, test=rows.select([0]))
+        ).save_to_disk(path)
     found = data.read_data(str(path))
-    assert list(found) == [{**row, "prompt": row["problem"], "answer": row["expected_answer"]} for row in ROWS]
-    assert data.read_data(str(path), "train", "generated_solution", "problem")[1]["prompt"] == "long"
-    with pytest.raises(ValueError, match=r"has the columns problem, .*: which is the prompt. --prompt-column text"):
+    assert list(found) == [
+        {**row, "prompt": row["problem"], "answer": row["expected_answer"]} for row in ROWS
+    ]
+    assert (
+        data.read_data(str(path), "train", "generated_solution", "problem")[1]["prompt"] == "long"
+    )
+    with pytest.raises(
+        ValueError, match=r"has the columns problem, .*: which is the prompt. --prompt-column text"
+    ):
         data.read_data(str(path), "train", "text")
     if form != "saved":
         with pytest.raises(ValueError, match="data-split 'nowhere'"):
@@ -89,15 +114,27 @@ def test_two_columns_that_could_be_the_prompt_have_to_be_told_apart(tmp_path):
 
 
 def test_a_data_set_out_of_reach_is_one_line_that_says_what_would_help(tmp_path):
-    """The library's own errors, in a process of its own: it reads HF_HUB_OFFLINE when it is imported."""
+    """The library's own errors, in a process of its own: it reads HF_HUB_OFFLINE when it is
+    imported."""
     code = "import sys, task\ntry: data.read_data(sys.argv[1])\nexcept ValueError as e: print(e)"
     for name, words in [
-        ("nvidia/OpenMathInstruct-2", "ct-2', --data-split 'train': ConnectionError: Couldn't reach 'nvidia/OpenMath"),
-        ("openai/gsm8k:main", "Couldn't reach 'openai/gsm8k' on the Hub"), ("a/b/c", "Couldn't find any data file"),
-    ]:  # fmt: skip
+        (
+            "nvidia/OpenMathInstruct-2",
+            "ct-2', --data-split 'train': ConnectionError: Couldn't reach 'nvidia/OpenMath",
+        ),
+        ("openai/gsm8k:main", "Couldn't reach 'openai/gsm8k' on the Hub"),
+        ("a/b/c", "Couldn't find any data file"),
+    ]:
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", code, name], cwd=REPO, env=env, capture_output=True, text=True,
-                              timeout=100, check=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code, name],
+            cwd=REPO,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
+        )
         (line,) = done.stdout.strip().splitlines()
         assert words in line and "HF_HUB_OFFLINE is set: only what is in the cache" in line, line
 
@@ -107,8 +144,12 @@ def test_gated_and_missing_repositories_say_what_to_do(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     from datasets.exceptions import DatasetNotFoundError
 
-    gated = DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.")
-    assert str(data.hub_error("--data 'a/b'", gated)).endswith("; accept its terms on the Hub and set HF_TOKEN")
+    gated = DatasetNotFoundError(
+        "Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it."
+    )
+    assert str(data.hub_error("--data 'a/b'", gated)).endswith(
+        "; accept its terms on the Hub and set HF_TOKEN"
+    )
     missing = DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.")
     assert str(data.hub_error("--data 'a/b'", missing)).endswith("; if it is private, set HF_TOKEN")
 
@@ -153,10 +194,15 @@ def test_the_tokenizer_opens_in_transformers_and_chats_go_through_its_template(t
     )
     chat = {"prompt": [{"role": "user", "content": "abc"}]}
     assert task.Codec(tmp_path).encode(chat) == hf("abc>").input_ids
-    assert task.Codec(tmp_path).encode({"prompt": "abc"}) == hf("abc>").input_ids  # text is a user's message
+    assert (
+        task.Codec(tmp_path).encode({"prompt": "abc"}) == hf("abc>").input_ids
+    )  # text is a user's message
     assert task.Codec(tmp_path, chat=False).encode({"prompt": "abc"}) == hf("abc").input_ids
     assert task.Codec(tmp_path, template="x{}y").encode({"prompt": "abc"}) == hf("xabcy>").input_ids
-    assert task.Codec(tmp_path, "sys", "x{problem}").encode({"prompt": "{}"}) == hf("sysx{}>").input_ids
+    assert (
+        task.Codec(tmp_path, "sys", "x{problem}").encode({"prompt": "{}"})
+        == hf("sysx{}>").input_ids
+    )
     assert task.Codec(tmp_path, "sys").encode(chat) == hf("sysabc>").input_ids
     own = {"prompt": [{"role": "system", "content": "own"}, *chat["prompt"]]}
     assert task.Codec(tmp_path, "sys").encode(own) == hf("ownabc>").input_ids

@@ -1,4 +1,5 @@
-"""train_cispo.py and batch.py: flags, packing, and that ranks and micro-batches are invisible in the update."""
+"""train_cispo.py and batch.py: flags, packing, and that ranks and micro-batches are invisible in
+the update."""
 
 import dataclasses
 import json
@@ -32,9 +33,11 @@ from train_cispo import learning_rate, main, micro_batch_logprobs, train_update
 REPO = Path(__file__).resolve().parent.parent
 
 
-# ---- flags ---------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 def llama_dir(tmp_path):
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}')
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}'
+    )
     return str(tmp_path)
 
 
@@ -60,94 +63,205 @@ def char_model(tmp_path):
 
 PPO, GSPO = ["--no-use-cispo"], ["--sequence-level-importance-ratios", "--no-token-level-loss"]
 ANCHOR, UNCORRECTED = ["--ratio-anchor", "sampler"], ["--no-use-importance-sampling-correction"]
-TIS, HIGH, LOW = ([f"--truncated-importance-sampling-{name}"] for name in ("type", "ratio", "ratio-min"))
+TIS, HIGH, LOW = (
+    [f"--truncated-importance-sampling-{name}"] for name in ("type", "ratio", "ratio-min")
+)
 
 
-@pytest.mark.parametrize(("flags", "reason"), [
-    (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
-    (["--model", "nowhere"], "--model 'nowhere': no directory "),
-    (["--lr", "-1"], "--lr -1.0: must be at least 0"), (["--lr", "nan"], "--lr nan: must be at least 0"),
-    (["--hub-port", "99999"], "--hub-port 99999: must be at least 0 and at most 65535"),
-    (["--ratio-clip-max", "nan"], "--ratio-clip-max nan: must be a number"),
-    (["--adam-beta2", "1"], "--adam-beta2 1.0: must be at least 0 and at most 1"),
-    (["--max-grad-norm", "0"], "--max-grad-norm 0.0: must be above 0"),
-    (["--lease-timeout-s", "0"], "--lease-timeout-s 0.0: must be at least 0.001"),
-    (["--use-cispo", "--ratio-clip-c", "3"], "--ratio-clip-c 3.0: CISPO has no dual clip"),
-    (["--no-token-level-loss"], "--no-token-level-loss: CISPO's loss is a mean over tokens"),
-    (["--ratio-clip-min", "1.5"], "--ratio-clip-min 1.5: must be in 0..1"),
-    (["--ratio-clip-min", "-0.1"], "--ratio-clip-min -0.1: must be in 0..1"),
-    (["--ratio-clip-max", "-1"], "--ratio-clip-max -1.0: must be at least 0"),
-    (["--no-use-cispo", "--ratio-clip-c", "1"], "--ratio-clip-c 1.0: must be above 1"),
-    (["--disable-ppo-ratio"], "--disable-ppo-ratio: CISPO's weight is that ratio"),
-    (["--force-on-policy-ratio"], "--force-on-policy-ratio: CISPO's weight would be 1"),
-    (["--sequence-level-importance-ratios", "--no-token-level-loss"], "ratios: CISPO's weight is the token's"),
-    ([*PPO, "--sequence-level-importance-ratios"], "ratios: needs --no-token-level-loss"),
-    ([*PPO, "--prompt-level-loss", "--no-token-level-loss"], "it excludes --no-token-level-loss"),
-    ([*PPO, "--disable-ppo-ratio", "--ratio-clip-c", "3"], "leaves no ratio for --force-on-policy-ratio or"),
-    ([*PPO, "--disable-ppo-ratio", "--force-on-policy-ratio"], "leaves no ratio for --force-on-policy-ratio or"),
-    ([*PPO, "--force-on-policy-ratio"], "--train-global-batch-size 64 must be the step's 256 samples"),
-    ([*PPO, "--force-on-policy-ratio", "--train-global-batch-size", "256", *ANCHOR], "that --force-on-policy-ratio"),
-    ([*ANCHOR], "--ratio-anchor sampler: its ratio holds exp(prev - gen) already"),
-    ([*UNCORRECTED], "--max-trajectory-age-steps 1: tokens of older weights need"),
-    ([*ANCHOR, *UNCORRECTED, *TIS, "tis"], "type tis: bounds a weight that --no-use-importance-sampling-correction"),
-    ([*HIGH, "2"], "ratio 2.0, --truncated-importance-sampling-ratio-min None: without"),
-    ([*LOW, "2"], "ratio None, --truncated-importance-sampling-ratio-min 2.0: without"),
-    ([*TIS, "tis"], "--truncated-importance-sampling-ratio None: must be above 0"),
-    ([*TIS, "tis", *HIGH, "0"], "--truncated-importance-sampling-ratio 0.0: must be above 0"),
-    ([*TIS, "icepop", *HIGH, "5"], "ratio-min: icepop needs one"),
-    ([*TIS, "seq-mask-tis", *HIGH, "5"], "ratio-min: seq-mask-tis needs one"),
-    ([*TIS, "tis", *HIGH, "1", *LOW, "2"], "ratio-min 2.0: must be in 0..--truncated-importance-sampling-ratio 1.0"),
-    ([*TIS, "icepop", *HIGH, "1", *LOW, "-1"], "ratio-min -1.0: must be in 0.."),
-    ([*PPO, *GSPO, *TIS, "seq-mask-tis", *HIGH, "1", *LOW, "1"], "it excludes --sequence-level-importance-ratios"),
-    (["--reference-policy-kl-penalty", "-1"], "--reference-policy-kl-penalty -1.0: must be at least 0"),
-    (["--kl-input-clamp-value", "0"], "--kl-input-clamp-value 0.0: must be above 0 and at most 20"),
-    (["--kl-input-clamp-value", "21"], "--kl-input-clamp-value 21.0: must be above 0 and at most 20"),
-    (["--kl-output-clamp-value", "0"], "--kl-output-clamp-value 0.0: must be above 0"),
-    (["--positive-example-nll-weight", "-1"], "--positive-example-nll-weight -1.0: must be at least 0"),
-    (["--advantage-std", "batch", "--no-normalize-rewards"], "--advantage-std batch: --no-normalize-rewards"),
-    (["--ratio-clip-mx", "4"], "unknown flag '--ratio-clip-mx', did you mean --ratio-clip-max?"),
-    (["--frobnicate"], "unknown flag '--frobnicate'"),
-    (["--lr", "abc"], "Error parsing --lr: could not convert string to float: 'abc'"),
-    (["--name"], "Missing value for argument '--name'. Expected 1 values; one that begins with - is given as --FLAG="),
-    (["--rollout-args", "--max-groups x"], "--rollout-args '--max-groups x': Error parsing --max-groups: invalid lit"),
-    (["--rollout-args", "--max-group 1"], "'--max-group 1': unknown flag '--max-group', did you mean --max-groups?"),
-    (["--use-cispo", "true"], "unknown flag 'true', a value stands behind its flag, and a switch takes none"),
-    (["--task", "sort"], "--task 'sort': expected reverse or add"),
-    (["--preset", "qwen3-30b-a3b"], "--preset qwen3-30b-a3b: Qwen/Qwen3-30B-A3B needs GPUs, and torch sees none here"),
-    (["--data", "nowhere.jsonl", "--model", "x"], "--data 'nowhere.jsonl': no such file"),
-    (["--data", bad_data, "--model", "x"], "line 2: 'answer' is missing"),
-    (["--data", bad_data], "--data needs --model"),
-    (["--num-generations-per-prompt", "1"], "--num-generations-per-prompt 1: must be at least 2"),
-    (["--temperature", "0"], "--temperature 0.0: must be above 0"),
-    (["--temperature", "-1"], "--temperature -1.0: must be above 0"),
-    (["--max-trajectory-age-steps", "-1"], "--max-trajectory-age-steps -1: must be at least 0"),
-    (["--train-global-batch-size", "96"], "--train-global-batch-size 96 does not divide"),
-    (["--train-global-batch-size", "0"], "must be at least 1"),
-    (["--max-new-tokens", "64", "--max-total-sequence-length", "64"], "--max-new-tokens 64 leaves no room"),
-    (["--max-tokens-per-micro-batch", "10"], "--max-tokens-per-micro-batch 10 is below"),
-    (["--model", llama_dir], "'LlamaForCausalLM' is not Qwen3ForCausalLM"),
-    (["--model", "./nowhere"], "--model './nowhere': no such directory"),
-    (["--data", long_data, "--model", no_tokenizer], "has no tokenizer.json"),
-    (["--reward", "x.py:f"], "--reward 'x.py:f': expected exact, numeric, math, or FILE.py:FUNCTION"),
-    (["--prompt-template", "Solve it."], "--prompt-template 'Solve it.': expected {problem}, or a lone {}, once"),
-    (["--prompt-template", "{} in \\boxed{}"], "expected {problem}, or a lone {}, once"),
-    (["--max-input-seq-length", "0"], "leaves no room for a prompt"),
-    (["--max-new-tokens", "65", "--max-total-sequence-length", "64"], "leaves no room for a prompt"),
-    (["--max-new-tokens", "65", "--max-input-seq-length", "9", "--max-total-sequence-length", "64"],
-     "65 is above --max-total-sequence-length 64"),
-    (["--no-resampling-pass-rate", "0"], "--no-resampling-pass-rate 0.0: must be above 0"),
-    (["--overlong-buffer-tokens", "9"], "--overlong-buffer-tokens 9: must be in 0..--max-new-tokens 8"),
-    (["--overlong-penalty", "0"], "--overlong-penalty 0.0: must be above 0"),
-    (["--interrupt-at-tokens", "8"], "--interrupt-at-tokens 8: must be in 0..--max-new-tokens 8 less one"),
-    (["--interrupt-at-tokens", "6", "--interrupt-text", "abc", "--model", char_model], "and the 3 tokens of --interr"),
-    (["--system-prompt", "Be brief.", "--model", char_model], "has no chat template to take it"),
-    (["--model", no_tokenizer, "--ep", "3"], "--ep 3 does not divide num_experts=4"),
-    (["--model", no_tokenizer, "--ep", "4"], "--ep 4 does not divide the number of ranks=2"),
-    (["--model", no_tokenizer, "--tp", "4"], "--tp 4 does not divide the number of ranks=2"),
-    (["--model", no_tokenizer, "--tp", "0"], "--tp 0, --ep 1 and the number of ranks, 2, must be at least 1"),
-    (["--model", no_tokenizer, "--gpu-memory-gib", "4"], "GiB are above --gpu-memory-gib 4. What breaks it: "),
-    (["--router-replay", *ANCHOR, *UNCORRECTED], "--router-replay: takes the experts of a pass at the step's start"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+        (["--model", "nowhere"], "--model 'nowhere': no directory "),
+        (["--lr", "-1"], "--lr -1.0: must be at least 0"),
+        (["--lr", "nan"], "--lr nan: must be at least 0"),
+        (["--hub-port", "99999"], "--hub-port 99999: must be at least 0 and at most 65535"),
+        (["--ratio-clip-max", "nan"], "--ratio-clip-max nan: must be a number"),
+        (["--adam-beta2", "1"], "--adam-beta2 1.0: must be at least 0 and at most 1"),
+        (["--max-grad-norm", "0"], "--max-grad-norm 0.0: must be above 0"),
+        (["--lease-timeout-s", "0"], "--lease-timeout-s 0.0: must be at least 0.001"),
+        (["--use-cispo", "--ratio-clip-c", "3"], "--ratio-clip-c 3.0: CISPO has no dual clip"),
+        (["--no-token-level-loss"], "--no-token-level-loss: CISPO's loss is a mean over tokens"),
+        (["--ratio-clip-min", "1.5"], "--ratio-clip-min 1.5: must be in 0..1"),
+        (["--ratio-clip-min", "-0.1"], "--ratio-clip-min -0.1: must be in 0..1"),
+        (["--ratio-clip-max", "-1"], "--ratio-clip-max -1.0: must be at least 0"),
+        (["--no-use-cispo", "--ratio-clip-c", "1"], "--ratio-clip-c 1.0: must be above 1"),
+        (["--disable-ppo-ratio"], "--disable-ppo-ratio: CISPO's weight is that ratio"),
+        (["--force-on-policy-ratio"], "--force-on-policy-ratio: CISPO's weight would be 1"),
+        (
+            ["--sequence-level-importance-ratios", "--no-token-level-loss"],
+            "ratios: CISPO's weight is the token's",
+        ),
+        ([*PPO, "--sequence-level-importance-ratios"], "ratios: needs --no-token-level-loss"),
+        (
+            [*PPO, "--prompt-level-loss", "--no-token-level-loss"],
+            "it excludes --no-token-level-loss",
+        ),
+        (
+            [*PPO, "--disable-ppo-ratio", "--ratio-clip-c", "3"],
+            "leaves no ratio for --force-on-policy-ratio or",
+        ),
+        (
+            [*PPO, "--disable-ppo-ratio", "--force-on-policy-ratio"],
+            "leaves no ratio for --force-on-policy-ratio or",
+        ),
+        (
+            [*PPO, "--force-on-policy-ratio"],
+            "--train-global-batch-size 64 must be the step's 256 samples",
+        ),
+        (
+            [*PPO, "--force-on-policy-ratio", "--train-global-batch-size", "256", *ANCHOR],
+            "that --force-on-policy-ratio",
+        ),
+        ([*ANCHOR], "--ratio-anchor sampler: its ratio holds exp(prev - gen) already"),
+        ([*UNCORRECTED], "--max-trajectory-age-steps 1: tokens of older weights need"),
+        (
+            [*ANCHOR, *UNCORRECTED, *TIS, "tis"],
+            "type tis: bounds a weight that --no-use-importance-sampling-correction",
+        ),
+        ([*HIGH, "2"], "ratio 2.0, --truncated-importance-sampling-ratio-min None: without"),
+        ([*LOW, "2"], "ratio None, --truncated-importance-sampling-ratio-min 2.0: without"),
+        ([*TIS, "tis"], "--truncated-importance-sampling-ratio None: must be above 0"),
+        ([*TIS, "tis", *HIGH, "0"], "--truncated-importance-sampling-ratio 0.0: must be above 0"),
+        ([*TIS, "icepop", *HIGH, "5"], "ratio-min: icepop needs one"),
+        ([*TIS, "seq-mask-tis", *HIGH, "5"], "ratio-min: seq-mask-tis needs one"),
+        (
+            [*TIS, "tis", *HIGH, "1", *LOW, "2"],
+            "ratio-min 2.0: must be in 0..--truncated-importance-sampling-ratio 1.0",
+        ),
+        ([*TIS, "icepop", *HIGH, "1", *LOW, "-1"], "ratio-min -1.0: must be in 0.."),
+        (
+            [*PPO, *GSPO, *TIS, "seq-mask-tis", *HIGH, "1", *LOW, "1"],
+            "it excludes --sequence-level-importance-ratios",
+        ),
+        (
+            ["--reference-policy-kl-penalty", "-1"],
+            "--reference-policy-kl-penalty -1.0: must be at least 0",
+        ),
+        (
+            ["--kl-input-clamp-value", "0"],
+            "--kl-input-clamp-value 0.0: must be above 0 and at most 20",
+        ),
+        (
+            ["--kl-input-clamp-value", "21"],
+            "--kl-input-clamp-value 21.0: must be above 0 and at most 20",
+        ),
+        (["--kl-output-clamp-value", "0"], "--kl-output-clamp-value 0.0: must be above 0"),
+        (
+            ["--positive-example-nll-weight", "-1"],
+            "--positive-example-nll-weight -1.0: must be at least 0",
+        ),
+        (
+            ["--advantage-std", "batch", "--no-normalize-rewards"],
+            "--advantage-std batch: --no-normalize-rewards",
+        ),
+        (
+            ["--ratio-clip-mx", "4"],
+            "unknown flag '--ratio-clip-mx', did you mean --ratio-clip-max?",
+        ),
+        (["--frobnicate"], "unknown flag '--frobnicate'"),
+        (["--lr", "abc"], "Error parsing --lr: could not convert string to float: 'abc'"),
+        (
+            ["--name"],
+            "Missing value for argument '--name'. Expected 1 values; one that begins with - is given as --FLAG=",
+        ),
+        (
+            ["--rollout-args", "--max-groups x"],
+            "--rollout-args '--max-groups x': Error parsing --max-groups: invalid lit",
+        ),
+        (
+            ["--rollout-args", "--max-group 1"],
+            "'--max-group 1': unknown flag '--max-group', did you mean --max-groups?",
+        ),
+        (
+            ["--use-cispo", "true"],
+            "unknown flag 'true', a value stands behind its flag, and a switch takes none",
+        ),
+        (["--task", "sort"], "--task 'sort': expected reverse or add"),
+        (
+            ["--preset", "qwen3-30b-a3b"],
+            "--preset qwen3-30b-a3b: Qwen/Qwen3-30B-A3B needs GPUs, and torch sees none here",
+        ),
+        (["--data", "nowhere.jsonl", "--model", "x"], "--data 'nowhere.jsonl': no such file"),
+        (["--data", bad_data, "--model", "x"], "line 2: 'answer' is missing"),
+        (["--data", bad_data], "--data needs --model"),
+        (
+            ["--num-generations-per-prompt", "1"],
+            "--num-generations-per-prompt 1: must be at least 2",
+        ),
+        (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+        (["--temperature", "-1"], "--temperature -1.0: must be above 0"),
+        (["--max-trajectory-age-steps", "-1"], "--max-trajectory-age-steps -1: must be at least 0"),
+        (["--train-global-batch-size", "96"], "--train-global-batch-size 96 does not divide"),
+        (["--train-global-batch-size", "0"], "must be at least 1"),
+        (
+            ["--max-new-tokens", "64", "--max-total-sequence-length", "64"],
+            "--max-new-tokens 64 leaves no room",
+        ),
+        (["--max-tokens-per-micro-batch", "10"], "--max-tokens-per-micro-batch 10 is below"),
+        (["--model", llama_dir], "'LlamaForCausalLM' is not Qwen3ForCausalLM"),
+        (["--model", "./nowhere"], "--model './nowhere': no such directory"),
+        (["--data", long_data, "--model", no_tokenizer], "has no tokenizer.json"),
+        (
+            ["--reward", "x.py:f"],
+            "--reward 'x.py:f': expected exact, numeric, math, or FILE.py:FUNCTION",
+        ),
+        (
+            ["--prompt-template", "Solve it."],
+            "--prompt-template 'Solve it.': expected {problem}, or a lone {}, once",
+        ),
+        (["--prompt-template", "{} in \\boxed{}"], "expected {problem}, or a lone {}, once"),
+        (["--max-input-seq-length", "0"], "leaves no room for a prompt"),
+        (
+            ["--max-new-tokens", "65", "--max-total-sequence-length", "64"],
+            "leaves no room for a prompt",
+        ),
+        (
+            [
+                "--max-new-tokens",
+                "65",
+                "--max-input-seq-length",
+                "9",
+                "--max-total-sequence-length",
+                "64",
+            ],
+            "65 is above --max-total-sequence-length 64",
+        ),
+        (["--no-resampling-pass-rate", "0"], "--no-resampling-pass-rate 0.0: must be above 0"),
+        (
+            ["--overlong-buffer-tokens", "9"],
+            "--overlong-buffer-tokens 9: must be in 0..--max-new-tokens 8",
+        ),
+        (["--overlong-penalty", "0"], "--overlong-penalty 0.0: must be above 0"),
+        (
+            ["--interrupt-at-tokens", "8"],
+            "--interrupt-at-tokens 8: must be in 0..--max-new-tokens 8 less one",
+        ),
+        (
+            ["--interrupt-at-tokens", "6", "--interrupt-text", "abc", "--model", char_model],
+            "and the 3 tokens of --interr",
+        ),
+        (
+            ["--system-prompt", "Be brief.", "--model", char_model],
+            "has no chat template to take it",
+        ),
+        (["--model", no_tokenizer, "--ep", "3"], "--ep 3 does not divide num_experts=4"),
+        (["--model", no_tokenizer, "--ep", "4"], "--ep 4 does not divide the number of ranks=2"),
+        (["--model", no_tokenizer, "--tp", "4"], "--tp 4 does not divide the number of ranks=2"),
+        (
+            ["--model", no_tokenizer, "--tp", "0"],
+            "--tp 0, --ep 1 and the number of ranks, 2, must be at least 1",
+        ),
+        (
+            ["--model", no_tokenizer, "--gpu-memory-gib", "4"],
+            "GiB are above --gpu-memory-gib 4. What breaks it: ",
+        ),
+        (
+            ["--router-replay", *ANCHOR, *UNCORRECTED],
+            "--router-replay: takes the experts of a pass at the step's start",
+        ),
+    ],
+)
 def test_bad_input_is_one_clear_line_and_status_2(flags, reason, capsys, tmp_path, monkeypatch):
     flags = [f(tmp_path) if callable(f) else f for f in flags]
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", *flags])
@@ -164,7 +278,8 @@ def test_an_end_token_outside_the_vocabulary_is_refused(tiny_checkpoint, tmp_pat
     (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [1, 99999]}')
     examples = data.Examples([{"prompt": "abc>", "answer": "cba"}])
     with pytest.raises(
-        ValueError, match="eos_token_id 99999 is outside the vocabulary of 32: no sample would end by it"
+        ValueError,
+        match="eos_token_id 99999 is outside the vocabulary of 32: no sample would end by it",
     ):
         load_prompts(Config(), tmp_path / "model", examples)
 
@@ -172,66 +287,116 @@ def test_an_end_token_outside_the_vocabulary_is_refused(tiny_checkpoint, tmp_pat
 def test_bad_input_ends_the_program_before_anything_starts(tmp_path):
     """The same from outside: nothing on stdout, no run directory."""
     command = [sys.executable, str(REPO / "train_cispo.py"), "--temperature", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
-    assert done.stderr == "train_cispo.py: error: --temperature 0.0: must be above 0; greedy samples have no ratio\n"
+    assert (
+        done.stderr
+        == "train_cispo.py: error: --temperature 0.0: must be above 0; greedy samples have no ratio\n"
+    )
 
 
 @pytest.mark.parametrize("of", ["TMPDIR", "TORCHINDUCTOR_CACHE_DIR", ".venv"])
 def test_a_path_that_the_compiler_cannot_take_is_named_at_the_start(of, tmp_path):
-    """torch gives it to the C++ compiler without quotes, which shows as a page of errors after minutes."""
+    """torch gives it to the C++ compiler without quotes, which shows as a page of errors after
+    minutes."""
     (bad := tmp_path / "a path").mkdir()
     (bad / "venv").symlink_to(sys.prefix)
-    env = {n: v for n, v in os.environ.items() if n != "TORCHINDUCTOR_CACHE_DIR"}  # torch sets it in this process
+    env = {
+        n: v for n, v in os.environ.items() if n != "TORCHINDUCTOR_CACHE_DIR"
+    }  # torch sets it in this process
     env, python = env | ({} if of == ".venv" else {of: str(bad)}), sys.executable
     python = str(bad / "venv/bin/python") if of == ".venv" else python
     command = [python, str(REPO / "train_cispo.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("train_cispo.py: error: --compile: ") and str(bad) in done.stderr, done.stderr
+    assert (
+        done.stderr.startswith("train_cispo.py: error: --compile: ") and str(bad) in done.stderr
+    ), done.stderr
 
 
-def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path, tiny_checkpoint, capsys, monkeypatch):
-    """The limit is 64 - 8 tokens, and --max-input-seq-length in its place; none that fits is refused."""
+def test_prompts_that_are_too_long_are_left_out_and_counted(
+    tmp_path, tiny_checkpoint, capsys, monkeypatch
+):
+    """The limit is 64 - 8 tokens, and --max-input-seq-length in its place; none that fits is
+    refused."""
     lengths = [3, 57, 56, 60, 1]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": "a" * n, "answer": "b"}) + "\n" for n in lengths))
-    load = lambda **flags: load_prompts(cfg := Config(data=str(tmp_path / "d.jsonl"), **flags), tiny_checkpoint,
-                                        load_examples(cfg))[0].skip  # fmt: skip
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"prompt": "a" * n, "answer": "b"}) + "\n" for n in lengths)
+    )
+    load = lambda **flags: (
+        load_prompts(
+            cfg := Config(data=str(tmp_path / "d.jsonl"), **flags),
+            tiny_checkpoint,
+            load_examples(cfg),
+        )[0].skip
+    )
     assert load() == {1, 3}
     said = capsys.readouterr().out
-    assert "2 of 5 prompts are left out: they have more than 56 tokens, --max-total-sequence-length 64 less" in said
+    assert (
+        "2 of 5 prompts are left out: they have more than 56 tokens, --max-total-sequence-length 64 less"
+        in said
+    )
     assert load(max_input_seq_length=2) == {0, 1, 2, 3}
-    assert "4 of 5 prompts are left out: they have more than 2 tokens, --max-input-seq" in capsys.readouterr().out
+    assert (
+        "4 of 5 prompts are left out: they have more than 2 tokens, --max-input-seq"
+        in capsys.readouterr().out
+    )
     assert load(max_input_seq_length=60) == set() and not capsys.readouterr().out
-    flags = ["--data", str(tmp_path / "d.jsonl"), "--model", str(tiny_checkpoint), "--max-new-tokens", "63"]
+    flags = [
+        "--data",
+        str(tmp_path / "d.jsonl"),
+        "--model",
+        str(tiny_checkpoint),
+        "--max-new-tokens",
+        "63",
+    ]
     flags += ["--max-total-sequence-length", "64"]
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "ab>" * 20, "answer": "b"}) + "\n")
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         main()
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and "no prompt can be used: all 1 have more than 1 tokens" in line
+    assert (
+        stopped.value.code == 2 and "no prompt can be used: all 1 have more than 1 tokens" in line
+    )
 
 
-ONE_UPDATE, NARROW = ["--train-global-batch-size", "256"], ["--ratio-clip-min", "0.2", "--ratio-clip-max", "0.2"]
+ONE_UPDATE, NARROW = (
+    ["--train-global-batch-size", "256"],
+    ["--ratio-clip-min", "0.2", "--ratio-clip-max", "0.2"],
+)
 
 
-@pytest.mark.parametrize(("flags", "warned"), [
-    ([], []),
-    (ONE_UPDATE, ["every CISPO weight is exactly 1"]),
-    (NARROW, ["CISPO with PPO's bounds 0.2/0.2"]),
-    ([*ONE_UPDATE, *NARROW], ["every CISPO weight is exactly 1", "CISPO with PPO's bounds 0.2/0.2"]),
-    ([*ONE_UPDATE, *ANCHOR, *UNCORRECTED], []),
-    ([*ONE_UPDATE, *NARROW, *PPO], []),
-])  # fmt: skip
-def test_what_is_hardly_meant_is_warned_of_once(flags, warned, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ([], []),
+        (ONE_UPDATE, ["every CISPO weight is exactly 1"]),
+        (NARROW, ["CISPO with PPO's bounds 0.2/0.2"]),
+        (
+            [*ONE_UPDATE, *NARROW],
+            ["every CISPO weight is exactly 1", "CISPO with PPO's bounds 0.2/0.2"],
+        ),
+        ([*ONE_UPDATE, *ANCHOR, *UNCORRECTED], []),
+        ([*ONE_UPDATE, *NARROW, *PPO], []),
+    ],
+)
+def test_what_is_hardly_meant_is_warned_of_once(
+    flags, warned, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_cispo.py", "--cpu-threads", "1", *flags])
     monkeypatch.setattr(prepare, "resolve_model", lambda cfg, rank: tiny_checkpoint)
     monkeypatch.setattr(train_cispo, "train", lambda *args: None)
     main()
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
-    assert len(lines) == len(warned) and all(text in line for text, line in zip(warned, lines)), lines
+    assert len(lines) == len(warned) and all(text in line for text, line in zip(warned, lines)), (
+        lines
+    )
 
 
 def test_unset_clips_are_those_of_the_algorithm():
@@ -245,36 +410,61 @@ def test_unset_clips_are_those_of_the_algorithm():
 def test_the_learning_rate_warms_up_linearly_once_per_rollout_batch():
     cfg = Config(lr=3e-7, lr_warmup_steps=10)
     # NeMo RL's recipe: 3e-8 in its first step, 2.73e-7 in its tenth
-    assert [learning_rate(step, cfg) for step in (0, 9, 10, 500)] == pytest.approx([3e-8, 2.73e-7, 3e-7, 3e-7])
+    assert [learning_rate(step, cfg) for step in (0, 9, 10, 500)] == pytest.approx(
+        [3e-8, 2.73e-7, 3e-7, 3e-7]
+    )
     assert learning_rate(0, Config(lr=0.5)) == 0.5
 
 
-# ---- packing -------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 SMALL = Config(
-    num_prompts_per_step=4, num_generations_per_prompt=4, train_global_batch_size=8, max_new_tokens=9,
-    max_total_sequence_length=32, max_tokens_per_micro_batch=64, logprob_chunk_size=16, compile=False,
-)  # fmt: skip
+    num_prompts_per_step=4,
+    num_generations_per_prompt=4,
+    train_global_batch_size=8,
+    max_new_tokens=9,
+    max_total_sequence_length=32,
+    max_tokens_per_micro_batch=64,
+    logprob_chunk_size=16,
+    compile=False,
+)
 TINY = ModelConfig(
-    vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
-    initializer_range=0.3, mlp_only_layers=(0,),
-)  # fmt: skip
+    vocab_size=32,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=64,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    norm_topk_prob=True,
+    initializer_range=0.3,
+    mlp_only_layers=(0,),
+)
 
 
 def random_groups(seed=0, dropped=()):
-    """Four groups of up to four samples with random lengths; `dropped`: groups that lost a sample."""
+    """Four groups of up to four samples with random lengths; `dropped`: groups that lost a
+    sample."""
     g = torch.Generator().manual_seed(seed)
     groups = []
     for ordinal in range(4):
         samples = 3 if ordinal in dropped else 4
         lengths = torch.randint(1, 10, (samples,), generator=g, dtype=torch.int32)
         total = int(lengths.sum())
-        groups.append(Group(
-            ordinal, torch.randint(0, 32, (3 + 2 * ordinal,), generator=g).tolist(), lengths,
-            torch.randint(0, 32, (total,), generator=g, dtype=torch.int32), -torch.rand(total, generator=g) * 5,
-            torch.randint(0, 2, (total,), generator=g, dtype=torch.int32),
-            torch.randint(0, 2, (samples,), generator=g).float(), torch.zeros(samples, dtype=torch.uint8),
-        ))  # fmt: skip
+        groups.append(
+            Group(
+                ordinal,
+                torch.randint(0, 32, (3 + 2 * ordinal,), generator=g).tolist(),
+                lengths,
+                torch.randint(0, 32, (total,), generator=g, dtype=torch.int32),
+                -torch.rand(total, generator=g) * 5,
+                torch.randint(0, 2, (total,), generator=g, dtype=torch.int32),
+                torch.randint(0, 2, (samples,), generator=g).float(),
+                torch.zeros(samples, dtype=torch.uint8),
+            )
+        )
     return groups
 
 
@@ -290,11 +480,22 @@ def test_every_sampled_token_is_packed_once_with_its_own_values(world_size, drop
         rewards[p, : len(group.rewards)], valid[p, : len(group.rewards)] = group.rewards, True
     advantages = loss.group_advantages(rewards, valid, True, "group")
     for p, group in enumerate(groups):
-        pieces = [x.split(group.lengths.tolist()) for x in (group.token_ids, group.logprobs, group.versions)]
+        pieces = [
+            x.split(group.lengths.tolist())
+            for x in (group.token_ids, group.logprobs, group.versions)
+        ]
         for s, (tokens, gen, versions) in enumerate(zip(*pieces)):
             update = (p * 4 + s) // 8  # a dropped sample moves no other one to another update
-            wanted.append((update, group.prompt_ids, tokens.tolist(), gen.tolist(), versions.tolist(),
-                           [advantages[p, s].item()] * len(tokens)))  # fmt: skip
+            wanted.append(
+                (
+                    update,
+                    group.prompt_ids,
+                    tokens.tolist(),
+                    gen.tolist(),
+                    versions.tolist(),
+                    [advantages[p, s].item()] * len(tokens),
+                )
+            )
     found = []
     for rank in range(world_size):
         updates, counts = unpack_batch(blob, SMALL, rank, world_size, torch.device("cpu"))
@@ -302,19 +503,31 @@ def test_every_sampled_token_is_packed_once_with_its_own_values(world_size, drop
         for update, micro_batches in enumerate(updates):
             for mb in micro_batches:
                 assert len(mb.tokens_T) <= 64 and len(mb.mask) % 16 == 0
-                assert torch.equal(mb.tokens_T[mb.rows_N + 1], mb.targets_N)  # row t predicts token t + 1
+                assert torch.equal(
+                    mb.tokens_T[mb.rows_N + 1], mb.targets_N
+                )  # row t predicts token t + 1
                 values = [
-                    x[mb.mask].split(mb.lengths_B.tolist()) for x in (mb.gen_logprobs, mb.versions, mb.advantages)
+                    x[mb.mask].split(mb.lengths_B.tolist())
+                    for x in (mb.gen_logprobs, mb.versions, mb.advantages)
                 ]
                 rows = mb.tokens_T.split(mb.cu_seqlens.diff().tolist())
                 for row, n, gen, versions, advantage in zip(rows, mb.lengths_B.tolist(), *values):
-                    found.append((update, row[:-n].tolist(), row[-n:].tolist(), gen.tolist(), versions.tolist(),
-                                  advantage.tolist()))  # fmt: skip
+                    found.append(
+                        (
+                            update,
+                            row[:-n].tolist(),
+                            row[-n:].tolist(),
+                            gen.tolist(),
+                            versions.tolist(),
+                            advantage.tolist(),
+                        )
+                    )
     assert sorted(map(repr, found)) == sorted(map(repr, wanted))
 
 
 def test_a_rank_without_samples_and_an_update_without_any_keep_the_ranks_in_step():
-    """Of the 16 samples of 4 groups of 4, in updates of 2, only the first 2 or 3 of each group were kept."""
+    """Of the 16 samples of 4 groups of 4, in updates of 2, only the first 2 or 3 of each group were
+    kept."""
     cfg = dataclasses.replace(SMALL, train_global_batch_size=2)
     groups = []
     for group, keep in zip(random_groups(), (2, 3, 2, 2)):
@@ -336,7 +549,7 @@ def test_a_rank_without_samples_and_an_update_without_any_keep_the_ranks_in_step
     assert norm == 0 and metrics["loss"] == 0 and metrics.keys() == first_update(SMALL)[0].keys()
 
 
-# ---- one update, in any layout -------------------------------------------------------------------------------
+# ---- one update, in any layout -------------------------------------------------------------------
 def first_update(cfg, mesh=Mesh()):  # noqa: B008
     """Loss, gradient norm and the parameters after one update of a fixed batch."""
     model = Qwen3MoE(TINY, mesh)
@@ -347,10 +560,17 @@ def first_update(cfg, mesh=Mesh()):  # noqa: B008
     )
     with torch.no_grad():
         for mb in updates[0]:
-            mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] + 0.5 * torch.sin(mb.gen_logprobs)
-            mb.ref_logprobs, mb.age = mb.prev_logprobs + 0.3 * torch.cos(mb.gen_logprobs), 1 - mb.versions
+            mb.prev_logprobs = micro_batch_logprobs(model, mb, cfg)[0] + 0.5 * torch.sin(
+                mb.gen_logprobs
+            )
+            mb.ref_logprobs, mb.age = (
+                mb.prev_logprobs + 0.3 * torch.cos(mb.gen_logprobs),
+                1 - mb.versions,
+            )
     stats, norm = train_update(model, optimizer, updates[0], counts[0], cfg, loss.policy_loss)
-    one_number = lambda v: (v.flatten() * torch.arange(1, v.numel() + 1)).sum().item()  # of the histogram too
+    one_number = lambda v: (
+        (v.flatten() * torch.arange(1, v.numel() + 1)).sum().item()
+    )  # of the histogram too
     return (
         {n: one_number(v) for n, v in reduce_metrics(stats, mesh.dp_group).items()},
         norm.item(),
@@ -358,19 +578,34 @@ def first_update(cfg, mesh=Mesh()):  # noqa: B008
     )
 
 
-GSPO_FLAGS = {"use_cispo": False, "token_level_loss": False, "sequence_level_importance_ratios": True}
+GSPO_FLAGS = {
+    "use_cispo": False,
+    "token_level_loss": False,
+    "sequence_level_importance_ratios": True,
+}
 ALGORITHMS = [
-    {}, {"use_cispo": False}, {"use_cispo": False, "token_level_loss": False}, GSPO_FLAGS,
-    {"prompt_level_loss": True, "positive_example_nll_weight": 0.5, "reference_policy_kl_penalty": 0.1},
-]  # fmt: skip
+    {},
+    {"use_cispo": False},
+    {"use_cispo": False, "token_level_loss": False},
+    GSPO_FLAGS,
+    {
+        "prompt_level_loss": True,
+        "positive_example_nll_weight": 0.5,
+        "reference_policy_kl_penalty": 0.1,
+    },
+]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_micro_batches_are_invisible_in_the_update(algorithm):
     whole = dataclasses.replace(SMALL, max_tokens_per_micro_batch=1024, **algorithm)
-    split = dataclasses.replace(SMALL, max_tokens_per_micro_batch=32, logprob_chunk_size=5, **algorithm)
+    split = dataclasses.replace(
+        SMALL, max_tokens_per_micro_batch=32, logprob_chunk_size=5, **algorithm
+    )
     (m1, n1, p1), (m2, n2, p2) = first_update(whole), first_update(split)
-    assert m1 == pytest.approx(m2, rel=1e-5, abs=1e-6) and n1 == pytest.approx(n2, rel=1e-5)  # fp32 sums, reordered
+    assert m1 == pytest.approx(m2, rel=1e-5, abs=1e-6) and n1 == pytest.approx(
+        n2, rel=1e-5
+    )  # fp32 sums, reordered
     assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(p1, p2))
 
 
@@ -386,20 +621,34 @@ class Standby:
     validation = Validation()
 
 
-@pytest.mark.parametrize("flags", [
-    {},
-    {"ratio_anchor": "sampler", "use_importance_sampling_correction": False},
-    {"reference_policy_kl_penalty": 0.1, "positive_example_nll_weight": 0.1},
-    {"reference_policy_kl_penalty": 0.1, "use_kl_in_reward": True, "drop_zero_variance": True},
-    {**GSPO_FLAGS, "truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 2.0},
-    {"use_cispo": False, "force_on_policy_ratio": True, "train_global_batch_size": 16},
-    {"use_cispo": False, "disable_ppo_ratio": True, "advantage_std": "batch", "prompt_level_loss": True},
-    {"router_replay": True, "freeze_moe_router": False, "activation_checkpointing": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"ratio_anchor": "sampler", "use_importance_sampling_correction": False},
+        {"reference_policy_kl_penalty": 0.1, "positive_example_nll_weight": 0.1},
+        {"reference_policy_kl_penalty": 0.1, "use_kl_in_reward": True, "drop_zero_variance": True},
+        {
+            **GSPO_FLAGS,
+            "truncated_importance_sampling_type": "tis",
+            "truncated_importance_sampling_ratio": 2.0,
+        },
+        {"use_cispo": False, "force_on_policy_ratio": True, "train_global_batch_size": 16},
+        {
+            "use_cispo": False,
+            "disable_ppo_ratio": True,
+            "advantage_std": "batch",
+            "prompt_level_loss": True,
+        },
+        {"router_replay": True, "freeze_moe_router": False, "activation_checkpointing": True},
+    ],
+)
 def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_path, monkeypatch):
     cfg = dataclasses.replace(SMALL, max_num_steps=3, local_rollout=False, lr=1e-2, **flags)
     cfg.validate()
-    groups = [dataclasses.replace(g, versions=torch.zeros_like(g.versions)) for g in random_groups()]
+    groups = [
+        dataclasses.replace(g, versions=torch.zeros_like(g.versions)) for g in random_groups()
+    ]
     for token_ids in (g.token_ids for g in groups):
         token_ids %= 16  # the tiny model's vocabulary is smaller than TINY's
     groups = [dataclasses.replace(g, prompt_ids=[t % 16 for t in g.prompt_ids]) for g in groups]
@@ -407,25 +656,40 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     monkeypatch.chdir(tmp_path)
     cfg.run_dir.mkdir(parents=True)
     trained, passes = [], []
-    counted = lambda model, mb, cfg: passes.append(torch.is_grad_enabled()) or micro_batch_logprobs(model, mb, cfg)
-    updated = lambda model, opt, batches, *rest: trained.extend(batches) or train_update(model, opt, batches, *rest)
+    counted = lambda model, mb, cfg: (
+        passes.append(torch.is_grad_enabled()) or micro_batch_logprobs(model, mb, cfg)
+    )
+    updated = lambda model, opt, batches, *rest: (
+        trained.extend(batches) or train_update(model, opt, batches, *rest)
+    )
     for name, stand_in in {
-        "start_hub": lambda *args: Standby(), "Publisher": lambda *args, **kwargs: Standby(),
+        "start_hub": lambda *args: Standby(),
+        "Publisher": lambda *args, **kwargs: Standby(),
         "wait_for_batch": lambda *args: (groups, "train"),
         "sum_up": lambda run_dir, version, scores: None,
-        "micro_batch_logprobs": counted, "train_update": updated,
-    }.items():  # fmt: skip
+        "micro_batch_logprobs": counted,
+        "train_update": updated,
+    }.items():
         monkeypatch.setattr(train_cispo, name, stand_in)
     train_cispo.train(cfg, tiny_checkpoint, ([{}] * 100, Codec(tiny_checkpoint), []))
-    records = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == 3 and all(math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in records)
+    records = [
+        json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(records) == 3 and all(
+        math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in records
+    )
     assert [r["train/tokens_age_0"] > 0 for r in records] == [True, False, False]
-    # A pass without gradient for prev and one for the reference, where the mode reads them, and none elsewhere.
+    # A pass without gradient for prev and one for the reference, where the mode reads them, and
+    # none elsewhere.
     wanted = cfg.algorithm.needs_prev + bool(cfg.reference_policy_kl_penalty)
     assert passes.count(False) == wanted * len(trained)
-    assert [r["train/zero_variance_dropped"] for r in records] == [4 if cfg.drop_zero_variance else 0] * 3
+    assert [r["train/zero_variance_dropped"] for r in records] == [
+        4 if cfg.drop_zero_variance else 0
+    ] * 3
     if cfg.reference_policy_kl_penalty:
-        assert records[0]["train/kl_penalty"] < records[2]["train/kl_penalty"]  # it starts as its own reference
+        assert (
+            records[0]["train/kl_penalty"] < records[2]["train/kl_penalty"]
+        )  # it starts as its own reference
 
 
 def on_one_of_two(algorithm, skip_reduce):
@@ -447,4 +711,6 @@ def test_two_ranks_make_the_same_first_update_as_one(algorithm):
 def test_without_the_gradient_reduction_two_ranks_do_differ():
     """The control of the test above: it can fail."""
     _, norm, _ = first_update(SMALL)
-    assert all(abs(rank_norm / norm - 1) > 0.01 for _, rank_norm in on_ranks(2, on_one_of_two, {}, True))
+    assert all(
+        abs(rank_norm / norm - 1) > 0.01 for _, rank_norm in on_ranks(2, on_one_of_two, {}, True)
+    )

@@ -1,4 +1,5 @@
-"""Against a real vLLM server: that weights arrive, all of them and unchanged, and what a token's version means.
+"""Against a real vLLM server: that weights arrive, all of them and unchanged, and what a token's
+version means.
 
 One server for the file; it takes about half a minute to start.
 """
@@ -29,7 +30,14 @@ from model import ModelConfig, Qwen3MoE
 from rollout import RolloutConfig, damage
 
 RUN = {"dtype": "float32", "max_model_len": 512, "seed": 0}
-GREEDY = {"n": 1, "temperature": 0.0, "max_tokens": 24, "logprobs": 0, "ignore_eos": True, "detokenize": False}
+GREEDY = {
+    "n": 1,
+    "temperature": 0.0,
+    "max_tokens": 24,
+    "logprobs": 0,
+    "ignore_eos": True,
+    "detokenize": False,
+}
 PROMPTS = [[5, 9, 2, 7, 3, 28], [11, 4, 4, 6, 20, 28], [2, 2, 2, 2, 2, 28]]
 
 
@@ -53,11 +61,14 @@ def server(loop, tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_checkpoint(tiny_checkpoint, tmp_path_factory):
-    """The same architecture with other weights: fresh ones, large enough that every layer matters."""
+    """The same architecture with other weights: fresh ones, large enough that every layer
+    matters."""
     cfg = dataclasses.replace(ModelConfig.from_dir(tiny_checkpoint), initializer_range=0.15)
     model = Qwen3MoE(cfg)
     model.init_weights(torch.Generator().manual_seed(7))
-    return write_version(tmp_path_factory.mktemp("other"), 1, list(model.hf_tensors()), tiny_checkpoint)
+    return write_version(
+        tmp_path_factory.mktemp("other"), 1, list(model.hf_tensors()), tiny_checkpoint
+    )
 
 
 def reference(checkpoint, tokens, num_prompt):
@@ -90,19 +101,34 @@ def test_after_loading_other_weights_greedy_tokens_and_logprobs_match_transforme
             logprobs, greedy = reference(checkpoint, prompt + tokens, len(prompt))
             assert tokens == greedy
             found = torch.tensor([x["logprob"] for x in choice["logprobs"]["content"]])
-            # two fp32 implementations of the same sums: the difference is rounding, as in tests/test_model.py
+            # two fp32 implementations of the same sums: the difference is rounding, as in
+            # tests/test_model.py
             assert (found - logprobs).abs().max() < 1e-4
             error = mismatch(logprobs, found)
-            assert error["gen_kl_error"].mean() < 1e-9 and error["token_mult_prob_error"].mean() < 1.0001
-            assert choice["weight_versions"] == [{"version": str(version), "start": 0, "end": len(tokens)}]
+            assert (
+                error["gen_kl_error"].mean() < 1e-9
+                and error["token_mult_prob_error"].mean() < 1.0001
+            )
+            assert choice["weight_versions"] == [
+                {"version": str(version), "start": 0, "end": len(tokens)}
+            ]
         if version == 1:
-            assert loop.run_until_complete(server.checksums()) != first  # the checksums can tell weights apart
+            assert (
+                loop.run_until_complete(server.checksums()) != first
+            )  # the checksums can tell weights apart
     assert loop.run_until_complete(server.checksums()) == first
 
 
-def test_requests_in_flight_at_an_update_carry_both_versions(loop, server, tiny_checkpoint, other_checkpoint):
+def test_requests_in_flight_at_an_update_carry_both_versions(
+    loop, server, tiny_checkpoint, other_checkpoint
+):
     """And each token's log-prob is the one of the weights that its version names."""
-    sampling = {**GREEDY, "n": 32, "temperature": 1.0, "max_tokens": 500}  # some seconds, even of a busy machine
+    sampling = {
+        **GREEDY,
+        "n": 32,
+        "temperature": 1.0,
+        "max_tokens": 500,
+    }  # some seconds, even of a busy machine
     prompt = PROMPTS[0]
 
     async def scenario():
@@ -119,17 +145,27 @@ def test_requests_in_flight_at_an_update_carry_both_versions(loop, server, tiny_
     assert mixed, [c["weight_versions"] for c in choices]
     blob = pack_group(choices, [0.0] * len(choices), lease="1-1", gen_s=0.0)
     _, tensors = weights_of_blob(blob)
-    assert sorted(set(tensors["versions"].tolist())) == [3, 4] and len(tensors["versions"]) == 32 * 500
+    assert (
+        sorted(set(tensors["versions"].tolist())) == [3, 4] and len(tensors["versions"]) == 32 * 500
+    )
     choice = mixed[0]
     boundary = choice["weight_versions"][1]["start"]
     assert boundary == choice["weight_versions"][0]["end"]
     found = torch.tensor([x["logprob"] for x in choice["logprobs"]["content"]])
     old, _ = reference(tiny_checkpoint, prompt + choice["token_ids"], len(prompt))
     new, _ = reference(other_checkpoint, prompt + choice["token_ids"], len(prompt))
-    # Before the boundary exactly the old policy, after it exactly the new one: this vLLM computes the KV cache of
-    # what it resumes anew. Either policy is far off on the other side.
-    assert (found[:boundary] - old[:boundary]).abs().max() < 1e-4 < (found[:boundary] - new[:boundary]).abs().mean()
-    assert (found[boundary:] - new[boundary:]).abs().max() < 1e-4 < (found[boundary:] - old[boundary:]).abs().mean()
+    # Before the boundary exactly the old policy, after it exactly the new one: this vLLM computes
+    # the KV cache of what it resumes anew. Either policy is far off on the other side.
+    assert (
+        (found[:boundary] - old[:boundary]).abs().max()
+        < 1e-4
+        < (found[:boundary] - new[:boundary]).abs().mean()
+    )
+    assert (
+        (found[boundary:] - new[boundary:]).abs().max()
+        < 1e-4
+        < (found[boundary:] - old[boundary:]).abs().mean()
+    )
 
 
 def test_requests_in_flight_can_keep_the_cache_that_older_weights_computed(
@@ -155,7 +191,9 @@ def test_requests_in_flight_can_keep_the_cache_that_older_weights_computed(
         preempted, choice = loop.run_until_complete(asyncio.wait_for(update(recompute), 120))
         assert (preempted > 0) == recompute
         _, after = choice["weight_versions"]
-        found = torch.tensor([x["logprob"] for x in choice["logprobs"]["content"]])[after["start"] :]
+        found = torch.tensor([x["logprob"] for x in choice["logprobs"]["content"]])[
+            after["start"] :
+        ]
         new, _ = reference(other_checkpoint, prompt + choice["token_ids"], len(prompt))
         assert ((found - new[after["start"] :]).abs().max() < 1e-4) == recompute
 
@@ -163,7 +201,10 @@ def test_requests_in_flight_can_keep_the_cache_that_older_weights_computed(
 async def running_requests(server) -> bool:
     async with server.session.get("/metrics") as response:
         lines = (await response.text()).splitlines()
-    return any(line.startswith("vllm:generation_tokens_total") and not line.endswith(" 0.0") for line in lines) and any(
+    return any(
+        line.startswith("vllm:generation_tokens_total") and not line.endswith(" 0.0")
+        for line in lines
+    ) and any(
         line.startswith("vllm:num_requests_running") and not line.endswith(" 0.0") for line in lines
     )
 
@@ -188,7 +229,8 @@ def test_samples_without_finite_logprobs_are_not_whole(loop, server):
 def test_a_bad_directory_is_an_error_and_not_a_hang(loop, server, tiny_checkpoint, tmp_path):
     with pytest.raises(RuntimeError, match="update_weights"):
         loop.run_until_complete(server.load(tmp_path, 9))
-    # rollout.Node starts a fresh server then (tests/test_run.py); here only: the error came, and in time
+    # rollout.Node starts a fresh server then (tests/test_run.py); here only: the error came, and in
+    # time
 
 
 def test_this_vllm_has_every_route_that_is_asked_of_it(loop, server):
@@ -219,16 +261,33 @@ asyncio.run(main())
 def test_60_updates_end_bit_for_bit_where_a_fresh_server_starts_which_dies_with_its_node(
     loop, server, tiny_checkpoint, tmp_path
 ):
-    """After each update the rollout host's files equal the trainer's tensors, digest by digest; at the end all runtime
-    tensors of vLLM equal those of a server that is started on that directory. That one is paused for an update when its
-    node is killed by -9, and may not stay behind."""
-    hub = Hub(Ledger(1, 1, 1, 60.0), [], None, tmp_path / "hub", 32, "t", {"num_generations": 2, "max_new_tokens": 8})
+    """After each update the rollout host's files equal the trainer's tensors, digest by digest; at
+    the end all runtime tensors of vLLM equal those of a server that is started on that directory.
+    That one is paused for an update when its node is killed by -9, and may not stay behind."""
+    hub = Hub(
+        Ledger(1, 1, 1, 60.0),
+        [],
+        None,
+        tmp_path / "hub",
+        32,
+        "t",
+        {"num_generations": 2, "max_new_tokens": 8},
+    )
     hub.start("127.0.0.1", 0)
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
     rng, directory, timings = torch.Generator().manual_seed(0), None, []
-    publisher = publish.Publisher(model, torch.float32, hub.weights_dir, tiny_checkpoint, full_every=16, keep=2,
-                                  store=torch.distributed.HashStore(), deadline_s=60.0, hub=hub)  # fmt: skip
+    publisher = publish.Publisher(
+        model,
+        torch.float32,
+        hub.weights_dir,
+        tiny_checkpoint,
+        full_every=16,
+        keep=2,
+        store=torch.distributed.HashStore(),
+        deadline_s=60.0,
+        hub=hub,
+    )
     headers = {"Authorization": "Bearer t", "X-Run": hub.run["id"]}
     for version in range(61):
         publisher.publish(version)
@@ -250,12 +309,22 @@ def test_60_updates_end_bit_for_bit_where_a_fresh_server_starts_which_dies_with_
     hub.close(patience_s=0.0)
     middle = {name: sorted(t[name] for t in timings)[30] for name in timings[0]}
     print("medians of 61 updates:", {name: round(value, 4) for name, value in middle.items()})
-    assert sum(t["fetch_bytes"] < 300_000 for t in timings) == 60  # of 2 MB: deltas, but for the first
+    assert (
+        sum(t["fetch_bytes"] < 300_000 for t in timings) == 60
+    )  # of 2 MB: deltas, but for the first
     assert middle["stopped_s"] <= 0.3
     sums = loop.run_until_complete(server.checksums())
 
     repo = str(Path(weights.__file__).parent)
-    command = [sys.executable, "-c", NODE, repo, json.dumps(RUN), str(tmp_path / "fresh.log"), str(directory)]
+    command = [
+        sys.executable,
+        "-c",
+        NODE,
+        repo,
+        json.dumps(RUN),
+        str(tmp_path / "fresh.log"),
+        str(directory),
+    ]
     node = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = next(line for line in node.stdout if line.startswith("SUMS"))

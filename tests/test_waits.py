@@ -29,13 +29,22 @@ from ranks.parallel import ShardedAdamW
 from rollout import RolloutConfig, ask
 from train_cispo import wait_for_batch, wait_for_validation
 
-RUN = {"dtype": "float32", "max_model_len": 64, "seed": 0, "num_generations": 2, "max_new_tokens": 8}
+RUN = {
+    "dtype": "float32",
+    "max_model_len": 64,
+    "seed": 0,
+    "num_generations": 2,
+    "max_new_tokens": 8,
+}
 
 
 def says(message, name, who, whom):
-    """Whether the line names the wait, who waits for whom, since when, how long, and what follows."""
+    """Whether the line names the wait, who waits for whom, since when, how long, and what
+    follows."""
     since = r"since \d\d:\d\d:\d\d, [\d.]+ s of [\d.]+ s"
-    return re.search(rf"wait '{name}': {who} waits for {whom} {since}; {re.escape(WAITS[name][2])}", message)
+    return re.search(
+        rf"wait '{name}': {who} waits for {whom} {since}; {re.escape(WAITS[name][2])}", message
+    )
 
 
 @pytest.fixture
@@ -43,7 +52,9 @@ def hub(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     write_version(tmp_path / "weights", 0, [("w", torch.arange(4.0))], static=tmp_path)
     prompts = [{"prompt": "ab>", "answer": "ba"}] * 100
-    hub = Hub(Ledger(2, 1, 10, 600.0), prompts, lambda e: [2, 3, 4], tmp_path / "weights", 32, "t", RUN)
+    hub = Hub(
+        Ledger(2, 1, 10, 600.0), prompts, lambda e: [2, 3, 4], tmp_path / "weights", 32, "t", RUN
+    )
     hub.start("127.0.0.1", 0)
     publish(hub, 0)
     yield hub
@@ -75,7 +86,9 @@ def join(hub, node="n"):
 def test_batch(hub, process_group):
     cfg = Config(batch_timeout_s=0.2)
     groups, word = wait_for_batch(hub, 0, cfg, None)
-    assert groups is None and says(word, "batch", "trainer rank 0", "groups from the rollout nodes"), word
+    assert groups is None and says(
+        word, "batch", "trainer rank 0", "groups from the rollout nodes"
+    ), word
     assert '"leased": 0' in word and '"nodes": {}' in word  # what is known of the other side
 
 
@@ -92,7 +105,9 @@ def test_validation(hub, capsys):
 def test_turn(process_group):
     with pytest.raises(WaitOver) as e:
         agree(3, None, rank=1, deadline_s=0.1, stop=lambda: "")
-    assert says(str(e.value), "turn", "trainer rank 1", "rank 0's word on the next step") and "step 3" in str(e.value)
+    assert says(
+        str(e.value), "turn", "trainer rank 1", "rank 0's word on the next step"
+    ) and "step 3" in str(e.value)
 
 
 def test_a_signal_at_one_rank_becomes_the_word_of_all(hub, process_group):
@@ -127,7 +142,9 @@ def test_rollout_end(capfd):
     assert rollout.process.stdout.readline() == b"up\n"
     rollout.stop(patience_s=0.2)
     pid = rollout.process.pid
-    assert says(capfd.readouterr().out, "rollout end", "trainer rank 0", f"its rollout process, pid {pid},")
+    assert says(
+        capfd.readouterr().out, "rollout end", "trainer rank 0", f"its rollout process, pid {pid},"
+    )
     assert rollout.process.returncode == -9
 
 
@@ -162,16 +179,24 @@ def test_node(hub):
         news += hub.take_news()
     assert says(news[-1], "node", "hub", "n") and news[-1].endswith("2 prompts")
     status = hub.status()
-    assert status["returned"] == 2 and status["leased"] == 0 and status["counts"]["leases_of_lost_nodes"] == 2
+    assert (
+        status["returned"] == 2
+        and status["leased"] == 0
+        and status["counts"]["leases_of_lost_nodes"] == 2
+    )
 
 
 def test_body(hub):
     hub.body_timeout_s = 0.3
     host, port = hub.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as s:
-        s.sendall(b"POST /groups HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer t\r\nContent-Length: 500\r\n\r\nxyz")
+        s.sendall(
+            b"POST /groups HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer t\r\nContent-Length: 500\r\n\r\nxyz"
+        )
         answer = s.recv(4096).decode()
-    assert answer.startswith("HTTP/1.1 408") and says(answer, "body", "hub", "the body of /groups from 127.0.0.1")
+    assert answer.startswith("HTTP/1.1 408") and says(
+        answer, "body", "hub", "the body of /groups from 127.0.0.1"
+    )
 
 
 def test_hub():
@@ -183,7 +208,9 @@ def test_hub():
 
     with pytest.raises(WaitOver) as e:
         asyncio.run(run())
-    assert says(str(e.value), "hub", "rollout node", "the hub's answer to /lease") and "Connect" in str(e.value)
+    assert says(
+        str(e.value), "hub", "rollout node", "the hub's answer to /lease"
+    ) and "Connect" in str(e.value)
 
 
 def vllm(tmp_path, command, **flags):
@@ -191,10 +218,17 @@ def vllm(tmp_path, command, **flags):
 
 
 def test_vllm_start(tmp_path):
-    server = vllm(tmp_path, f"{sys.executable} -c 'import signal; print(7); signal.pause()'", vllm_start_timeout_s=0.3)
+    server = vllm(
+        tmp_path,
+        f"{sys.executable} -c 'import signal; print(7); signal.pause()'",
+        vllm_start_timeout_s=0.3,
+    )
     with pytest.raises(RuntimeError) as e:
         asyncio.run(server.start(tmp_path))
-    assert says(str(e.value), "vllm start", "rollout node", "vLLM to come up") and server.process is None
+    assert (
+        says(str(e.value), "vllm start", "rollout node", "vLLM to come up")
+        and server.process is None
+    )
 
 
 def test_weight_update(tmp_path, tiny_checkpoint, fake_vllm_command):
@@ -211,12 +245,16 @@ def test_weight_update(tmp_path, tiny_checkpoint, fake_vllm_command):
             await server.stop(kill=True)
 
     message = asyncio.run(run())
-    assert says(message, "weight update", "rollout node", "vLLM to load weights") and message.endswith("; v1")
+    assert says(
+        message, "weight update", "rollout node", "vLLM to load weights"
+    ) and message.endswith("; v1")
 
 
 def test_reward(tmp_path):
-    (tmp_path / "slow.py").write_text("import signal\ndef score(completion, example):\n"
-                                      "    return 0.5 if completion == 'quick' else signal.pause()\n")  # fmt: skip
+    (tmp_path / "slow.py").write_text(
+        "import signal\ndef score(completion, example):\n"
+        "    return 0.5 if completion == 'quick' else signal.pause()\n"
+    )
 
     async def run():
         workers = RewardWorkers(f"{tmp_path / 'slow.py'}:score", 1, timeout_s=2.0)
@@ -226,14 +264,18 @@ def test_reward(tmp_path):
             await workers.close()
 
     first, second, third = asyncio.run(run())
-    assert (first, third) == (0.5, 0.5) and says(second, "reward", "rollout node", "the reward function")
+    assert (first, third) == (0.5, 0.5) and says(
+        second, "reward", "rollout node", "the reward function"
+    )
 
 
 def test_reward_start(tmp_path):
     (tmp_path / "slow.py").write_text("import signal\nsignal.pause()\n")
 
     async def run():
-        workers = RewardWorkers(f"{tmp_path / 'slow.py'}:score", 1, timeout_s=60.0, start_timeout_s=0.5)
+        workers = RewardWorkers(
+            f"{tmp_path / 'slow.py'}:score", 1, timeout_s=60.0, start_timeout_s=0.5
+        )
         try:
             await workers.start()
         finally:
@@ -241,17 +283,23 @@ def test_reward_start(tmp_path):
 
     with pytest.raises(ValueError) as e:
         asyncio.run(run())
-    assert says(str(e.value), "reward start", "rollout node", "the reward function's file to be imported"), e.value
+    assert says(
+        str(e.value), "reward start", "rollout node", "the reward function's file to be imported"
+    ), e.value
     assert "slow.py:score'" in str(e.value)
 
 
 def test_reward_away(tmp_path, capsys):
     """A service is asked again and again, by name, until the run cannot wait any longer."""
-    text = "def score(completion, example):\n    raise ConnectionRefusedError('nobody at judge:80')\n"
+    text = (
+        "def score(completion, example):\n    raise ConnectionRefusedError('nobody at judge:80')\n"
+    )
     (tmp_path / "judge.py").write_text(text)
 
     async def run():
-        workers = RewardWorkers(f"{tmp_path / 'judge.py'}:score", 1, timeout_s=60.0, away_timeout_s=3.0)
+        workers = RewardWorkers(
+            f"{tmp_path / 'judge.py'}:score", 1, timeout_s=60.0, away_timeout_s=3.0
+        )
         try:
             await workers.score(["a", "b"], {})
         finally:
@@ -260,17 +308,23 @@ def test_reward_away(tmp_path, capsys):
 
     with pytest.raises(ValueError) as e:
         asyncio.run(run())
-    assert says(str(e.value), "reward away", "rollout node", "the service that the reward function asks"), e.value
-    assert str(e.value).endswith("it raised ConnectionRefusedError: nobody at judge:80 (judge.py line 2)")
+    assert says(
+        str(e.value), "reward away", "rollout node", "the service that the reward function asks"
+    ), e.value
+    assert str(e.value).endswith(
+        "it raised ConnectionRefusedError: nobody at judge:80 (judge.py line 2)"
+    )
     assert "the reward function's service is away for " in capsys.readouterr().out
 
 
 def test_every_wait_of_the_table_has_its_test():
-    """And "vllm progress" has its own in test_failures.py, "generation" in test_nodes.py, those of weights in
-    test_weights.py."""
+    """And "vllm progress" has its own in test_failures.py, "generation" in test_nodes.py, those of
+    weights in test_weights.py."""
     files = ("test_waits.py", "test_failures.py", "test_weights.py", "test_nodes.py")
     text = "".join((Path(__file__).parent / name).read_text() for name in files)
-    assert [name for name in WAITS if not re.search(rf'(says\([^,]*, |wait )[\'"]{name}[\'"]', text)] == []
+    assert [
+        name for name in WAITS if not re.search(rf'(says\([^,]*, |wait )[\'"]{name}[\'"]', text)
+    ] == []
 
 
 def test_a_wait_that_is_not_over_says_nothing():

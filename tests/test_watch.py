@@ -1,4 +1,5 @@
-"""What a run shows of itself: Prometheus, TensorBoard, W&B, the screen; and the bottleneck named right in real runs."""
+"""What a run shows of itself: Prometheus, TensorBoard, W&B, the screen; and the bottleneck named
+right in real runs."""
 
 import asyncio
 import json
@@ -29,22 +30,47 @@ REPO = Path(__file__).resolve().parent.parent
 
 def test_prometheus_reads_every_value_that_is_shown_names_with_quotes_too():
     status = {
-        "version": 7, "published": 6, "handed_out": 9, "taken": 4, "buffered": 3, "leased": 2, "returned": 0,
-        "set_aside": 0, "skipped": 0, "counts": {"leases_expired": 2}, "validation": {"rounds": [{"version": 5, "of": 9,
-        "answered": 4}]},
-        "nodes": {'a"b\\c\nd': {"version": 6, "last_seen_s": 0.5, "vllm": {"kv": 0.25}}, "n": {"version": 5}},
-    }  # fmt: skip
-    record = {"step": 6, "train/reward": 0.75, "train/grad_norms": [1.0], "train/gen_kl_error": math.nan, "hub": {}}
+        "version": 7,
+        "published": 6,
+        "handed_out": 9,
+        "taken": 4,
+        "buffered": 3,
+        "leased": 2,
+        "returned": 0,
+        "set_aside": 0,
+        "skipped": 0,
+        "counts": {"leases_expired": 2},
+        "validation": {"rounds": [{"version": 5, "of": 9, "answered": 4}]},
+        "nodes": {
+            'a"b\\c\nd': {"version": 6, "last_seen_s": 0.5, "vllm": {"kv": 0.25}},
+            "n": {"version": 5},
+        },
+    }
+    record = {
+        "step": 6,
+        "train/reward": 0.75,
+        "train/grad_norms": [1.0],
+        "train/gen_kl_error": math.nan,
+        "hub": {},
+    }
     text = prometheus_text(status, record)
     families = {f.name: f for f in text_string_to_metric_families(text)}
-    value = lambda name, **labels: {tuple(s.labels.items()): s.value for s in families[name].samples}[
-        tuple(labels.items())
-    ]
+    value = lambda name, **labels: {
+        tuple(s.labels.items()): s.value for s in families[name].samples
+    }[tuple(labels.items())]
     assert value("cispo_version") == 7 and value("cispo_prompts", state="taken") == 4
-    assert families["cispo_events"].type == "counter" and value("cispo_events", event="leases_expired") == 2
-    assert value("cispo_node_version", node='a"b\\c\nd') == 6 and value("cispo_node_kv", node='a"b\\c\nd') == 0.25
+    assert (
+        families["cispo_events"].type == "counter"
+        and value("cispo_events", event="leases_expired") == 2
+    )
+    assert (
+        value("cispo_node_version", node='a"b\\c\nd') == 6
+        and value("cispo_node_kv", node='a"b\\c\nd') == 0.25
+    )
     assert value("cispo_validation_open_prompts") == 5 and value("cispo_train_reward") == 0.75
-    assert math.isnan(value("cispo_train_gen_kl_error")) and "cispo_train_grad_norms" not in families
+    assert (
+        math.isnan(value("cispo_train_gen_kl_error")) and "cispo_train_grad_norms" not in families
+    )
     assert all(f.documentation and f.type in ("gauge", "counter") for f in families.values())
 
 
@@ -58,7 +84,9 @@ def test_tensorboard_gets_steps_and_validations(tmp_path, monkeypatch):
     trackers.close()
     events = EventAccumulator(str(tmp_path / "runs/tiny/tensorboard"))
     events.Reload()
-    read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    read = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
     assert read == {"train/reward": [(5, 0.5)], "validation/avg@4": [(4, 0.25)]}
 
 
@@ -74,7 +102,13 @@ def test_wandb_gets_steps_and_validations(tmp_path, monkeypatch):
     trackers.close()
     (file,) = (tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb")
     held = file.read_bytes()
-    for written in (b"train/reward", b"0.53125", b"validation/avg@4", b"0.28125", b"ratio_clip_max"):
+    for written in (
+        b"train/reward",
+        b"0.53125",
+        b"validation/avg@4",
+        b"0.28125",
+        b"ratio_clip_max",
+    ):
         assert written in held
     assert b"ordinals" not in held
     # W&B's own process has ended: nothing is left that could still have to be written.
@@ -86,14 +120,21 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_sends_nothing_twice(tmp
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     (tmp_path / "runs/tiny").mkdir(parents=True)
-    for start, end in ((0, 4), (2, 6)):  # the first was killed after step 3, its last checkpoint is that of step 2
+    for start, end in (
+        (0, 4),
+        (2, 6),
+    ):  # the first was killed after step 3, its last checkpoint is that of step 2
         trackers = Trackers(Config(wandb_project="p"), start)
         for step in range(start, end):
             trackers.log({"step": step, "train/reward": 0.125 + step}, "step")
         trackers.log({"version": 2, "validation/avg@4": 0.28125}, "version")
         trackers.close()
-    files = [p.read_bytes() for p in sorted((tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb"))]
-    (name,) = {p.name for p in (tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb")}  # run-ID.wandb
+    files = [
+        p.read_bytes() for p in sorted((tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb"))
+    ]
+    (name,) = {
+        p.name for p in (tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb")
+    }  # run-ID.wandb
     assert json.loads((tmp_path / "runs/tiny/wandb.json").read_text())["id"] in name
     steps = [[s for s in range(6) if b"%.3f" % (0.125 + s) in held] for held in files]
     assert sorted(steps) == [[0, 1, 2, 3], [4, 5]]
@@ -122,59 +163,99 @@ def test_a_resumed_run_is_in_tensorboard_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
 def test_a_missing_login_is_found_before_anything_starts(mode, tmp_path):
     unset = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_BASE_URL")
-    env = {**{n: v for n, v in os.environ.items() if n not in unset}, "HOME": str(tmp_path), "WANDB_MODE": mode}
+    env = {
+        **{n: v for n, v in os.environ.items() if n not in unset},
+        "HOME": str(tmp_path),
+        "WANDB_MODE": mode,
+    }
     code = "from train_cispo import parse_config\nimport sys\ntry: parse_config(['--wandb-project', 'p'])\n"
     code += "except ValueError as e: print(e); sys.exit(2)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, timeout=120,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPO,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == (2 if mode == "online" else 0), done.stderr
     if mode == "online":
-        assert "--wandb-project p: there is no login" in done.stdout and "WANDB_MODE=offline" in done.stdout
+        assert (
+            "--wandb-project p: there is no login" in done.stdout
+            and "WANDB_MODE=offline" in done.stdout
+        )
 
 
 def test_help_names_the_choices_of_a_flag_that_may_be_unset(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help"])
     text = capsys.readouterr().out
-    assert "tis | icepop | seq-mask-tis: " in text and "typing." not in text and "NoneType" not in text
+    assert (
+        "tis | icepop | seq-mask-tis: " in text and "typing." not in text and "NoneType" not in text
+    )
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    for flags, why in [(["--tensorboard"], "--tensorboard: the package tensorboard is not installed"),
-                       (["--wandb-project", "p"], "--wandb-project: the package wandb is not installed")]:  # fmt: skip
+    for flags, why in [
+        (["--tensorboard"], "--tensorboard: the package tensorboard is not installed"),
+        (["--wandb-project", "p"], "--wandb-project: the package wandb is not installed"),
+    ]:
         with pytest.raises(ValueError, match=re.escape(why + "; pip install '.[track]'")):
             parse_config(flags)
 
 
 def screen(run_dir: Path) -> str:
-    done = subprocess.run([sys.executable, str(REPO / "watch.py"), str(run_dir), "--once"], capture_output=True,
-                          text=True, check=True, cwd=run_dir.parent.parent)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(REPO / "watch.py"), str(run_dir), "--once"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=run_dir.parent.parent,
+    )
     return re.sub(r"\x1b\[\d*m", "", done.stdout)
 
 
 def test_a_directory_that_is_no_run_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, str(REPO / "watch.py"), str(tmp_path)], capture_output=True, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "has no config.json" in done.stderr
+    done = subprocess.run(
+        [sys.executable, str(REPO / "watch.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.count("\n") == 1
+        and "has no config.json" in done.stderr
+    )
     (tmp_path / "config.json").write_text("{}")
     assert "no step yet; no word from a rollout node" in screen(tmp_path)
 
 
 def step_record(step: int, reward: float = 0.5, without_signal: float = 0.0) -> dict:
-    ledger = dict.fromkeys("handed_out taken buffered leased returned set_aside in_flight waiting".split(), 0)
+    ledger = dict.fromkeys(
+        "handed_out taken buffered leased returned set_aside in_flight waiting".split(), 0
+    )
     return {
-        "step": step, "train/reward": reward, "train/groups_without_signal": without_signal,
-        "train/max_trajectory_age": 0, "train/avg_trajectory_age": 0.0, "train/mean_gen_tokens_per_sample": 4.0,
-        "timing/train/total_step_time": 1.0, "hub": {**ledger, "published": step + 1, "nodes": {}, "counts": {}},
-    }  # fmt: skip
+        "step": step,
+        "train/reward": reward,
+        "train/groups_without_signal": without_signal,
+        "train/max_trajectory_age": 0,
+        "train/avg_trajectory_age": 0.0,
+        "train/mean_gen_tokens_per_sample": 4.0,
+        "timing/train/total_step_time": 1.0,
+        "hub": {**ledger, "published": step + 1, "nodes": {}, "counts": {}},
+    }
 
 
 def run_of(tmp_path: Path, steps) -> Path:
     run = tmp_path / "runs/other"
     run.mkdir(parents=True)
     (run / "config.json").write_text(Config(max_num_steps=6).text)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(step_record(step)) + "\n" for step in steps))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(step_record(step)) + "\n" for step in steps)
+    )
     return run
 
 
@@ -198,16 +279,32 @@ def test_a_run_without_a_step_left_ends_well(tmp_path, capsys):
 
 
 def test_a_logged_sample_shows_the_template_the_answer_the_counts_and_what_was_inserted(tmp_path):
-    group = Group(3, [1, 2], torch.tensor([4, 2]), torch.tensor([5, 6, 7, 8, 5, 9]), torch.zeros(6),
-                  torch.tensor([3, NOT_SAMPLED, NOT_SAMPLED, 4, 3, 3]), torch.tensor([1.0, 0.0]),
-                  torch.tensor([1, 0], dtype=torch.uint8))  # fmt: skip
+    group = Group(
+        3,
+        [1, 2],
+        torch.tensor([4, 2]),
+        torch.tensor([5, 6, 7, 8, 5, 9]),
+        torch.zeros(6),
+        torch.tensor([3, NOT_SAMPLED, NOT_SAMPLED, 4, 3, 3]),
+        torch.tensor([1.0, 0.0]),
+        torch.tensor([1, 0], dtype=torch.uint8),
+    )
     decode = lambda ids: "".join(f"<{i}>" for i in ids)
     report.log_samples([group], 4, {3: {"answer": "42"}}, decode, tmp_path)
     best, worst = watch.read_jsonl(tmp_path / "samples.jsonl")
     assert best == {
-        "step": 4, "ordinal": 3, "prompt": "<1><2>", "completion": "<5><6><7><8>", "answer": "42", "reward": 1.0,
-        "truncated": True, "prompt_tokens": 2, "tokens": 4, "versions": [3, 4], "inserted": "<6><7>",
-    }  # fmt: skip
+        "step": 4,
+        "ordinal": 3,
+        "prompt": "<1><2>",
+        "completion": "<5><6><7><8>",
+        "answer": "42",
+        "reward": 1.0,
+        "truncated": True,
+        "prompt_tokens": 2,
+        "tokens": 4,
+        "versions": [3, 4],
+        "inserted": "<6><7>",
+    }
     assert worst["tokens"] == 2 and worst["versions"] == [3, 3] and "inserted" not in worst
 
 
@@ -215,35 +312,49 @@ def test_signs_of_life_state_the_present_and_tell_news_once(tmp_path, monkeypatc
     """A part of a step that takes 100 s, in which a rollout node writes one line, at 20 s."""
     clock, log = [1000.0], tmp_path / "rollout.log"
     now = lambda form="": f"{clock[0] - 1000:.0f} s" if form else clock[0]
-    monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=now, time=now, strftime=now))
+    monkeypatch.setattr(
+        report, "time", types.SimpleNamespace(monotonic=now, time=now, strftime=now)
+    )
 
     class Stop:
         def wait(self, s):
             clock[0] += s
             if clock[0] in (1000.5, 1020.0):
-                log.write_text("[23:13:15] rollout: v0 is loaded\n" if clock[0] < 1010 else "[1] rollout: v1 came\n")
+                log.write_text(
+                    "[23:13:15] rollout: v0 is loaded\n"
+                    if clock[0] < 1010
+                    else "[1] rollout: v1 came\n"
+                )
                 os.utime(log, (clock[0], clock[0]))
             return clock[0] > 1100
 
     monkeypatch.setattr(report.say, "last", clock[0], raising=False)
     report.say_something(lambda: "step 1, updates", log, Stop())
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["[10 s] step 1, updates; rollout: v0 is loaded", "[20 s] step 1, updates; rollout: v1 came"]
-    assert len(lines) == 4 and set(line.partition("] ")[2] for line in lines[2:]) == {"step 1, updates"}
+    assert lines[:2] == [
+        "[10 s] step 1, updates; rollout: v0 is loaded",
+        "[20 s] step 1, updates; rollout: v1 came",
+    ]
+    assert len(lines) == 4 and set(line.partition("] ")[2] for line in lines[2:]) == {
+        "step 1, updates"
+    }
 
 
 def test_after_three_steps_without_signal_the_console_says_so_once(tmp_path, capsys):
     count = 0
     for step, without in enumerate([1.0, 1.0, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0]):
-        count = report.count_without_signal(step_record(step, 0.0, without), count, "math", tmp_path)
+        count = report.count_without_signal(
+            step_record(step, 0.0, without), count, "math", tmp_path
+        )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "no signal for 3 steps" in lines[0] and "0.000" in lines[0]
     assert f"--reward math read what is in {tmp_path / 'samples.jsonl'}" in lines[0]
 
 
-# ---- three runs, each held back by another part ------------------------------------------------------------------
+# ---- three runs, each held back by another part --------------------------------------------------
 async def throttle(listen: int, connect: int, bytes_per_s: float):
-    """A link from port `listen` to port `connect` of this machine that is so slow towards the caller."""
+    """A link from port `listen` to port `connect` of this machine that is so slow towards the
+    caller."""
 
     async def pump(reader, writer, rate):
         try:
@@ -279,38 +390,77 @@ STAGED = [
     # each engine step of the stand-in for vLLM takes 0.6 s longer; 8 make a sample
     ("generation", {"kind": "slow", "s": 0.6}, [], None, "Generation is the bottleneck"),
     # an update for every 4 of 64 samples, each in a forward of its own
-    ("trainer", None, ["--train-global-batch-size", "4", "--max-tokens-per-micro-batch", "64"], None,
-     "The trainer is the bottleneck"),
+    (
+        "trainer",
+        None,
+        ["--train-global-batch-size", "4", "--max-tokens-per-micro-batch", "64"],
+        None,
+        "The trainer is the bottleneck",
+    ),
     # 2 MB a version through 0.7 MB/s
     ("weights", None, [], 0.7e6, "The way of the weights is the bottleneck"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "fault", "flags", "bytes_per_s", "says"), STAGED, ids=[case[0] for case in STAGED])
+@pytest.mark.parametrize(
+    ("kind", "fault", "flags", "bytes_per_s", "says"), STAGED, ids=[case[0] for case in STAGED]
+)
 def test_the_bottleneck_is_named_right_in_a_run_that_it_holds_back(
     kind, fault, flags, bytes_per_s, says, tmp_path, tiny_checkpoint, fake_vllm_command
 ):
     hub_port, link_port = free_ports(2)
     train = [
-        sys.executable, str(REPO / "train_cispo.py"), "--model", str(tiny_checkpoint), "--max-num-steps", "10",
-        "--num-prompts-per-step", "8", "--num-generations-per-prompt", "8", "--train-global-batch-size", "32",
-        "--cpu-threads", "1", "--no-compile", "--val-every-steps", "0", "--no-local-rollout", "--hub-port",
-        str(hub_port), *flags,
-    ]  # fmt: skip
+        sys.executable,
+        str(REPO / "train_cispo.py"),
+        "--model",
+        str(tiny_checkpoint),
+        "--max-num-steps",
+        "10",
+        "--num-prompts-per-step",
+        "8",
+        "--num-generations-per-prompt",
+        "8",
+        "--train-global-batch-size",
+        "32",
+        "--cpu-threads",
+        "1",
+        "--no-compile",
+        "--val-every-steps",
+        "0",
+        "--no-local-rollout",
+        "--hub-port",
+        str(hub_port),
+        *flags,
+    ]
     port = hub_port if bytes_per_s is None else link_port
-    node = [sys.executable, str(REPO / "rollout.py"), f"http://127.0.0.1:{port}", "--beat-s", "0.5",
-            "--vllm-command", fake_vllm_command]  # fmt: skip
-    env = {**os.environ, "CISPO_TOKEN": "t", **({"FAKE_VLLM_FAULT": json.dumps(fault)} if fault else {})}
+    node = [
+        sys.executable,
+        str(REPO / "rollout.py"),
+        f"http://127.0.0.1:{port}",
+        "--beat-s",
+        "0.5",
+        "--vllm-command",
+        fake_vllm_command,
+    ]
+    env = {
+        **os.environ,
+        "CISPO_TOKEN": "t",
+        **({"FAKE_VLLM_FAULT": json.dumps(fault)} if fault else {}),
+    }
     started = []
     if bytes_per_s is not None:
         code = f"import asyncio, test_watch; asyncio.run(test_watch.throttle({link_port}, {hub_port}, {bytes_per_s}))"
         path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
-        started.append(subprocess.Popen([sys.executable, "-c", code], env={**env, "PYTHONPATH": path}))
+        started.append(
+            subprocess.Popen([sys.executable, "-c", code], env={**env, "PYTHONPATH": path})
+        )
     try:
         for name, command in (("node", node), ("out", train)):
             with open(tmp_path / name, "w") as out:
-                started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out))
+                started.append(
+                    subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out)
+                )
         assert started[-1].wait(200) == 0, (tmp_path / "out").read_text()[-3000:]
     finally:
         for process in started:
@@ -318,9 +468,14 @@ def test_the_bottleneck_is_named_right_in_a_run_that_it_holds_back(
         for process in started:
             process.wait(30)
     run = tmp_path / "runs/tiny"
-    found, sentence = watch.bottleneck(watch.read_metrics(run), json.loads((run / "config.json").read_text()))
+    found, sentence = watch.bottleneck(
+        watch.read_metrics(run), json.loads((run / "config.json").read_text())
+    )
     shown = screen(run)
     print(shown)
     assert found == kind and says in sentence and "--" in sentence, sentence
     assert says in shown and "80 prompts handed out = 80 taken" in shown
-    assert all(word in shown for word in ("LEARNING", "TRAINER", "ROLLOUTS", "BROADCAST", "KV cache", "tokens/s"))
+    assert all(
+        word in shown
+        for word in ("LEARNING", "TRAINER", "ROLLOUTS", "BROADCAST", "KV cache", "tokens/s")
+    )

@@ -1,5 +1,5 @@
-"""weights.py and receive.py: what is published is complete, atomic and readable by others; what is damaged is never
-loaded."""
+"""weights.py and receive.py: what is published is complete, atomic and readable by others; what is
+damaged is never loaded."""
 
 import asyncio
 import contextlib
@@ -45,8 +45,12 @@ def model(tiny_checkpoint):
 
 
 def steps(model, count, seed=0):
-    """Tensors of versions 0, 1, ...: each a few elements away from the one before, as a low learning rate makes it."""
-    rng, versions = torch.Generator().manual_seed(seed), [{n: t.clone() for n, t in model.hf_tensors()}]
+    """Tensors of versions 0, 1, ...: each a few elements away from the one before, as a low
+    learning rate makes it."""
+    rng, versions = (
+        torch.Generator().manual_seed(seed),
+        [{n: t.clone() for n, t in model.hf_tensors()}],
+    )
     for _ in range(count - 1):
         new = {name: t.clone() for name, t in versions[-1].items()}
         for tensor in new.values():
@@ -59,22 +63,34 @@ def steps(model, count, seed=0):
 def same(directory, tensors):
     found = dict(read_tensors(directory))
     assert found.keys() == tensors.keys()
-    return all(torch.equal(found[n].view(torch.uint8), t.contiguous().view(torch.uint8)) for n, t in tensors.items())
+    return all(
+        torch.equal(found[n].view(torch.uint8), t.contiguous().view(torch.uint8))
+        for n, t in tensors.items()
+    )
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 def test_the_safetensors_library_reads_what_write_safetensors_wrote(tmp_path):
     special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45])
-    tensors = [("a", torch.randn(3, 5)), ("b", torch.arange(7)), ("scalar", torch.tensor(2.5)),
-               ("empty", torch.zeros(0, 4)), ("bf16", torch.randn(9).bfloat16()), ("special", special),
-               ("strided", torch.randn(4, 6).t())]  # fmt: skip
+    tensors = [
+        ("a", torch.randn(3, 5)),
+        ("b", torch.arange(7)),
+        ("scalar", torch.tensor(2.5)),
+        ("empty", torch.zeros(0, 4)),
+        ("bf16", torch.randn(9).bfloat16()),
+        ("special", special),
+        ("strided", torch.randn(4, 6).t()),
+    ]
     weights.write_safetensors(tmp_path / "x.safetensors", tensors)
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == dict(tensors).keys()
     for name, tensor in tensors:
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         # compared as bytes: -0.0 and NaN payloads count
-        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8))
+        assert torch.equal(
+            found[name].reshape(-1).view(torch.uint8),
+            tensor.contiguous().reshape(-1).view(torch.uint8),
+        )
 
 
 def test_a_whole_version_opens_in_transformers_as_it_is(tmp_path, model, tiny_checkpoint):
@@ -84,10 +100,14 @@ def test_a_whole_version_opens_in_transformers_as_it_is(tmp_path, model, tiny_ch
     hf = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokens = tokenizer("abcde>", return_tensors="pt").input_ids
-    hidden, _ = model(tokens[0], torch.tensor([0, tokens.shape[1]], dtype=torch.int32), tokens.shape[1])
+    hidden, _ = model(
+        tokens[0], torch.tensor([0, tokens.shape[1]], dtype=torch.int32), tokens.shape[1]
+    )
     with torch.no_grad():
         difference = hf(tokens).logits[0] - hidden @ model.head_weight.t()
-    assert hf.dtype == torch.float32 and difference.abs().max() < 1e-4  # fp32 rounding on logits of about 10
+    assert (
+        hf.dtype == torch.float32 and difference.abs().max() < 1e-4
+    )  # fp32 rounding on logits of about 10
     assert tokenizer.decode(tokens[0]) == "abcde>" and tokenizer.eos_token == "<eos>"
 
 
@@ -109,9 +129,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, model, tiny
 def test_tensors_come_layer_by_layer_whatever_files_they_are_in(tmp_path, model, tiny_checkpoint):
     """vLLM converts a layer once all of it has come, and buffers what is ahead of it."""
     tensors = list(model.hf_tensors())
-    shards = [{"name": f"model-0000{i + 1}-of-00003", "tensors": dict(tensors[i::3])} for i in range(3)]
+    shards = [
+        {"name": f"model-0000{i + 1}-of-00003", "tensors": dict(tensors[i::3])} for i in range(3)
+    ]
     for shard in shards:
-        weights.write_safetensors(tmp_path / f"{shard['name']}.safetensors", list(shard["tensors"].items()))
+        weights.write_safetensors(
+            tmp_path / f"{shard['name']}.safetensors", list(shard["tensors"].items())
+        )
     bridge.publish.write_index(tmp_path, shards)
     names = [name for name, _ in read_tensors(tmp_path)]
     assert sorted(names) == sorted(name for name, _ in tensors)
@@ -120,7 +144,7 @@ def test_tensors_come_layer_by_layer_whatever_files_they_are_in(tmp_path, model,
     assert blocks == ["model.embed_tokens.weight", "0", "1", "lm_head.weight", "model.norm.weight"]
 
 
-# ---- publish -------------------------------------------------------------------------------------------------
+# ---- publish -------------------------------------------------------------------------------------
 class Listener:
     """What a publisher needs of a hub."""
 
@@ -141,8 +165,14 @@ class Listener:
 
 def publisher(model, root, static, listener=None, **flags):
     flags = {"full_every": 4, "keep": 2, "deadline_s": 20.0, "dtype": torch.float32, **flags}
-    return Publisher(model, root=root, static=static, store=torch.distributed.HashStore(),
-                     hub=listener or Listener(), **flags)  # fmt: skip
+    return Publisher(
+        model,
+        root=root,
+        static=static,
+        store=torch.distributed.HashStore(),
+        hub=listener or Listener(),
+        **flags,
+    )
 
 
 def loaded(tiny_checkpoint):
@@ -159,7 +189,9 @@ def nudge(model, seed):
             p.view(-1)[torch.randint(p.numel(), (1 + p.numel() // 50,), generator=rng)] *= 1.001
 
 
-def test_what_is_published_is_the_moment_of_the_call_not_of_the_write(tmp_path, tiny_checkpoint, monkeypatch):
+def test_what_is_published_is_the_moment_of_the_call_not_of_the_write(
+    tmp_path, tiny_checkpoint, monkeypatch
+):
     """The next step changes the weights while the writer still works on the last ones."""
     model, listener = loaded(tiny_checkpoint), Listener()
     may_write, real = threading.Event(), bridge.publish.write_share
@@ -175,7 +207,9 @@ def test_what_is_published_is_the_moment_of_the_call_not_of_the_write(tmp_path, 
     assert same(tmp_path / "w/v1", load_file(tiny_checkpoint / "model.safetensors"))
 
 
-def test_versions_are_deltas_between_whole_ones_and_every_digest_is_of_the_full_tensor(tmp_path, tiny_checkpoint):
+def test_versions_are_deltas_between_whole_ones_and_every_digest_is_of_the_full_tensor(
+    tmp_path, tiny_checkpoint
+):
     model, listener = loaded(tiny_checkpoint), Listener()
     p = publisher(model, tmp_path, tiny_checkpoint, listener)
     wanted = []
@@ -184,15 +218,23 @@ def test_versions_are_deltas_between_whole_ones_and_every_digest_is_of_the_full_
         wanted.append({name: weights.describe(t) for name, t in model.hf_tensors()})
         nudge(model, version)
     p.close()
-    kinds = [[f["kind"] for f in m["shards"][0]["files"] if f["version"] == m["version"]] for m in listener.published]
+    kinds = [
+        [f["kind"] for f in m["shards"][0]["files"] if f["version"] == m["version"]]
+        for m in listener.published
+    ]
     assert kinds == [["full"], *[["delta"]] * 3, ["delta", "full"], ["delta"], ["delta", "full"]]
     assert [m["shards"][0]["tensors"] for m in listener.published] == wanted
     assert [m["full"] for m in listener.published] == [True, False, False, False, True, False, True]
     assert (
-        0.01 < p.stats["weights/changed"] < 0.03 and p.stats["weights/delta_bytes"] * 5 < p.stats["weights/full_bytes"]
+        0.01 < p.stats["weights/changed"] < 0.03
+        and p.stats["weights/delta_bytes"] * 5 < p.stats["weights/full_bytes"]
     )
     assert p.stats["weights/full_bytes"] == sum(t.nbytes for _, t in model.hf_tensors())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["v4", "v5", "v6"]  # two, and the whole one before v5
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "v4",
+        "v5",
+        "v6",
+    ]  # two, and the whole one before v5
     assert json.loads((tmp_path / "v6/config.json").read_text())["dtype"] == "float32"
 
 
@@ -201,8 +243,12 @@ def test_a_version_whose_delta_would_be_larger_is_written_whole(tmp_path, tiny_c
     p = publisher(model, tmp_path, tiny_checkpoint, listener, dtype=torch.bfloat16)
     p.publish(1)
     with torch.no_grad():
-        for parameter in model.parameters():  # any bit pattern: nothing of it can be said in fewer bits
-            parameter.copy_(torch.randint(-(2**15), 2**15, parameter.shape).to(torch.int16).view(torch.bfloat16))
+        for (
+            parameter
+        ) in model.parameters():  # any bit pattern: nothing of it can be said in fewer bits
+            parameter.copy_(
+                torch.randint(-(2**15), 2**15, parameter.shape).to(torch.int16).view(torch.bfloat16)
+            )
     p.publish(2)
     p.close()
     assert [f["kind"] for f in listener.published[1]["shards"][0]["files"]] == ["full", "full"]
@@ -211,7 +257,9 @@ def test_a_version_whose_delta_would_be_larger_is_written_whole(tmp_path, tiny_c
     assert dict(read_tensors(tmp_path / "v2"))["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_what_a_node_still_fetches_is_kept_and_no_more_than_four_copies_of_it(tmp_path, tiny_checkpoint):
+def test_what_a_node_still_fetches_is_kept_and_no_more_than_four_copies_of_it(
+    tmp_path, tiny_checkpoint
+):
     model, listener = loaded(tiny_checkpoint), Listener()
     p = publisher(model, tmp_path, tiny_checkpoint, listener, full_every=1, keep=1)
     listener.used = 1
@@ -253,17 +301,32 @@ for whole_files in map(int, sys.argv[5:]):
 """
 
 
-def test_half_written_weights_are_never_a_version_and_the_next_start_removes_them(tmp_path, tiny_checkpoint, model):
-    """kill -9 of the trainer between write and rename, of some of the files that two versions consist of."""
+def test_half_written_weights_are_never_a_version_and_the_next_start_removes_them(
+    tmp_path, tiny_checkpoint, model
+):
+    """kill -9 of the trainer between write and rename, of some of the files that two versions
+    consist of."""
     # v0: share, three configs, tokenizer, model card, index, manifest; v1: a delta, then the same
     files = 8
     kills, here = (0, 3, files - 1, files, files + 1, files + 4, 2 * files), Path(__file__).parent
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(tiny_checkpoint), str(here.parent), str(here)]
-    done = subprocess.run([*command, *map(str, kills)], capture_output=True, text=True, check=False, timeout=100)
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(tmp_path),
+        str(tiny_checkpoint),
+        str(here.parent),
+        str(here),
+    ]
+    done = subprocess.run(
+        [*command, *map(str, kills)], capture_output=True, text=True, check=False, timeout=100
+    )
     assert done.stdout.split() == ["-9"] * len(kills), (done.stdout, done.stderr[-2000:])
     for kill in kills:
         root = tmp_path / str(kill)
-        assert (root / "v0" / MANIFEST).exists() == (kill >= files) and not (root / "v1" / MANIFEST).exists()
+        assert (root / "v0" / MANIFEST).exists() == (kill >= files) and not (
+            root / "v1" / MANIFEST
+        ).exists()
         assert len(list(root.glob("v*/*.tmp"))) == 1
         publisher(model, root, tiny_checkpoint).close()  # the next start
         assert [path.name for path in root.iterdir()] == (["v0"] if kill >= files else [])
@@ -272,8 +335,11 @@ def test_half_written_weights_are_never_a_version_and_the_next_start_removes_the
             assert same(root / "v0", dict(model.hf_tensors()))
 
 
-def test_a_writer_that_failed_is_an_error_with_a_name_that_reaches_the_loop(tmp_path, tiny_checkpoint):
-    """A disk that is full, by a file system of 1 MiB; publish never blocks, and the run is asked to stop."""
+def test_a_writer_that_failed_is_an_error_with_a_name_that_reaches_the_loop(
+    tmp_path, tiny_checkpoint
+):
+    """A disk that is full, by a file system of 1 MiB; publish never blocks, and the run is asked to
+    stop."""
     listener, small = Listener(), tmp_path / "small"
     with mounted(small, "1m"):
         model = loaded(tiny_checkpoint)
@@ -281,7 +347,9 @@ def test_a_writer_that_failed_is_an_error_with_a_name_that_reaches_the_loop(tmp_
         for version in range(4):
             p.publish(version)
         assert listener.failure.wait(20)
-        assert "publishing v0 to" in listener.failed and os.strerror(errno.ENOSPC) in listener.failed
+        assert (
+            "publishing v0 to" in listener.failed and os.strerror(errno.ENOSPC) in listener.failed
+        )
         p.close()
         assert str(p.error) == listener.failed and not listener.published
 
@@ -298,13 +366,17 @@ def mounted(path, size):
 
 
 def test_a_disk_that_stands_still_is_a_wait_with_a_name(tmp_path, tiny_checkpoint, monkeypatch):
-    """publish() for the third version needs the buffers of the first, which the thread is not done with."""
+    """publish() for the third version needs the buffers of the first, which the thread is not done
+    with."""
     model, listener, go = loaded(tiny_checkpoint), Listener(), threading.Event()
     monkeypatch.setattr(bridge.publish, "write_share", lambda *a: go.wait(60))
     p = publisher(model, tmp_path, tiny_checkpoint, listener, deadline_s=0.3)
     for version in range(4):
         p.publish(version)
-    assert "wait 'publish': trainer rank 0 waits for its publisher to be done with a version since" in listener.failed
+    assert (
+        "wait 'publish': trainer rank 0 waits for its publisher to be done with a version since"
+        in listener.failed
+    )
     p.close()
     go.set()
 
@@ -315,14 +387,17 @@ def test_a_rank_that_says_nothing_is_a_wait_with_a_name(tmp_path, tiny_checkpoin
     p.world_size = 2
     p.publish(0)
     assert listener.failure.wait(20)
-    assert "wait 'version': trainer rank 0's publisher waits for every rank's share since" in listener.failed
+    assert (
+        "wait 'version': trainer rank 0's publisher waits for every rank's share since"
+        in listener.failed
+    )
     assert "missing: 0/1" in listener.failed and not listener.published
     p.close()
 
 
 def of_rank(root, checkpoint, fail):
-    """On each of four ranks, as two nodes of two: publish three versions; the files of the node, and rank 0's
-    manifests. fail: rank 3's disk is full at version 1."""
+    """On each of four ranks, as two nodes of two: publish three versions; the files of the node,
+    and rank 0's manifests. fail: rank 3's disk is full at version 1."""
     parallel.join_ranks(60)
     rank = torch.distributed.get_rank()
     os.environ |= {"GROUP_RANK": str(rank // 2), "LOCAL_RANK": str(rank % 2)}
@@ -339,8 +414,17 @@ def of_rank(root, checkpoint, fail):
 
     bridge.publish.write_share = full_disk
     store = torch.distributed.distributed_c10d._get_default_store()
-    p = Publisher(model, torch.float32, root / f"node{rank // 2}", checkpoint, 2, 9, store, 20.0,
-                  listener if rank == 0 else None)  # fmt: skip
+    p = Publisher(
+        model,
+        torch.float32,
+        root / f"node{rank // 2}",
+        checkpoint,
+        2,
+        9,
+        store,
+        20.0,
+        listener if rank == 0 else None,
+    )
     p.store.wait(["url/0", "url/1"])
     for version in range(3):
         p.publish(version)
@@ -360,10 +444,12 @@ def of_rank(root, checkpoint, fail):
 
 
 def fetch_all(manifest, p, root):
-    """A rollout node's fetch while both trainer nodes serve. Rank 0's files have the hub in a whole run; here a server
-    as the other nodes have it."""
+    """A rollout node's fetch while both trainer nodes serve. Rank 0's files have the hub in a whole
+    run; here a server as the other nodes have it."""
     server = files.FileServer(p.root, "t", "127.0.0.1", 0)
-    directory, timing = asyncio.run(fetch(manifest, root / "rollout", None, server.url, {"Authorization": "Bearer t"}))
+    directory, timing = asyncio.run(
+        fetch(manifest, root / "rollout", None, server.url, {"Authorization": "Bearer t"})
+    )
     return [sorted(path.name for path in directory.iterdir()), timing["fetch_bytes"]]
 
 
@@ -378,7 +464,9 @@ def test_every_tensor_has_one_owner_and_all_nodes_write_and_serve(tmp_path, tiny
     for node in (0, 1):
         files = sorted(path.name for path in (tmp_path / f"node{node}/v2").glob("*.safetensors"))
         assert files == [f"model-0000{2 * node + i}-of-00004.safetensors" for i in (1, 2)]
-    sizes = [sum(torch.Size(t["shape"]).numel() for t in shard["tensors"].values()) for shard in shards]
+    sizes = [
+        sum(torch.Size(t["shape"]).numel() for t in shard["tensors"].values()) for shard in shards
+    ]
     assert max(sizes) < 0.5 * sum(sizes), sizes
     # 1.001 three times over, rounded as the ranks round it
     wanted = {name: t * 1.001 * 1.001 for name, t in model.hf_tensors()}
@@ -391,16 +479,26 @@ def test_a_full_disk_at_one_rank_stops_the_run_by_rank_0_s_word(tmp_path, tiny_c
     assert "rank 3: publishing v1 to" in failed and os.strerror(errno.ENOSPC) in failed
 
 
-# ---- receive -------------------------------------------------------------------------------------------------
+# ---- receive -------------------------------------------------------------------------------------
 @pytest.fixture
 def hub(tmp_path, tiny_checkpoint, model):
     """A hub with versions 0 to 3, the first whole; 0 is published."""
     ledger = Ledger(1, 1, 1, 60.0)
-    hub = Hub(ledger, [], None, tmp_path / "hub", 32, "t", {"num_generations": 2, "max_new_tokens": 8})
+    hub = Hub(
+        ledger, [], None, tmp_path / "hub", 32, "t", {"num_generations": 2, "max_new_tokens": 8}
+    )
     hub.versions = steps(model, 4)
     for version, tensors in enumerate(hub.versions):
         before = hub.versions[version - 1] if version else None
-        write_version(hub.weights_dir, version, tensors, tiny_checkpoint, hub.run["id"], before, full=version == 0)
+        write_version(
+            hub.weights_dir,
+            version,
+            tensors,
+            tiny_checkpoint,
+            hub.run["id"],
+            before,
+            full=version == 0,
+        )
     hub.start("127.0.0.1", 0)
     publish(hub, 0)
     yield hub
@@ -423,9 +521,14 @@ def test_a_node_follows_by_deltas_and_a_late_joiner_takes_the_anchor_and_the_cha
     assert (second / "tokenizer.json").samefile(first / "tokenizer.json")
     fourth, timing = fetch_from(hub, 3, tmp_path / "node", have=second)  # one was missed
     assert same(fourth, hub.versions[3])
-    assert timing["fetch_bytes"] == sum((hub.weights_dir / v / DELTA).stat().st_size for v in ("v2", "v3"))
+    assert timing["fetch_bytes"] == sum(
+        (hub.weights_dir / v / DELTA).stat().st_size for v in ("v2", "v3")
+    )
     late, timing = fetch_from(hub, 3, tmp_path / "late")
-    assert same(late, hub.versions[3]) and timing["fetch_bytes"] > (hub.weights_dir / "v0" / FULL).stat().st_size
+    assert (
+        same(late, hub.versions[3])
+        and timing["fetch_bytes"] > (hub.weights_dir / "v0" / FULL).stat().st_size
+    )
     for name in ("config.json", "tokenizer.json"):
         assert (late / name).read_bytes() == (hub.weights_dir / "v0" / name).read_bytes()
     assert not list(tmp_path.glob("*/v*.tmp"))
@@ -433,8 +536,16 @@ def test_a_node_follows_by_deltas_and_a_late_joiner_takes_the_anchor_and_the_cha
 
 def test_the_cheapest_way_by_bytes_is_taken():
     entry = lambda version, kind, size: {"version": version, "kind": kind, "bytes": size}
-    shard = {"name": "s", "files": [entry(0, "full", 100), *(entry(v, "delta", 20) for v in (1, 2, 3)),
-                                    entry(4, "delta", 20), entry(4, "full", 100), entry(5, "delta", 20)]}  # fmt: skip
+    shard = {
+        "name": "s",
+        "files": [
+            entry(0, "full", 100),
+            *(entry(v, "delta", 20) for v in (1, 2, 3)),
+            entry(4, "delta", 20),
+            entry(4, "full", 100),
+            entry(5, "delta", 20),
+        ],
+    }
     way = lambda held: [(f["version"], f["kind"]) for f in path_to(shard, 5, held)]
     assert way(4) == [(5, "delta")] and way(3) == [(4, "delta"), (5, "delta")]
     assert way(0) == [(v, "delta") for v in (1, 2, 3, 4, 5)]  # 100 bytes, against 120
@@ -444,7 +555,11 @@ def test_the_cheapest_way_by_bytes_is_taken():
 
 
 def flip(data, at=-1000):
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if at != -1 else data[:-1] + bytes([data[-1] ^ 1])
+    return (
+        data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        if at != -1
+        else data[:-1] + bytes([data[-1] ^ 1])
+    )
 
 
 DAMAGE = [
@@ -460,9 +575,11 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("version", "name", "damage", "reason"), DAMAGE)
-def test_damage_on_the_way_is_found_and_nothing_is_kept(hub, tmp_path, monkeypatch, version, name, damage, reason):
-    """One flipped bit in a tensor, a header or a delta; a cut, a missing or another file: each refused and named, and
-    once it is mended the node takes it."""
+def test_damage_on_the_way_is_found_and_nothing_is_kept(
+    hub, tmp_path, monkeypatch, version, name, damage, reason
+):
+    """One flipped bit in a tensor, a header or a delta; a cut, a missing or another file: each
+    refused and named, and once it is mended the node takes it."""
     monkeypatch.setattr(receive, "PATIENCE_S", 0.3)
     have = fetch_from(hub, 0, tmp_path / "node")[0] if version == "v1" else None
     source = hub.weights_dir / version / name
@@ -472,18 +589,25 @@ def test_damage_on_the_way_is_found_and_nothing_is_kept(hub, tmp_path, monkeypat
         fetch_from(hub, 1, tmp_path / "node", have)
     assert [p.name for p in (tmp_path / "node").iterdir()] == (["v0"] if have else [])
     assert have is None or same(have, hub.versions[0])
-    if damage is not None and version == "v1":  # a full copy from elsewhere would still do; here there is none
+    if (
+        damage is not None and version == "v1"
+    ):  # a full copy from elsewhere would still do; here there is none
         source.write_bytes(whole)
         assert same(fetch_from(hub, 1, tmp_path / "node", have)[0], hub.versions[1])
 
 
 def test_a_delta_on_another_base_or_of_another_run_is_refused(hub, tmp_path, tiny_checkpoint):
     first, _ = fetch_from(hub, 0, tmp_path / "node")
-    for run, base, reason in [(hub.run["id"], "7", "'base': '7'"), ("other", "0", "'run': 'other'")]:
+    for run, base, reason in [
+        (hub.run["id"], "7", "'base': '7'"),
+        ("other", "0", "'run': 'other'"),
+    ]:
         directory = hub.weights_dir / "v1"
         old, new = hub.versions[:2]
         codes = {n: delta.encode(old[n], new[n]) for n in new}
-        file = bridge.publish.write_share(directory, SHARD, new, codes, {"run": run, "version": "1", "base": base})
+        file = bridge.publish.write_share(
+            directory, SHARD, new, codes, {"run": run, "version": "1", "base": base}
+        )
         manifest = manifest_of(directory)
         manifest["shards"][0]["files"][-1] = {**file, "url": ""}
         (directory / MANIFEST).write_text(json.dumps(manifest))
@@ -517,15 +641,26 @@ def test_replayed_and_foreign_manifests_are_refused(hub, tmp_path):
 
 
 def test_a_refused_version_is_written_again_whole_and_taken(tmp_path, tiny_checkpoint, model):
-    """A delta that is damaged on the trainer's disk would keep every node from it until the next whole version."""
+    """A delta that is damaged on the trainer's disk would keep every node from it until the next
+    whole version."""
     model = loaded(tiny_checkpoint)
-    hub = Hub(Ledger(1, 1, 1, 60.0), [], None, tmp_path / "hub", 32, "t", {"num_generations": 2, "max_new_tokens": 8})
+    hub = Hub(
+        Ledger(1, 1, 1, 60.0),
+        [],
+        None,
+        tmp_path / "hub",
+        32,
+        "t",
+        {"num_generations": 2, "max_new_tokens": 8},
+    )
     hub.start("127.0.0.1", 0)
     headers = {"Authorization": "Bearer t", "X-Run": hub.run["id"]}
     p = publisher(model, hub.weights_dir, tiny_checkpoint, hub, full_every=100)
 
     def newest(have=None):
-        return asyncio.run(fetch(json.loads(hub.manifest), tmp_path / "node", have, hub.url, headers))[0]
+        return asyncio.run(
+            fetch(json.loads(hub.manifest), tmp_path / "node", have, hub.url, headers)
+        )[0]
 
     def until(condition):
         deadline = time.monotonic() + 20
@@ -545,14 +680,25 @@ def test_a_refused_version_is_written_again_whole_and_taken(tmp_path, tiny_check
         for have in (first, None):  # neither from what is here nor from the anchor
             with pytest.raises(WeightsError, match=r"v1/.*digest differs"):
                 newest(have)
-        word = {"node": "n", "version": 0, "digest": "", "timing": {}, "refused": "v1 refused: damaged"}
+        word = {
+            "node": "n",
+            "version": 0,
+            "digest": "",
+            "timing": {},
+            "refused": "v1 refused: damaged",
+        }
         assert asyncio.run(call(hub, "POST", "/receipts", json=word))[0] == 200
         until(lambda: hub.manifest != before)
-        assert "step 1\n" in (hub.weights_dir / "v1/README.md").read_text()  # the model card, as of any whole version
         assert (
-            "n stays on v0: v1 refused: damaged" in hub.take_news() and hub.status()["counts"]["updates_refused"] == 1
+            "step 1\n" in (hub.weights_dir / "v1/README.md").read_text()
+        )  # the model card, as of any whole version
+        assert (
+            "n stays on v0: v1 refused: damaged" in hub.take_news()
+            and hub.status()["counts"]["updates_refused"] == 1
         )
-        assert same(newest(), dict(model.hf_tensors())) and same(hub.weights_dir / "v1", dict(model.hf_tensors()))
+        assert same(newest(), dict(model.hf_tensors())) and same(
+            hub.weights_dir / "v1", dict(model.hf_tensors())
+        )
         nudge(model, 2)
         p.publish(2)  # and on it goes, from what was written again
         until(lambda: hub.published == 2)
@@ -569,7 +715,8 @@ async def call(hub, method, route, **kwargs):
 
 
 def test_a_manifest_with_one_bit_flipped_or_replayed_is_not_taken(hub, tmp_path, tiny_checkpoint):
-    """On its way from hub to node: what arrives damaged is asked for again; an old answer is refused and reported."""
+    """On its way from hub to node: what arrives damaged is asked for again; an old answer is
+    refused and reported."""
     publish(hub, 0)
     old = asyncio.run(call(hub, "GET", "/weights/latest"))
     publish(hub, 1)
@@ -578,16 +725,26 @@ def test_a_manifest_with_one_bit_flipped_or_replayed_is_not_taken(hub, tmp_path,
     async def run():
         async def forward(request):
             async with aiohttp.ClientSession(hub.url) as session:
-                wanted = {k: v for k, v in request.headers.items() if k in ("Authorization", "X-Run", "Range")}
-                async with session.request(request.method, request.path_qs, headers=wanted,
-                                           data=await request.read()) as response:  # fmt: skip
-                    body, kept = await response.read(), {"X-Blake3": response.headers.get("X-Blake3", "")}
+                wanted = {
+                    k: v
+                    for k, v in request.headers.items()
+                    if k in ("Authorization", "X-Run", "Range")
+                }
+                async with session.request(
+                    request.method, request.path_qs, headers=wanted, data=await request.read()
+                ) as response:
+                    body, kept = (
+                        await response.read(),
+                        {"X-Blake3": response.headers.get("X-Blake3", "")},
+                    )
             if "latest" in request.path and answers:
                 if (what := answers.pop(0)) == "flip":
                     body = flip(body, len(body) // 2)
                 elif what == "replay":
                     body, kept = old[1], {"X-Blake3": old[2]["X-Blake3"]}
-            return web.Response(body=body, status=response.status, headers={k: v for k, v in kept.items() if v})
+            return web.Response(
+                body=body, status=response.status, headers={k: v for k, v in kept.items() if v}
+            )
 
         app = web.Application(client_max_size=1 << 24)
         app.router.add_route("*", "/{path:.*}", forward)
@@ -595,17 +752,25 @@ def test_a_manifest_with_one_bit_flipped_or_replayed_is_not_taken(hub, tmp_path,
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        async with aiohttp.ClientSession(url, headers={"Authorization": "Bearer t", "X-Run": hub.run["id"]}) as session:
+        async with aiohttp.ClientSession(
+            url, headers={"Authorization": "Bearer t", "X-Run": hub.run["id"]}
+        ) as session:
             node = Node(RolloutConfig(url, dir=str(tmp_path / "node")), session)
             node.run, loads = hub.run, []
 
             async def update(manifest, digest, checkpoint, timing, start):
-                loads.append((manifest["version"], same(checkpoint, hub.versions[manifest["version"]])))
+                loads.append(
+                    (manifest["version"], same(checkpoint, hub.versions[manifest["version"]]))
+                )
                 node.version, node.checkpoint = manifest["version"], checkpoint
 
             node.update, node.cfg.hub = update, url
             task = asyncio.create_task(node.follow_weights())
-            for version, faults in ((1, ["flip", "flip"]), (2, ["replay", "flip"]), (3, ["replay"])):
+            for version, faults in (
+                (1, ["flip", "flip"]),
+                (2, ["replay", "flip"]),
+                (3, ["replay"]),
+            ):
                 answers.extend(faults)
                 await asyncio.to_thread(publish, hub, version)
                 async with asyncio.timeout(40):
@@ -623,13 +788,24 @@ def test_a_manifest_with_one_bit_flipped_or_replayed_is_not_taken(hub, tmp_path,
     assert any("manifest of v0, which is not newer than v" in line for line in hub.take_news())
 
 
-def test_a_directory_that_is_too_small_is_said_before_a_byte_is_fetched_or_when_it_fills(hub, tmp_path, monkeypatch):
-    with mounted(tmp_path / "small", "3m") as small:  # the weights take 2: one copy fits, and the next beside it not
-        with pytest.raises(NoRoom, match=r"has 0.00 GiB free, and two versions.*choose another directory with --dir"):
+def test_a_directory_that_is_too_small_is_said_before_a_byte_is_fetched_or_when_it_fills(
+    hub, tmp_path, monkeypatch
+):
+    with mounted(
+        tmp_path / "small", "3m"
+    ) as small:  # the weights take 2: one copy fits, and the next beside it not
+        with pytest.raises(
+            NoRoom,
+            match=r"has 0.00 GiB free, and two versions.*choose another directory with --dir",
+        ):
             fetch_from(hub, 0, small)
-        monkeypatch.setattr(receive, "check_room", lambda *a: None)  # what is free may go to others meanwhile
+        monkeypatch.setattr(
+            receive, "check_room", lambda *a: None
+        )  # what is free may go to others meanwhile
         first, _ = fetch_from(hub, 0, small)
-        with pytest.raises(WeightsError, match=f"cannot write weights to .*{os.strerror(errno.ENOSPC)}"):
+        with pytest.raises(
+            WeightsError, match=f"cannot write weights to .*{os.strerror(errno.ENOSPC)}"
+        ):
             fetch_from(hub, 1, small, None)
         assert same(first, hub.versions[0]) and [p.name for p in small.iterdir()] == ["v0"]
         assert shutil.disk_usage(small).free > 0
@@ -688,7 +864,9 @@ def test_a_link_that_stays_cut_refuses_the_update(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(receive, "PATIENCE_S", 1.0)
     host, port = hub.url.removeprefix("http://").split(":")
     link = Link((host, int(port)), cut_after=1_000_000)
-    with pytest.raises(waits.WaitOver, match=r"wait 'weights fetch': rollout node waits for v0/.* since"):
+    with pytest.raises(
+        waits.WaitOver, match=r"wait 'weights fetch': rollout node waits for v0/.* since"
+    ):
         fetch_from(hub, 0, tmp_path / "node", url=link.url)
     assert not list((tmp_path / "node").iterdir())
     link.listener.close()
@@ -700,7 +878,9 @@ def test_a_fetch_that_is_cancelled_ends_and_leaves_nothing(hub, tmp_path):
 
     async def cancelled():
         headers = {"Authorization": "Bearer t"}
-        task = asyncio.create_task(fetch(json.loads(hub.manifest), tmp_path / "node", None, link.url, headers))
+        task = asyncio.create_task(
+            fetch(json.loads(hub.manifest), tmp_path / "node", None, link.url, headers)
+        )
         await asyncio.to_thread(link.cut.wait, 30)
         task.cancel()
         async with asyncio.timeout(20):
@@ -714,7 +894,11 @@ def test_a_fetch_that_is_cancelled_ends_and_leaves_nothing(hub, tmp_path):
 def test_a_tensor_missing_from_the_files_is_found_by_name(hub, tmp_path):
     path, _ = fetch_from(hub, 0, tmp_path / "node")
     manifest = manifest_of(path)
-    manifest["shards"][0]["tensors"]["model.ghost.weight"] = {"dtype": "F32", "shape": [1], "blake3": "0"}
+    manifest["shards"][0]["tensors"]["model.ghost.weight"] = {
+        "dtype": "F32",
+        "shape": [1],
+        "blake3": "0",
+    }
     workers = SimpleNamespace(map=map)
     with pytest.raises(WeightsError, match=r"model\.ghost\.weight among them"):
         receive.prove(path, manifest, workers, threading.Event())

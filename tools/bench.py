@@ -1,18 +1,18 @@
-"""Our numbers beside those of others: `python tools/bench.py loss [--json]`, `... model`, `... weights`,
-`... rl` (bench_rl.py).
-
-`loss`: forward and backward of vocabulary projection and CISPO loss, the largest part of a step outside the model.
-`model`: forward and backward of the whole model, token ids to final hidden states, and of one MoE block, against
-transformers with the same weights, and against the block with one batched GEMM in place of the loop over experts.
-
-One process per contender, on the same inputs; each first proves that it computes the same outputs and gradients, then
-they take turns, so that a noisy machine is noisy for all. Times are medians of --runs; CPU time, of all threads, hardly
-depends on the load with --threads 1. Memory is the peak of another run above the inputs and weights, which has to hold
-the gradients. The peers are installed at their released version into .venv-bench, which is made here
-when it is missing and sees this environment's torch.
-
-Bounded: memory for logits does not grow with N. Those of the others that give a token's log-prob have to make the
-logits twice, 8*D*V FLOPs a token; with full logits, or in one pass as here, it is 6*D*V.
+"""Our numbers beside those of others: `python tools/bench.py loss [--json]`, `... model`, `...
+weights`, `... rl` (bench_rl.py).
+ `loss`: forward and backward of vocabulary projection and CISPO loss, the largest part of a step
+outside the model. `model`: forward and backward of the whole model, token ids to final hidden
+states, and of one MoE block, against transformers with the same weights, and against the block with
+one batched GEMM in place of the loop over experts.
+ One process per contender, on the same inputs; each first proves that it computes the same outputs
+and gradients, then they take turns, so that a noisy machine is noisy for all. Times are medians of
+--runs; CPU time, of all threads, hardly depends on the load with --threads 1. Memory is the peak of
+another run above the inputs and weights, which has to hold the gradients. The peers are installed
+at their released version into .venv-bench, which is made here when it is missing and sees this
+environment's torch.
+ Bounded: memory for logits does not grow with N. Those of the others that give a token's log-prob
+have to make the logits twice, 8*D*V FLOPs a token; with full logits, or in one pass as here, it is
+6*D*V.
 """
 
 import argparse
@@ -38,13 +38,15 @@ from tools import bench_rl, bench_weights
 
 REPO = Path(__file__).resolve().parent.parent
 PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "accelerate==1.15.0"]
-CLIP = 6.0  # weights in [0, 6], the seed's default; Liger has no lower bound, and a ratio is never below 0
+# weights in [0, 6], the seed's default; Liger has no lower bound, and a ratio is never below 0
+CLIP = 6.0
 SEQ = 32  # Liger takes one advantage per sequence, so everybody gets that
 
 
-# ---- loss: a contender is a function of the inputs that gives a function that returns the loss --------------------
+# ---- loss: a contender is a function of the inputs that gives a function that returns the loss ---
 class LossInputs:
-    """Logits of size 3, and previous log-probs near enough that clipped and unclipped ratios are both there."""
+    """Logits of size 3, and previous log-probs near enough that clipped and unclipped ratios are
+    both there."""
 
     def __init__(self, args, rand, g, device):
         self.args = args
@@ -56,7 +58,9 @@ class LossInputs:
             picked = zip(pieces, self.targets_N.split(64))
             logprobs = [z.float().log_softmax(-1).gather(1, t[:, None])[:, 0] for z, t in picked]
         self.prev_N = torch.cat(logprobs) + torch.randn(args.N, generator=g).to(device)
-        self.advantages_N = torch.randn(args.N // SEQ, generator=g).repeat_interleave(SEQ).to(device)
+        self.advantages_N = (
+            torch.randn(args.N // SEQ, generator=g).repeat_interleave(SEQ).to(device)
+        )
         self.leaves = {"weight": self.weight_VD, "hidden": self.hidden_ND}
 
 
@@ -69,14 +73,27 @@ def cispo(logprobs_N, prev_N, advantages_N):
 def our_loss(x, compiled=True):
     alg = loss.Algorithm(ratio_clip_max=CLIP - 1, use_importance_sampling_correction=False)
     mean = x.advantages_N / len(x.hidden_ND)
-    objective = lambda logprobs, prev, advantages: loss.cispo_loss(logprobs, prev, advantages, alg)[0]
-    inputs = x.hidden_ND, x.weight_VD, x.targets_N, objective, (x.prev_N, mean), 1.0, x.args.chunk, compiled
+    objective = lambda logprobs, prev, advantages: loss.cispo_loss(logprobs, prev, advantages, alg)[
+        0
+    ]
+    inputs = (
+        x.hidden_ND,
+        x.weight_VD,
+        x.targets_N,
+        objective,
+        (x.prev_N, mean),
+        1.0,
+        x.args.chunk,
+        compiled,
+    )
     return lambda: ops.fused_head_loss(*inputs)[0]
 
 
 def naive(x):
     logprobs = lambda: (x.hidden_ND @ x.weight_VD.t()).float().log_softmax(-1)
-    return lambda: cispo(torch.gather(logprobs(), 1, x.targets_N[:, None])[:, 0], x.prev_N, x.advantages_N)
+    return lambda: cispo(
+        torch.gather(logprobs(), 1, x.targets_N[:, None])[:, 0], x.prev_N, x.advantages_N
+    )
 
 
 def trl(x):
@@ -96,14 +113,18 @@ def torch_lce(x):
     from torch.nn.functional import linear_cross_entropy
 
     options = LinearCrossEntropyOptions(batch_chunk_size=x.args.chunk)
-    nll = lambda: linear_cross_entropy(x.hidden_ND, x.weight_VD, x.targets_N, reduction="none", options=options)
+    nll = lambda: linear_cross_entropy(
+        x.hidden_ND, x.weight_VD, x.targets_N, reduction="none", options=options
+    )
     return lambda: cispo(-nll(), x.prev_N, x.advantages_N)
 
 
 def cce(x):
     from cut_cross_entropy import linear_cross_entropy
 
-    nll = lambda: linear_cross_entropy(x.hidden_ND, x.weight_VD, x.targets_N, reduction="none", impl="torch_compile")
+    nll = lambda: linear_cross_entropy(
+        x.hidden_ND, x.weight_VD, x.targets_N, reduction="none", impl="torch_compile"
+    )
     return lambda: cispo(-nll(), x.prev_N, x.advantages_N)
 
 
@@ -111,47 +132,85 @@ def liger(x):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     rows = dict(chunk_size=max(1, x.args.chunk // SEQ))
-    head = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="cispo", epsilon_high=CLIP, **rows)
+    head = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, loss_type="cispo", epsilon_high=CLIP, **rows
+    )
     per_sequence = lambda x_N: x_N.view(-1, SEQ)
     mask_BT = per_sequence(x.targets_N >= 0).long()
     advantages_B = per_sequence(x.advantages_N)[:, 0].contiguous()
     hidden_BTD = lambda: x.hidden_ND.view(-1, SEQ, x.hidden_ND.shape[1])
     targets_BT, prev_BT = per_sequence(x.targets_N), per_sequence(x.prev_N)
-    return lambda: head(hidden_BTD(), x.weight_VD, targets_BT, mask_BT, advantages_B, old_per_token_logps=prev_BT)[0]
+    return lambda: head(
+        hidden_BTD(), x.weight_VD, targets_BT, mask_BT, advantages_B, old_per_token_logps=prev_BT
+    )[0]
 
 
-# ---- model and MoE block: ours, and transformers' with the same weights --------------------------------------------
+# ---- model and MoE block: ours, and transformers' with the same weights --------------------------
 class ModelInputs:
-    """A packed row of ragged sequences, and a probe: the loss is its product with the final hidden states."""
+    """A packed row of ragged sequences, and a probe: the loss is its product with the final hidden
+    states."""
 
     def __init__(self, args, rand, g, device):
-        shares = torch.empty(args.T // 128).exponential_(generator=g) + 0.05  # mean length 128, long-tailed
+        shares = (
+            torch.empty(args.T // 128).exponential_(generator=g) + 0.05
+        )  # mean length 128, long-tailed
         lengths = (args.T * shares / shares.sum()).int()
         lengths[0] += args.T - lengths.sum()
-        self.lengths, self.cfg = lengths.tolist(), ModelConfig(
-            vocab_size=1024, hidden_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
-            head_dim=64, intermediate_size=512, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=96,
-            norm_topk_prob=True, initializer_range=0.06,
-        )  # fmt: skip
+        self.lengths, self.cfg = (
+            lengths.tolist(),
+            ModelConfig(
+                vocab_size=1024,
+                hidden_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=8,
+                num_key_value_heads=2,
+                head_dim=64,
+                intermediate_size=512,
+                num_experts=16,
+                num_experts_per_tok=4,
+                moe_intermediate_size=96,
+                norm_topk_prob=True,
+                initializer_range=0.06,
+            ),
+        )
         self.cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().to(device)
         self.tokens_T = torch.randint(1024, (args.T,), generator=g).to(device)
         self.probe, self.ours = rand(args.T, 256), Qwen3MoE(self.cfg)
         self.ours.init_weights(g)
         named = self.ours.to(device, self.probe.dtype).named_parameters()
-        self.leaves = {name: p for name, p in named if name != "lm_head.weight"}  # the loss has a bench of its own
+        self.leaves = {
+            name: p for name, p in named if name != "lm_head.weight"
+        }  # the loss has a bench of its own
 
 
 class MoEInputs:
-    """Tokens that the router spreads evenly: that suits the batched GEMM best, which then has no padding."""
+    """Tokens that the router spreads evenly: that suits the batched GEMM best, which then has no
+    padding."""
 
     def __init__(self, args, rand, g, device):
         T, D, E, K = 1024, 512, 32, 8
         self.cfg = ModelConfig(
-            vocab_size=8, hidden_size=D, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8, head_dim=64,
-            intermediate_size=D, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=256, norm_topk_prob=True,
-        )  # fmt: skip
-        self.ours, self.probe = MoE(self.cfg, Mesh()).to(device, getattr(torch, args.dtype)), rand(T, D)
-        chosen_TK = torch.stack([torch.randperm(E, generator=g) for _ in range(T * K // E)]).view(T, K).to(device)
+            vocab_size=8,
+            hidden_size=D,
+            num_hidden_layers=1,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            head_dim=64,
+            intermediate_size=D,
+            num_experts=E,
+            num_experts_per_tok=K,
+            moe_intermediate_size=256,
+            norm_topk_prob=True,
+        )
+        self.ours, self.probe = (
+            MoE(self.cfg, Mesh()).to(device, getattr(torch, args.dtype)),
+            rand(T, D),
+        )
+        chosen_TK = (
+            torch.stack([torch.randperm(E, generator=g) for _ in range(T * K // E)])
+            .view(T, K)
+            .to(device)
+        )
         with torch.no_grad():
             for p in self.ours.parameters():
                 p.copy_(rand(*p.shape) / p.shape[-1] ** 0.5)
@@ -173,10 +232,14 @@ def ours(x, compiled=True):
 
 
 def bmm_block(x):
-    """Our block, each of its three grouped GEMMs a batched one. It needs equally many rows for every expert."""
+    """Our block, each of its three grouped GEMMs a batched one. It needs equally many rows for
+    every expert."""
 
     def experts(rows_ND, counts_E):
-        rows, w = rows_ND.unflatten(0, (len(counts_E), -1)), [p.transpose(1, 2) for p in x.ours.experts.parameters()]
+        rows, w = (
+            rows_ND.unflatten(0, (len(counts_E), -1)),
+            [p.transpose(1, 2) for p in x.ours.experts.parameters()],
+        )
         return ((F.silu(rows @ w[0]) * (rows @ w[1])) @ w[2]).flatten(0, 1)
 
     x.ours.experts.forward = experts
@@ -184,8 +247,9 @@ def bmm_block(x):
 
 
 def hf(x, experts, padded=False, compiled=False):
-    """transformers' model or block, with our weights. Packed: one row, its sequences known by their positions. Padded:
-    a row a sequence; a padding token comes after all others of its row, so causal attention without a mask will do."""
+    """transformers' model or block, with our weights. Packed: one row, its sequences known by their
+    positions. Padded: a row a sequence; a padding token comes after all others of its row, so
+    causal attention without a mask will do."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
@@ -220,53 +284,79 @@ def in_our_names(name):
 
 
 SUITES = {  # inputs, flags that matter, {contender: (function, remark)}
-    "loss": (LossInputs, ("V", "D", "N", "chunk"), {
-        "ours": (our_loss, "bounded"),
-        "ours, eager": (lambda x: our_loss(x, compiled=False), "bounded"),
-        "torch linear_cross_entropy": (torch_lce, "bounded"),
-        "liger chunked cispo": (liger, "bounded"),
-        "cut-cross-entropy torch_compile": (cce, "full logits"),
-        "TRL selective_log_softmax": (trl, "full logits"),
-        "naive full logits": (naive, "full logits"),
-    }),
-    "model": (ModelInputs, ("T",), {
-        "ours": (ours, "ours"),
-        "ours, eager": (lambda x: ours(x, compiled=False), "ours"),
-        "transformers eager, packed": (lambda x: hf(x, "eager"), "transformers"),
-        "transformers grouped_mm, packed": (lambda x: hf(x, "grouped_mm"), "transformers"),
-        "transformers grouped_mm, padded": (lambda x: hf(x, "grouped_mm", padded=True), "transformers"),
-        "transformers grouped_mm, compiled": (lambda x: hf(x, "grouped_mm", compiled=True), "transformers"),
-        "transformers batched_mm, packed": (lambda x: hf(x, "batched_mm"), "transformers"),
-    }),
-    "moe": (MoEInputs, (), {
-        "ours": (ours, "ours"),
-        "ours, eager": (lambda x: ours(x, compiled=False), "ours"),
-        "transformers eager": (lambda x: hf(x, "eager"), "eager"),
-        "transformers grouped_mm": (lambda x: hf(x, "grouped_mm"), "grouped_mm"),
-        "transformers grouped_mm, compiled": (lambda x: hf(x, "grouped_mm", compiled=True), "grouped_mm"),
-        "balanced bmm": (bmm_block, "bmm"),
-    }),
-}  # fmt: skip
+    "loss": (
+        LossInputs,
+        ("V", "D", "N", "chunk"),
+        {
+            "ours": (our_loss, "bounded"),
+            "ours, eager": (lambda x: our_loss(x, compiled=False), "bounded"),
+            "torch linear_cross_entropy": (torch_lce, "bounded"),
+            "liger chunked cispo": (liger, "bounded"),
+            "cut-cross-entropy torch_compile": (cce, "full logits"),
+            "TRL selective_log_softmax": (trl, "full logits"),
+            "naive full logits": (naive, "full logits"),
+        },
+    ),
+    "model": (
+        ModelInputs,
+        ("T",),
+        {
+            "ours": (ours, "ours"),
+            "ours, eager": (lambda x: ours(x, compiled=False), "ours"),
+            "transformers eager, packed": (lambda x: hf(x, "eager"), "transformers"),
+            "transformers grouped_mm, packed": (lambda x: hf(x, "grouped_mm"), "transformers"),
+            "transformers grouped_mm, padded": (
+                lambda x: hf(x, "grouped_mm", padded=True),
+                "transformers",
+            ),
+            "transformers grouped_mm, compiled": (
+                lambda x: hf(x, "grouped_mm", compiled=True),
+                "transformers",
+            ),
+            "transformers batched_mm, packed": (lambda x: hf(x, "batched_mm"), "transformers"),
+        },
+    ),
+    "moe": (
+        MoEInputs,
+        (),
+        {
+            "ours": (ours, "ours"),
+            "ours, eager": (lambda x: ours(x, compiled=False), "ours"),
+            "transformers eager": (lambda x: hf(x, "eager"), "eager"),
+            "transformers grouped_mm": (lambda x: hf(x, "grouped_mm"), "grouped_mm"),
+            "transformers grouped_mm, compiled": (
+                lambda x: hf(x, "grouped_mm", compiled=True),
+                "grouped_mm",
+            ),
+            "balanced bmm": (bmm_block, "bmm"),
+        },
+    ),
+}
 
 
 # batched_mm is not in "moe": it copies an expert's weights for every row, 8192 * 1.5 MB.
 
 
-# ---- one contender's process: a line in, a line out --------------------------------------------------------------
+# ---- one contender's process: a line in, a line out ----------------------------------------------
 def memory_mib(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
 def fingerprint(tensor):
-    """A tensor's size, and its product with fixed random numbers: an error shows in the second as large as it is."""
+    """A tensor's size, and its product with fixed random numbers: an error shows in the second as
+    large as it is."""
     probe = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device)
-    return [torch.linalg.vector_norm(tensor, dtype=torch.float64).item(), (tensor.double() * probe).sum().item()]
+    return [
+        torch.linalg.vector_norm(tensor, dtype=torch.float64).item(),
+        (tensor.double() * probe).sum().item(),
+    ]
 
 
 def measure(run, x, trim):
-    """One run: seconds, and MiB at its peak above what was there before it. trim: what malloc keeps for later goes
-    back first, or the next run would seem to need little; that costs the run time."""
+    """One run: seconds, and MiB at its peak above what was there before it. trim: what malloc keeps
+    for later goes back first, or the next run would seem to need little; that costs the run
+    time."""
     cuda, leaves = torch.cuda.is_available(), x.leaves
     if cuda:
         torch.cuda.synchronize()
@@ -304,18 +394,29 @@ def contender(args):
         print(json.dumps(measure(run, x, trim=line == "memory\n")), flush=True)
 
 
-# ---- the comparison ----------------------------------------------------------------------------------------------
+# ---- the comparison ------------------------------------------------------------------------------
 def peer_python() -> str:
-    """The interpreter of the bench-only environment: the peers, and through a .pth file everything installed here."""
+    """The interpreter of the bench-only environment: the peers, and through a .pth file everything
+    installed here."""
     env = REPO / ".venv-bench"
     python = env / "bin" / "python"
     if not (env / "ready").exists() or (env / "ready").read_text() != str(PEERS):
         print(f"installing {', '.join(PEERS)} into {env}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", env], check=True)
-        paths = [sysconfig.get_path("purelib", vars={"base": p, "platbase": p}) for p in (env, sys.prefix)]
+        paths = [
+            sysconfig.get_path("purelib", vars={"base": p, "platbase": p})
+            for p in (env, sys.prefix)
+        ]
         Path(paths[0], "main.pth").write_text(paths[1] + "\n")
-        has_triton = subprocess.run([python, "-c", "import triton"], capture_output=True, check=False).returncode == 0
-        packages = PEERS + ([] if has_triton else ["triton==3.6.0"])  # which the peers import on a CPU, too
+        has_triton = (
+            subprocess.run(
+                [python, "-c", "import triton"], capture_output=True, check=False
+            ).returncode
+            == 0
+        )
+        packages = PEERS + (
+            [] if has_triton else ["triton==3.6.0"]
+        )  # which the peers import on a CPU, too
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *packages], check=True)
         (env / "ready").write_text(str(PEERS))
     return str(python)
@@ -323,65 +424,125 @@ def peer_python() -> str:
 
 def compare(args, what):
     """The suite's contenders in turns: {shape, seconds, mib, all_seconds}."""
-    python, (_, flags, contenders) = peer_python() if what == "loss" else sys.executable, SUITES[what]
+    python, (_, flags, contenders) = (
+        peer_python() if what == "loss" else sys.executable,
+        SUITES[what],
+    )
     shape = {k: getattr(args, k) for k in (*flags, "dtype", "threads", "runs")}
     names = [n for n in contenders if not args.only or n in args.only.split("/")]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    procs, errors = {}, None if args.verbose else subprocess.DEVNULL  # transformers' graph breaks fill pages
+    procs, errors = (
+        {},
+        None if args.verbose else subprocess.DEVNULL,
+    )  # transformers' graph breaks fill pages
     for name in names:
-        command = [python, __file__, what, *(f"--{k}={v}" for k, v in shape.items()), "--contender", name]
+        command = [
+            python,
+            __file__,
+            what,
+            *(f"--{k}={v}" for k, v in shape.items()),
+            "--contender",
+            name,
+        ]
         procs[name] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, stderr=errors
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            stderr=errors,
         )
 
     def turn(name, what="time"):
         procs[name].stdin.write(what + "\n")
         procs[name].stdin.flush()
         line = procs[name].stdout.readline()
-        assert line, f"{name}: its process ended with status {procs[name].wait()}; --verbose shows why"
+        assert line, (
+            f"{name}: its process ended with status {procs[name].wait()}; --verbose shows why"
+        )
         return json.loads(line)
 
-    checks = {name: turn(name)["check"] for name in names}  # also the warm-up: compilation, page faults
-    tolerance = 1e-4 if args.dtype == "float32" else 5e-2  # bf16: torch rounds its log-probs to that
+    checks = {
+        name: turn(name)["check"] for name in names
+    }  # also the warm-up: compilation, page faults
+    tolerance = (
+        1e-4 if args.dtype == "float32" else 5e-2
+    )  # bf16: torch rounds its log-probs to that
     wanted = checks[names[0]]
     for name, check in checks.items():
         assert check.keys() == wanted.keys(), f"{name}: {check.keys() ^ wanted.keys()}"
         for of, (size, found) in check.items():
             error = max(abs(size - wanted[of][0]), abs(found - wanted[of][1]))
-            assert error <= tolerance * wanted[of][0], f"{name} computes something else: {of} is off by {error}"
+            assert error <= tolerance * wanted[of][0], (
+                f"{name} computes something else: {of} is off by {error}"
+            )
     mib = {name: turn(name, "memory")["mib"] for name in names}
     runs = [{name: turn(name) for name in names} for _ in range(args.runs)]
     for proc in procs.values():
         proc.stdin.close()
         proc.wait()
     median = lambda key: {name: statistics.median(r[name][key] for r in runs) for name in names}
-    return {"shape": shape, "load": os.getloadavg()[0], "checks": checks, "mib": mib,
-            "seconds": median("s"), "cpu_seconds": median("cpu_s"),
-            "all_seconds": {name: [r[name]["s"] for r in runs] for name in names}}  # fmt: skip
+    return {
+        "shape": shape,
+        "load": os.getloadavg()[0],
+        "checks": checks,
+        "mib": mib,
+        "seconds": median("s"),
+        "cpu_seconds": median("cpu_s"),
+        "all_seconds": {name: [r[name]["s"] for r in runs] for name in names},
+    }
 
 
 def show(result, what, args):
-    seconds, mib, kinds = result["seconds"], result["mib"], {n: kind for n, (_, kind) in SUITES[what][2].items()}
+    seconds, mib, kinds = (
+        result["seconds"],
+        result["mib"],
+        {n: kind for n, (_, kind) in SUITES[what][2].items()},
+    )
     tokens, first = {"loss": args.N, "model": args.T, "moe": 1024}[what], next(iter(seconds))
-    print(f"{what}: " + ", ".join(f"{k}={v}" for k, v in result["shape"].items()) + f", load {result['load']:.1f}")
-    print(f"{'':33} {'s':>7} {'x ours':>7} {'CPU s':>7} {'x ours':>7} {'MiB':>7} {'x ours':>7} {'tokens/s':>9}")
+    print(
+        f"{what}: "
+        + ", ".join(f"{k}={v}" for k, v in result["shape"].items())
+        + f", load {result['load']:.1f}"
+    )
+    print(
+        f"{'':33} {'s':>7} {'x ours':>7} {'CPU s':>7} {'x ours':>7} {'MiB':>7} {'x ours':>7} {'tokens/s':>9}"
+    )
     for name in seconds:
         columns = (seconds, result["cpu_seconds"], mib)
         cells = [cell for v in columns for cell in (v[name], v[name] / max(v[first], 1e-9))]
         row = "{:7.3f} {:7.2f} {:7.3f} {:7.2f} {:7.0f} {:7.2f}".format(*cells)
-        print(f"{name:33} {row} {tokens / seconds[name]:9,.0f}  {kinds[name] if what == 'loss' else ''}".rstrip())
+        print(
+            f"{name:33} {row} {tokens / seconds[name]:9,.0f}  {kinds[name] if what == 'loss' else ''}".rstrip()
+        )
     for values, unit in ((seconds, "time"), (result["cpu_seconds"], "CPU time"), (mib, "memory")):
         for kind in dict.fromkeys(kinds.values()):
-            if peers := [(v, n) for n, v in values.items() if not n.startswith("ours") and kinds[n] == kind]:
+            if peers := [
+                (v, n) for n, v in values.items() if not n.startswith("ours") and kinds[n] == kind
+            ]:
                 best, name = min(peers)
-                print(f"{unit}: the best {kind} peer, {name}, takes {best / max(values[first], 1e-9):.2f}x ours")
+                print(
+                    f"{unit}: the best {kind} peer, {name}, takes {best / max(values[first], 1e-9):.2f}x ours"
+                )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*SUITES, "weights", "rl"], help="model: the whole model, then moe")
-    sizes = (("V", 151936), ("D", 1024), ("N", 512), ("chunk", 256), ("T", 2048), ("runs", 3), ("threads", 2),
-             ("steps", 20))  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", choices=[*SUITES, "weights", "rl"], help="model: the whole model, then moe"
+    )
+    sizes = (
+        ("V", 151936),
+        ("D", 1024),
+        ("N", 512),
+        ("chunk", 256),
+        ("T", 2048),
+        ("runs", 3),
+        ("threads", 2),
+        ("steps", 20),
+    )
     parser.add_argument("--size", choices=list(bench_rl.SIZES), default="tiny", help="of rl")
     for flag, default in sizes:
         parser.add_argument(f"--{flag}", type=int, default=default)
@@ -389,9 +550,13 @@ def main():
     parser.add_argument("--only", default="", help="names of contenders, separated by /")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument(
-        "--landed", action="store_true", help="weights: from the step's end until vLLM has them, by part"
+        "--landed",
+        action="store_true",
+        help="weights: from the step's end until vLLM has them, by part",
     )
-    parser.add_argument("--verbose", action="store_true", help="show what the contenders write to stderr")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what the contenders write to stderr"
+    )
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
@@ -403,7 +568,10 @@ def main():
     if args.what == "weights":
         bench_weights.main(args)
         return
-    results = {what: compare(args, what) for what in (("model", "moe") if args.what == "model" else (args.what,))}
+    results = {
+        what: compare(args, what)
+        for what in (("model", "moe") if args.what == "model" else (args.what,))
+    }
     if args.json:
         print(json.dumps(results if args.what == "model" else results[args.what]))
     else:

@@ -1,14 +1,15 @@
-"""Whole training runs, ours and the GRPOTrainer of TRL: `python tools/bench.py rl [--size tiny|100m]`. Apart, since
-a run has nothing in common with its contenders, which take turns at one function.
-
-The same starting weights, prompts, reward, sampling, sizes, CISPO bounds, AdamW and learning rate; four updates of a
-batch of samples. Differences that stay: ours samples with vLLM and trains meanwhile on the batch before, with its
-correction for that; TRL generates with transformers, since its vLLM modes need CUDA, then trains. A third run is ours
-at age 0 with all cores for the trainer: its parts do not overlap, so they compare with TRL's.
-
-tiny: the default run, 0.5 M parameters, 256 samples of about 7 tokens, until a sample is right 9 times of 10.
-100m: 107 M parameters from random weights, so that a sample ends by chance: 64 of them, 32 tokens in the mean and 128
-at most. It is rewarded for letters of the alphabet's first half, which is quickly learned.
+"""Whole training runs, ours and the GRPOTrainer of TRL: `python tools/bench.py rl [--size
+tiny|100m]`. Apart, since a run has nothing in common with its contenders, which take turns at one
+function.
+ The same starting weights, prompts, reward, sampling, sizes, CISPO bounds, AdamW and learning rate;
+four updates of a batch of samples. Differences that stay: ours samples with vLLM and trains
+meanwhile on the batch before, with its correction for that; TRL generates with transformers, since
+its vLLM modes need CUDA, then trains. A third run is ours at age 0 with all cores for the trainer:
+its parts do not overlap, so they compare with TRL's.
+ tiny: the default run, 0.5 M parameters, 256 samples of about 7 tokens, until a sample is right 9
+times of 10. 100m: 107 M parameters from random weights, so that a sample ends by chance: 64 of
+them, 32 tokens in the mean and 128 at most. It is rewarded for letters of the alphabet's first
+half, which is quickly learned.
 """
 
 import json
@@ -31,19 +32,22 @@ from config import Config
 from model import ModelConfig, Qwen3MoE
 
 REPO = Path(__file__).resolve().parent.parent
-UPDATES, GENERATIONS, CLIP_HIGH = 4, 16, 5.0  # TRL's epsilon_high is the bound itself, ours an offset from 1
+UPDATES, GENERATIONS, CLIP_HIGH = (
+    4,
+    16,
+    5.0,
+)  # TRL's epsilon_high is the bound itself, ours an offset from 1
 HALF = """
 def score(completion, example):
     letters = [c for c in completion if c.isalpha()]
     return float(2 * sum(c < "n" for c in letters) > len(letters))
 """
-SIZES = {  # prompts of a step, tokens of a sample at most, learning rate, steps of a run, of that at age 0, of warm-up
-    "tiny": (16, 8, 1e-4, 160, 30, 10),
-    "100m": (4, 128, 2e-5, 8, 4, 2),
-}
+# prompts of a step, tokens of a sample at most, learning rate, steps of a run, of that at age 0, of
+# warm-up
+SIZES = {"tiny": (16, 8, 1e-4, 160, 30, 10), "100m": (4, 128, 2e-5, 8, 4, 2)}
 
 
-# ---- what both start from ------------------------------------------------------------------------------------------
+# ---- what both start from ------------------------------------------------------------------------
 def prepare(size: str, root: Path) -> Path:
     """Checkpoint, data.jsonl and reward.py in a directory."""
     checkpoint = root / "model"
@@ -56,35 +60,63 @@ def prepare(size: str, root: Path) -> Path:
     scratch = root / "scratch"
     vocab = task.write_char_tokenizer(scratch, task.TASKS["reverse"][1])
     cfg = ModelConfig(
-        vocab_size=32, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-        intermediate_size=512, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256, norm_topk_prob=True,
-        rope_theta=1e4, max_position_embeddings=512,
-    )  # fmt: skip
-    (scratch / "config.json").write_text(json.dumps({**cfg.to_hf(vocab[task.EOS]), "dtype": "float32"}))
+        vocab_size=32,
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        intermediate_size=512,
+        num_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=256,
+        norm_topk_prob=True,
+        rope_theta=1e4,
+        max_position_embeddings=512,
+    )
+    (scratch / "config.json").write_text(
+        json.dumps({**cfg.to_hf(vocab[task.EOS]), "dtype": "float32"})
+    )
     model = Qwen3MoE(cfg)
     model.init_weights(torch.Generator().manual_seed(0))
     write_safetensors(scratch / "model.safetensors", list(model.hf_tensors()))
     return scratch.rename(checkpoint)
 
 
-# ---- the runs: each writes a record a step ---------------------------------------------------------------------------
+# ---- the runs: each writes a record a step -------------------------------------------------------
 def our_command(size: str, root: Path, checkpoint: Path, synchronous: bool) -> list[str]:
     prompts, new_tokens, lr, steps, steps_at_0, _ = SIZES[size]
     flags = {
-        "max-num-steps": steps_at_0 if synchronous else steps, "model": checkpoint, "data": root / "data.jsonl",
-        "num-prompts-per-step": prompts, "num-generations-per-prompt": GENERATIONS, "max-new-tokens": new_tokens,
-        "max-total-sequence-length": 16 + new_tokens, "lr": lr, "ratio-clip-max": CLIP_HIGH - 1,
-        "train-global-batch-size": prompts * GENERATIONS // UPDATES, "checkpoint-every-steps": 0,
-    }  # fmt: skip
+        "max-num-steps": steps_at_0 if synchronous else steps,
+        "model": checkpoint,
+        "data": root / "data.jsonl",
+        "num-prompts-per-step": prompts,
+        "num-generations-per-prompt": GENERATIONS,
+        "max-new-tokens": new_tokens,
+        "max-total-sequence-length": 16 + new_tokens,
+        "lr": lr,
+        "ratio-clip-max": CLIP_HIGH - 1,
+        "train-global-batch-size": prompts * GENERATIONS // UPDATES,
+        "checkpoint-every-steps": 0,
+    }
     if size != "tiny":
         flags["reward"] = f"{root / 'reward.py'}:score"
     if synchronous:
-        flags |= {"max-trajectory-age-steps": 0, "cpu-threads": cores(), "rollout-args": f"--vllm-threads {cores()}"}
-    return [sys.executable, str(REPO / "train_cispo.py"), *(f"--{name}={value}" for name, value in flags.items())]
+        flags |= {
+            "max-trajectory-age-steps": 0,
+            "cpu-threads": cores(),
+            "rollout-args": f"--vllm-threads {cores()}",
+        }
+    return [
+        sys.executable,
+        str(REPO / "train_cispo.py"),
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
 
 
 def train_with_trl(size: str, root: Path, checkpoint: Path, out: Path) -> None:
-    """Runs in the environment that has TRL. Its own timers only report to trackers, hence the subclass."""
+    """Runs in the environment that has TRL. Its own timers only report to trackers, hence the
+    subclass."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -112,10 +144,11 @@ def train_with_trl(size: str, root: Path, checkpoint: Path, out: Path) -> None:
                 return
             end = time.perf_counter()
             record = {
-                "step": state.global_step // UPDATES - 1, "train/reward": sum(now["rewards"]) / len(now["rewards"]),
+                "step": state.global_step // UPDATES - 1,
+                "train/reward": sum(now["rewards"]) / len(now["rewards"]),
                 "timing/train/total_step_time": end - now["start"],
                 "timing/train/exposed_generation": now["generate"],
-            }  # fmt: skip
+            }
             now.update(start=end, generate=0.0)
             with open(out, "a") as f:
                 f.write(json.dumps(record) + "\n")
@@ -124,16 +157,37 @@ def train_with_trl(size: str, root: Path, checkpoint: Path, out: Path) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(not name.endswith("mlp.gate.weight"))
     config = GRPOConfig(
-        output_dir=str(root / "trl"), loss_type="cispo", epsilon_high=CLIP_HIGH, beta=0.0, num_generations=GENERATIONS,
-        per_device_train_batch_size=prompts * GENERATIONS // UPDATES, steps_per_generation=UPDATES,
-        max_completion_length=new_tokens, temperature=1.0, learning_rate=lr, lr_scheduler_type="constant",
-        weight_decay=0.01, adam_beta2=0.95, max_grad_norm=1.0, max_steps=UPDATES * steps, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(root / "trl"),
+        loss_type="cispo",
+        epsilon_high=CLIP_HIGH,
+        beta=0.0,
+        num_generations=GENERATIONS,
+        per_device_train_batch_size=prompts * GENERATIONS // UPDATES,
+        steps_per_generation=UPDATES,
+        max_completion_length=new_tokens,
+        temperature=1.0,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        max_steps=UPDATES * steps,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     Timed(
-        model, reward_funcs=score, args=config, processing_class=AutoTokenizer.from_pretrained(checkpoint),
-        train_dataset=Dataset.from_json(str(root / "data.jsonl")), callbacks=[Record()],
-    ).train()  # fmt: skip
+        model,
+        reward_funcs=score,
+        args=config,
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        train_dataset=Dataset.from_json(str(root / "data.jsonl")),
+        callbacks=[Record()],
+    ).train()
 
 
 def follow(command: list[str], cwd: Path, metrics: Path, what: str) -> list[dict]:
@@ -149,7 +203,10 @@ def follow(command: list[str], cwd: Path, metrics: Path, what: str) -> list[dict
             lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
             for line in lines[len(records) :]:
                 records.append({**json.loads(line), "at_s": time.monotonic() - start})
-                print(f"{what}: step {records[-1]['step']}, reward {records[-1]['train/reward']:.2f}", file=sys.stderr)
+                print(
+                    f"{what}: step {records[-1]['step']}, reward {records[-1]['train/reward']:.2f}",
+                    file=sys.stderr,
+                )
             time.sleep(0.1)  # polling another program's output
     finally:
         if process.poll() is None:
@@ -161,9 +218,10 @@ def follow(command: list[str], cwd: Path, metrics: Path, what: str) -> list[dict
     return records
 
 
-# ---- the comparison ------------------------------------------------------------------------------------------------
+# ---- the comparison ------------------------------------------------------------------------------
 def summary(records: list[dict], size: str) -> dict:
-    """Means of a step after the warm-up, and when the mean reward of five steps was 0.9, if it was."""
+    """Means of a step after the warm-up, and when the mean reward of five steps was 0.9, if it
+    was."""
     prompts, *_, warm_up = SIZES[size]
     samples, rows = prompts * GENERATIONS, records[warm_up:]
     part = lambda row, name: row[f"timing/train/{name}"]
@@ -174,12 +232,21 @@ def summary(records: list[dict], size: str) -> dict:
     rewards = [r["train/reward"] for r in records]
     there = [i for i in range(4, len(rewards)) if sum(rewards[i - 4 : i + 1]) / 5 >= 0.9]
     first_s = records[0]["at_s"]
-    at = {"steps_to_0.9": there[0] + 1, "to_0.9_s": records[there[0]]["at_s"] - first_s} if there else {}
+    at = (
+        {"steps_to_0.9": there[0] + 1, "to_0.9_s": records[there[0]]["at_s"] - first_s}
+        if there
+        else {}
+    )
     found = {
-        "steps": len(rows), "step_s": step_s, "generation_s": wait_s, "trainer_s": trainer_s,
-        "samples_per_s": samples / step_s, "first_step_at_s": first_s,
-        "last_reward": statistics.mean(rewards[-5:]), **at,
-    }  # fmt: skip
+        "steps": len(rows),
+        "step_s": step_s,
+        "generation_s": wait_s,
+        "trainer_s": trainer_s,
+        "samples_per_s": samples / step_s,
+        "first_step_at_s": first_s,
+        "last_reward": statistics.mean(rewards[-5:]),
+        **at,
+    }
     parts = ("data_processing", "policy_and_reference_logprobs", "policy_training", "publish_copy")
     if f"timing/train/{parts[0]}" in rows[0]:
         found["parts"] = {name: mean(lambda row, name=name: part(row, name)) for name in parts}
@@ -187,12 +254,19 @@ def summary(records: list[dict], size: str) -> dict:
 
 
 def main(args, python) -> None:
-    """args: size, only, json. python: makes the environment that has TRL, and gives its interpreter."""
-    contenders, found = [w for w in ("ours", "ours, age 0", "TRL") if not args.only or w in args.only.split("/")], {}
+    """args: size, only, json. python: makes the environment that has TRL, and gives its
+    interpreter."""
+    contenders, found = (
+        [w for w in ("ours", "ours, age 0", "TRL") if not args.only or w in args.only.split("/")],
+        {},
+    )
     try:
         peer = python() if "TRL" in contenders else ""
     except subprocess.CalledProcessError as e:
-        print(f"TRL is left out: {e}; it needs `pip install trl accelerate` into .venv-bench", file=sys.stderr)
+        print(
+            f"TRL is left out: {e}; it needs `pip install trl accelerate` into .venv-bench",
+            file=sys.stderr,
+        )
         contenders.remove("TRL")
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
@@ -210,15 +284,24 @@ def main(args, python) -> None:
     if args.json:
         print(json.dumps({"size": args.size, "load": os.getloadavg()[0], **found}))
         return
-    print(f"rl, {args.size}: {SIZES[args.size][0] * GENERATIONS} samples a step, {UPDATES} updates; seconds a step")
-    print(f"{'':14}{'whole':>8}{'waiting for samples':>21}{'trainer':>9}{'samples/s':>11}{'to 0.9':>9}  last reward")
+    print(
+        f"rl, {args.size}: {SIZES[args.size][0] * GENERATIONS} samples a step, {UPDATES} updates; seconds a step"
+    )
+    print(
+        f"{'':14}{'whole':>8}{'waiting for samples':>21}{'trainer':>9}{'samples/s':>11}{'to 0.9':>9}  last reward"
+    )
     for what, row in found.items():
         to = f"{row['to_0.9_s']:.0f} s" if "to_0.9_s" in row else "-"
-        print(f"{what:14}{row['step_s']:8.2f}{row['generation_s']:21.2f}{row['trainer_s']:9.2f}"
-              f"{row['samples_per_s']:11.0f}{to:>9}  {row['last_reward']:.3f}")  # fmt: skip
+        print(
+            f"{what:14}{row['step_s']:8.2f}{row['generation_s']:21.2f}{row['trainer_s']:9.2f}"
+            f"{row['samples_per_s']:11.0f}{to:>9}  {row['last_reward']:.3f}"
+        )
     for what, row in found.items():
         if "parts" in row:
-            print(f"{what}, trainer: " + ", ".join(f"{name} {s:.2f}" for name, s in row["parts"].items()))
+            print(
+                f"{what}, trainer: "
+                + ", ".join(f"{name} {s:.2f}" for name, s in row["parts"].items())
+            )
     if "TRL" in found:
         for what in (w for w in found if w != "TRL"):
             whole, part = (found["TRL"][k] / found[what][k] for k in ("step_s", "trainer_s"))

@@ -1,15 +1,15 @@
-"""`python tools/bench.py weights`: what a version costs, in bytes and seconds; `--landed`: by part, until vLLM has it.
-
-The state dict is one layer of Qwen3-30B-A3B at full width with a 48th of its embedding and head: 1.27 GB in bf16, in
-the whole model's proportions. fp32 master weights start on the bf16 grid (normal, std 0.02; norms at 1) and take
---steps real steps of torch.optim.AdamW with the trainer's betas, epsilon and weight decay; the last step is what is
-coded, when the moments are those of a run. Gradients are independent normal numbers, without drift, of the size they
-have when the whole model's norm is 1: every weight of experts, attention, router and head has one in each step (in a
+"""`python tools/bench.py weights`: what a version costs, in bytes and seconds; `--landed`: by part,
+until vLLM has it.
+ The state dict is one layer of Qwen3-30B-A3B at full width with a 48th of its embedding and head:
+1.27 GB in bf16, in the whole model's proportions. fp32 master weights start on the bf16 grid
+(normal, std 0.02; norms at 1) and take --steps real steps of torch.optim.AdamW with the trainer's
+betas, epsilon and weight decay; the last step is what is coded, when the moments are those of a
+run. Gradients are independent normal numbers, without drift, of the size they have when the whole
+model's norm is 1: every weight of experts, attention, router and head has one in each step (in a
 batch of 2 M tokens no expert is idle), of the embedding 30 % of the rows.
-
-The codecs take the tensors in turns on --threads threads; times are the best of --runs, GB/s are of the full state: by
-the clock, and per second of CPU time, which other work on the machine changes little. xor + zstd is at level 1, each
-tensor by itself, as ours.
+ The codecs take the tensors in turns on --threads threads; times are the best of --runs, GB/s are
+of the full state: by the clock, and per second of CPU time, which other work on the machine changes
+little. xor + zstd is at level 1, each tensor by itself, as ours.
 """
 
 import json
@@ -42,12 +42,21 @@ GRADIENT = 30.5e9**-0.5  # an element's, when the norm of all 30.5 G is 1
 
 def shapes() -> dict[str, tuple[int, ...]]:
     layer = "model.layers.0."
-    attention = {"q_proj": (HEADS * HEAD, D), "k_proj": (KV_HEADS * HEAD, D), "v_proj": (KV_HEADS * HEAD, D),
-                 "o_proj": (D, HEADS * HEAD)}  # fmt: skip
-    names = {"model.embed_tokens.weight": (VOCAB // LAYERS, D), "lm_head.weight": (VOCAB // LAYERS, D)}
+    attention = {
+        "q_proj": (HEADS * HEAD, D),
+        "k_proj": (KV_HEADS * HEAD, D),
+        "v_proj": (KV_HEADS * HEAD, D),
+        "o_proj": (D, HEADS * HEAD),
+    }
+    names = {
+        "model.embed_tokens.weight": (VOCAB // LAYERS, D),
+        "lm_head.weight": (VOCAB // LAYERS, D),
+    }
     names |= {f"{layer}self_attn.{name}.weight": shape for name, shape in attention.items()}
     names |= {f"{layer}self_attn.{name}.weight": (HEAD,) for name in ("q_norm", "k_norm")}
-    names |= {f"{layer}{name}.weight": (D,) for name in ("input_layernorm", "post_attention_layernorm")}
+    names |= {
+        f"{layer}{name}.weight": (D,) for name in ("input_layernorm", "post_attention_layernorm")
+    }
     names[f"{layer}mlp.gate.weight"] = (EXPERTS, D)
     for e in range(EXPERTS):
         names |= {f"{layer}mlp.experts.{e}.{name}_proj.weight": (F, D) for name in ("gate", "up")}
@@ -56,15 +65,20 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def last_step(lr: float, steps: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Every tensor in bf16 before and after the last of some steps of AdamW; one tensor's optimizer at a time."""
+    """Every tensor in bf16 before and after the last of some steps of AdamW; one tensor's optimizer
+    at a time."""
     g = torch.Generator().manual_seed(0)
     noise, pairs = torch.randn(1 << 24, generator=g) * GRADIENT, {}
     for name, shape in shapes().items():
         start = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=g) * 0.02
         p = torch.nn.Parameter(start.bfloat16().float())
-        optimizer = torch.optim.AdamW([p], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True)
+        optimizer = torch.optim.AdamW(
+            [p], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True
+        )
         for _ in range(steps):
-            at = int(torch.randint(len(noise) - p.numel(), (), generator=g))  # a gradient is a window of the noise
+            at = int(
+                torch.randint(len(noise) - p.numel(), (), generator=g)
+            )  # a gradient is a window of the noise
             p.grad = noise[at : at + p.numel()].view(shape)
             if "embed" in name:
                 p.grad = p.grad * (torch.rand(shape[0], 1, generator=g) < 0.3)
@@ -74,7 +88,7 @@ def last_step(lr: float, steps: int) -> dict[str, tuple[torch.Tensor, torch.Tens
     return pairs
 
 
-# ---- other codes, for comparison -------------------------------------------------------------------------------
+# ---- other codes, for comparison -----------------------------------------------------------------
 def xor_zstd(old, new):
     return zstandard.ZstdCompressor(level=1).compress(delta._bits(old) ^ delta._bits(new))
 
@@ -83,12 +97,14 @@ def overwrite_zstd(old, new):
     """Our gaps with the new values in place of steps: idempotent, and larger."""
     a, b = delta._bits(old), delta._bits(new)
     where = np.flatnonzero(a != b)
-    planes = delta._planes((np.diff(where, prepend=-1) - 1).astype("<u2")) + delta._planes(b.take(where))
+    planes = delta._planes((np.diff(where, prepend=-1) - 1).astype("<u2")) + delta._planes(
+        b.take(where)
+    )
     zstd = zstandard.ZstdCompressor(compression_params=delta._ZSTD)
     return b"".join(zstd.compress(plane) for plane in planes)
 
 
-# ---- the measurement -------------------------------------------------------------------------------------------
+# ---- the measurement -----------------------------------------------------------------------------
 def timed(work) -> tuple[float, float]:
     """Seconds by the clock, and of all threads' CPU time."""
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -105,7 +121,8 @@ def measure(args, pairs, pool) -> dict:
     size = sum(new.nbytes for _, new in pairs.values())
 
     def best(work, columns=lambda: zip(*pairs.values())):
-        """Both GB/s, and what came out; the columns are made again for each run, outside its time."""
+        """Both GB/s, and what came out; the columns are made again for each run, outside its
+        time."""
         results, runs = [], []
         for _ in range(args.runs):
             given = list(columns())
@@ -115,7 +132,9 @@ def measure(args, pairs, pool) -> dict:
     describe = lambda old, new: weights.describe(new)
     speed, codes = {}, {}
     speed["encode"], codes["ours"] = best(delta.encode)
-    speed["encode and digest"], _ = best(lambda old, new: (delta.encode(old, new), describe(old, new)))
+    speed["encode and digest"], _ = best(
+        lambda old, new: (delta.encode(old, new), describe(old, new))
+    )
     speed["xor + zstd"], codes["xor + zstd"] = best(xor_zstd)
     speed["digest"], _ = best(describe)
     codes["overwrite"] = list(pool.map(overwrite_zstd, *zip(*pairs.values())))
@@ -139,8 +158,10 @@ def measure_write(args, tensors, root) -> dict:
     size, runs = sum(t.nbytes for t in tensors.values()), {"ours": [], "save_file": []}
     with tempfile.TemporaryDirectory(dir=root) as directory:
         path = Path(directory, "model.safetensors")
-        write = {"ours": lambda: weights.write_safetensors(path, list(tensors.items())),
-                 "save_file": lambda: (save_file(tensors, path), weights.fsync(path))}  # fmt: skip
+        write = {
+            "ours": lambda: weights.write_safetensors(path, list(tensors.items())),
+            "save_file": lambda: (save_file(tensors, path), weights.fsync(path)),
+        }
         for _ in range(args.runs):
             for name, times in runs.items():
                 times.append(timed(write[name]))
@@ -150,7 +171,13 @@ def measure_write(args, tensors, root) -> dict:
 
 def run(args) -> dict:
     torch.set_num_threads(args.threads)
-    result = {"threads": args.threads, "steps": args.steps, "load": os.getloadavg()[0], "lr": {}, "write": {}}
+    result = {
+        "threads": args.threads,
+        "steps": args.steps,
+        "load": os.getloadavg()[0],
+        "lr": {},
+        "write": {},
+    }
     with ThreadPoolExecutor(args.threads) as pool:
         for lr in (1e-6, 3e-6, 1e-5):
             pairs = last_step(lr, args.steps)
@@ -171,7 +198,9 @@ def show(result) -> None:
         for name, count in size.items():
             ratio = f"{count / base:6.2f} x xor + zstd {size['full'] / count:6.1f}x less than full"
             print(f"  {name:22} {count / 1e6:9,.1f} MB {ratio}")
-        speeds = (f"{name} {clock:.2f} ({cpu:.2f})" for name, (clock, cpu) in found["gb_per_s"].items())
+        speeds = (
+            f"{name} {clock:.2f} ({cpu:.2f})" for name, (clock, cpu) in found["gb_per_s"].items()
+        )
         print(f"  GB/s of full state (per CPU second): {', '.join(speeds)}")
     for where, found in result["write"].items():
         ours, theirs = found["ours"], found["save_file"]
@@ -181,42 +210,82 @@ def show(result) -> None:
         )
 
 
-# ---- from step to landed ---------------------------------------------------------------------------------------
+# ---- from step to landed -------------------------------------------------------------------------
 def small_step(p: torch.Tensor, lr: float, g: torch.Generator) -> None:
-    """What a step of AdamW does to a bf16 weight: the fp32 master that was rounded to it is drawn anew, moved by a
-    normal number of the size that a step has when the gradient is noise (a mean over 10 of them), and rounded."""
+    """What a step of AdamW does to a bf16 weight: the fp32 master that was rounded to it is drawn
+    anew, moved by a normal number of the size that a step has when the gradient is noise (a mean
+    over 10 of them), and rounded."""
     bits = p.detach().float().view(torch.int32)
-    master = (bits + torch.randint(-32767, 32768, bits.shape, generator=g, dtype=torch.int32)).view(torch.float32)
+    master = (bits + torch.randint(-32767, 32768, bits.shape, generator=g, dtype=torch.int32)).view(
+        torch.float32
+    )
     p.detach().copy_(master.add_(torch.randn(p.shape, generator=g), alpha=0.23 * lr))
 
 
 def landed(args) -> dict:
-    """Seconds of each part from the end of a step to the receipt, of a 2 GB model on one machine: the publisher, the
-    hub, rollout.py and a real vLLM that has nothing else to do. The median of --runs versions at lr 3e-6."""
+    """Seconds of each part from the end of a step to the receipt, of a 2 GB model on one machine:
+    the publisher, the hub, rollout.py and a real vLLM that has nothing else to do. The median of
+    --runs versions at lr 3e-6."""
     cfg = ModelConfig(
-        vocab_size=32, hidden_size=D, num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-        head_dim=HEAD, intermediate_size=4 * F, num_experts=104, num_experts_per_tok=8, moe_intermediate_size=F,
-        norm_topk_prob=True, rope_theta=1e6, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD,
+        intermediate_size=4 * F,
+        num_experts=104,
+        num_experts_per_tok=8,
+        moe_intermediate_size=F,
+        norm_topk_prob=True,
+        rope_theta=1e6,
+        max_position_embeddings=512,
+    )
     g, rows = torch.Generator().manual_seed(0), []
     model = Qwen3MoE(cfg)
     for p in model.parameters():
-        p.data = (torch.ones(p.shape) if p.dim() == 1 else torch.randn(p.shape, generator=g) * 0.02).bfloat16()
+        p.data = (
+            torch.ones(p.shape) if p.dim() == 1 else torch.randn(p.shape, generator=g) * 0.02
+        ).bfloat16()
     run = {
-        "num_generations": 1, "max_new_tokens": 8, "max_model_len": 64, "dtype": "bfloat16", "seed": 0,
-        "reward": "exact", "reward_digest": "",
-        "sampling": {"n": 1, "max_tokens": 8, "stop_token_ids": [1], "logprobs": 0, "detokenize": False},
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryDirectory(dir="/dev/shm") as there:
+        "num_generations": 1,
+        "max_new_tokens": 8,
+        "max_model_len": 64,
+        "dtype": "bfloat16",
+        "seed": 0,
+        "reward": "exact",
+        "reward_digest": "",
+        "sampling": {
+            "n": 1,
+            "max_tokens": 8,
+            "stop_token_ids": [1],
+            "logprobs": 0,
+            "detokenize": False,
+        },
+    }
+    with (
+        tempfile.TemporaryDirectory() as here,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as there,
+    ):
         static, log = Path(here, "checkpoint"), Path(here, "rollout.log")
         eos = task.write_char_tokenizer(static, "abc")[task.EOS]
         (static / "config.json").write_text(json.dumps({**cfg.to_hf(eos), "dtype": "bfloat16"}))
         hub = Hub(
-            Ledger(1, 1, 0, 60.0), [], None, Path(here, "weights"), cfg.vocab_size, secrets.token_urlsafe(16), run
+            Ledger(1, 1, 0, 60.0),
+            [],
+            None,
+            Path(here, "weights"),
+            cfg.vocab_size,
+            secrets.token_urlsafe(16),
+            run,
         )
         hub.start("127.0.0.1", 0)
-        publisher = publish.Publisher(model, torch.bfloat16, hub.weights_dir, static, 100, 2, HashStore(), 600.0, hub)
-        node = LocalRollout(hub, Path(there), "--vllm-args='--dtype float32'", log)  # few CPUs multiply in bf16
+        publisher = publish.Publisher(
+            model, torch.bfloat16, hub.weights_dir, static, 100, 2, HashStore(), 600.0, hub
+        )
+        node = LocalRollout(
+            hub, Path(there), "--vllm-args='--dtype float32'", log
+        )  # few CPUs multiply in bf16
         try:
             for version in range(args.runs + 1):  # the first is whole, and vLLM starts on it
                 if version:
@@ -225,8 +294,12 @@ def landed(args) -> dict:
                 start = time.perf_counter()
                 publisher.publish(version)
                 copied = time.perf_counter() - start
-                while not any(seen["version"] == version for seen in hub.status()["nodes"].values()):
-                    assert node.process.poll() is None and not hub.trouble, f"{hub.trouble}\n{log.read_text()}"
+                while not any(
+                    seen["version"] == version for seen in hub.status()["nodes"].values()
+                ):
+                    assert node.process.poll() is None and not hub.trouble, (
+                        f"{hub.trouble}\n{log.read_text()}"
+                    )
                     time.sleep(0.01)  # polling another process
                 total = time.perf_counter() - start
                 (seen,) = hub.status()["nodes"].values()

@@ -17,21 +17,31 @@ from model import ModelConfig, Qwen3MoE
 from ranks.checkpoint import CheckpointError, Pieces, verify
 
 
-# ---- export ----------------------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------
 def export(path: Path, out: Path, base: Path | None = None) -> None:
-    """Write a checkpoint as a Hugging Face directory, in the dtype that the run publishes in. base: where config and
-    tokenizer are; by default the run's whole versions. Raises: CheckpointError, ValueError."""
+    """Write a checkpoint as a Hugging Face directory, in the dtype that the run publishes in. base:
+    where config and tokenizer are; by default the run's whole versions. Raises: CheckpointError,
+    ValueError."""
     path = path.resolve()  # its name is the run's, whatever link led here
     run_dir, manifest = path.parent.parent, verify(path, 0, 1)
-    bases = [base] if base else sorted(run_dir.glob("weights/v*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    bases = (
+        [base]
+        if base
+        else sorted(run_dir.glob("weights/v*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    )
     base = next((p for p in bases if (p / "config.json").exists()), None)
     if base is None:
-        raise ValueError(f"no config.json in {run_dir / 'weights'}/v*: name the directory of the model it started from")
+        raise ValueError(
+            f"no config.json in {run_dir / 'weights'}/v*: name the directory of the model it started from"
+        )
     if out.exists():
         raise ValueError(f"{out} exists")
     with torch.device("meta"):
         shapes = Qwen3MoE(ModelConfig.from_dir(base)).checkpoint_shapes()
-    pieces, dtype = Pieces(path, shapes), json.loads((base / "config.json").read_text()).get("dtype", "bfloat16")
+    pieces, dtype = (
+        Pieces(path, shapes),
+        json.loads((base / "config.json").read_text()).get("dtype", "bfloat16"),
+    )
     groups, size = [[]], 0
     for name in sorted(shapes, key=layer_order):  # one file for each 4 GB
         size += shapes[name].numel() * getattr(torch, dtype).itemsize
@@ -47,11 +57,12 @@ def export(path: Path, out: Path, base: Path | None = None) -> None:
     write_static(out, base, parts, model_card(run_dir, manifest["step"]))
 
 
-# ---- check -----------------------------------------------------------------------------------------------------
+# ---- check ---------------------------------------------------------------------------------------
 def check(path: Path) -> str:
-    """Prove that a directory is a whole Hugging Face checkpoint of a model that can be trained here: every tensor of
-    the shape that config.json asks for and finite, a tokenizer, and where there is a manifest, what it says. Returns a
-    line about it. Raises: WeightsError naming what is wrong."""
+    """Prove that a directory is a whole Hugging Face checkpoint of a model that can be trained
+    here: every tensor of the shape that config.json asks for and finite, a tokenizer, and where
+    there is a manifest, what it says. Returns a line about it. Raises: WeightsError naming what is
+    wrong."""
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
             raise WeightsError(
@@ -60,7 +71,9 @@ def check(path: Path) -> str:
     with torch.device("meta"):
         shapes = Qwen3MoE(ModelConfig.from_dir(path)).checkpoint_shapes()
     manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).exists() else {}
-    described = {name: d for shard in manifest.get("shards", ()) for name, d in shard["tensors"].items()}
+    described = {
+        name: d for shard in manifest.get("shards", ()) for name, d in shard["tensors"].items()
+    }
     for name, want in manifest.get("static", {}).get("files", {}).items():
         if not (path / name).exists() or digest((path / name).read_bytes()) != want["blake3"]:
             raise WeightsError(f"{path / name}: missing, or its digest differs from the manifest")
@@ -71,9 +84,14 @@ def check(path: Path) -> str:
             raise WeightsError(f"{path}: tensor {name} differs from the manifest")
         if not tensor.isfinite().all():
             raise WeightsError(f"{path}: {name} is not finite throughout")
-        dtypes, elements = dtypes | {str(tensor.dtype).removeprefix("torch.")}, elements + tensor.numel()
+        dtypes, elements = (
+            dtypes | {str(tensor.dtype).removeprefix("torch.")},
+            elements + tensor.numel(),
+        )
     said = (
-        f"as the manifest of v{manifest['version']} says" if manifest else "without a manifest to compare digests with"
+        f"as the manifest of v{manifest['version']} says"
+        if manifest
+        else "without a manifest to compare digests with"
     )
     return f"{path}: whole, {len(shapes)} tensors, {elements:,} parameters in {', '.join(sorted(dtypes))}, {said}"
 
@@ -81,8 +99,10 @@ def check(path: Path) -> str:
 if __name__ == "__main__":
     args = sys.argv[1:]
     if len(args) not in (2, 3) or (args[0] == "--check" and len(args) != 2):
-        sys.exit("usage: python tools/export.py runs/NAME/checkpoints/step-N DIR [BASE_MODEL_DIR]\n"
-                 "       python tools/export.py --check DIR")  # fmt: skip
+        sys.exit(
+            "usage: python tools/export.py runs/NAME/checkpoints/step-N DIR [BASE_MODEL_DIR]\n"
+            "       python tools/export.py --check DIR"
+        )
     try:
         if args[0] != "--check":
             export(*map(Path, args))

@@ -1,9 +1,9 @@
 """What fetching and proving weights costs the vLLM beside it: tokens/s with and without, in turns.
 
     python tools/throughput.py            about four minutes on two cores; 0.2 B parameters, 0.8 GB a version
-
-A server process has a chain of versions, whole and as deltas. The node here is what rollout.py is: one process whose
-event loop keeps vLLM busy while `receive.fetch` brings one version after the other, patched and proven, none loaded.
+ A server process has a chain of versions, whole and as deltas. The node here is what rollout.py is:
+one process whose event loop keeps vLLM busy while `receive.fetch` brings one version after the
+other, patched and proven, none loaded.
 """
 
 import asyncio
@@ -30,17 +30,32 @@ from rollout import RolloutConfig
 
 WINDOW_S, TURNS, SEQUENCES = 12.0, 4, 8
 RUN = {"dtype": "float32", "max_model_len": 2048, "seed": 0}
-SAMPLING = {"n": SEQUENCES, "temperature": 1.0, "max_tokens": 2000, "logprobs": 0, "ignore_eos": True,
-            "detokenize": False}  # fmt: skip
+SAMPLING = {
+    "n": SEQUENCES,
+    "temperature": 1.0,
+    "max_tokens": 2000,
+    "logprobs": 0,
+    "ignore_eos": True,
+    "detokenize": False,
+}
 
 
 def write_versions(root: Path, count: int) -> None:
     """Version 0 whole, and then deltas of 2 % of the elements."""
     cfg = ModelConfig(
-        vocab_size=32, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-        intermediate_size=1024, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=512, norm_topk_prob=True,
+        vocab_size=32,
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        intermediate_size=1024,
+        num_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=512,
+        norm_topk_prob=True,
         max_position_embeddings=2048,
-    )  # fmt: skip
+    )
     static = root / "static"
     vocab = task.write_char_tokenizer(static, task.TASKS["reverse"][1])
     (static / "config.json").write_text(json.dumps(cfg.to_hf(vocab[task.EOS])))
@@ -56,7 +71,8 @@ def write_versions(root: Path, count: int) -> None:
 
 
 async def measure(root: Path, url: str, whole: bool) -> dict:
-    """Tokens/s alone and beside updates (deltas, or whole versions), and the updates' mean parts."""
+    """Tokens/s alone and beside updates (deltas, or whole versions), and the updates' mean
+    parts."""
     node, headers = root / "node", {"Authorization": "Bearer t"}
     manifests = [manifest_of(root / f"v{version}") for version in range(3)]
     first, _ = await receive.fetch(manifests[0], node, None, url, headers)
@@ -70,8 +86,9 @@ async def measure(root: Path, url: str, whole: bool) -> dict:
 
     async def update():
         while True:
-            _, timing = await receive.fetch(manifests[0 if whole else 1], node / "new", None if whole else first, url,
-                                            headers)  # fmt: skip
+            _, timing = await receive.fetch(
+                manifests[0 if whole else 1], node / "new", None if whole else first, url, headers
+            )
             timings.append(timing)
 
     async def window() -> float:
@@ -91,8 +108,13 @@ async def measure(root: Path, url: str, whole: bool) -> dict:
     work.cancel()
     await vllm.stop()
     mean = {name: statistics.mean(t[name] for t in timings) for name in timings[0]}
-    return {"tokens_per_s_alone": alone, "beside": beside, "updates": len(timings),
-            "share": statistics.mean(beside) / statistics.mean(alone), **mean}  # fmt: skip
+    return {
+        "tokens_per_s_alone": alone,
+        "beside": beside,
+        "updates": len(timings),
+        "share": statistics.mean(beside) / statistics.mean(alone),
+        **mean,
+    }
 
 
 if __name__ == "__main__":
@@ -104,8 +126,12 @@ if __name__ == "__main__":
     else:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-            server = subprocess.Popen([sys.executable, __file__, "serve", directory], stdin=subprocess.PIPE,
-                                      stdout=subprocess.PIPE, text=True)  # fmt: skip
+            server = subprocess.Popen(
+                [sys.executable, __file__, "serve", directory],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             url = server.stdout.readline().strip()
             for whole in (False, True):
                 found = asyncio.run(measure(Path(directory), url, whole))

@@ -1,16 +1,18 @@
 """The part that runs inside vLLM's worker: how new weights get into a live model.
-
-vLLM imports this module there (`--worker-extension-cls vllm_engine.WorkerExtension`), which registers the engine
-named in `--weight-transfer-config`. rollout.py then drives it through vLLM's routes: start_weight_update,
-update_weights {"path": directory}, finish_weight_update. Only a worker may import vllm; and this folder, which is on
-vLLM's path, holds nothing else: vLLM and what it loads must not find model.py or metrics.py here for modules of theirs.
-
-Two ways to corrupt a live model without any error, both of which happened to other trainers:
-1. `model.load_weights` alone writes checkpoint layout over kernel layout. Layer-wise reload restores the loading
+ vLLM imports this module there (`--worker-extension-cls vllm_engine.WorkerExtension`), which
+registers the engine named in `--weight-transfer-config`. rollout.py then drives it through vLLM's
+routes: start_weight_update, update_weights {"path": directory}, finish_weight_update. Only a worker
+may import vllm; and this folder, which is on vLLM's path, holds nothing else: vLLM and what it
+loads must not find model.py or metrics.py here for modules of theirs.
+ Two ways to corrupt a live model without any error, both of which happened to other trainers: 1.
+`model.load_weights` alone writes checkpoint layout over kernel layout. Layer-wise reload restores
+the loading
    layout first and converts afterwards, so everything here happens between initialize and finalize.
-2. On CPU the MoE method packs its expert weights only when its kernel is built, which it does once. Dropping the
+2. On CPU the MoE method packs its expert weights only when its kernel is built, which it does once.
+Dropping the
    kernel makes finalize build it again; without that the experts stay unpacked after a reload.
-rollout.py proves at start, and tests/test_vllm.py for good, that reloading the same weights changes no checksum.
+rollout.py proves at start, and tests/test_vllm.py for good, that reloading the same weights changes
+no checksum.
 """
 
 import json
@@ -27,17 +29,28 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 
 def tensors_by_layer(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a verified directory, in the order of the numbers in the names: vLLM converts a layer when all
-    of it has come, and holds back what has come of the others."""
+    """(name, tensor) of a verified directory, in the order of the numbers in the names: vLLM
+    converts a layer when all of it has come, and holds back what has come of the others."""
     index = path / "model.safetensors.index.json"
-    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    files = [safe_open(path / file, framework="pt") for file in named]  # one that is missing is an error
+    named = (
+        set(json.loads(index.read_text())["weight_map"].values())
+        if index.exists()
+        else {"model.safetensors"}
+    )
+    files = [
+        safe_open(path / file, framework="pt") for file in named
+    ]  # one that is missing is an error
     where = {name: file for file in files for name in file.keys()}
-    for name in sorted(where, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]):
+    for name in sorted(
+        where, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
+    ):
         yield name, where[name].get_tensor(name)
 
 
@@ -68,7 +81,9 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def update_weights(self, update_info: dict) -> None:
         self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":  # the base class would synchronize an accelerator that a CPU does not have
+        if (
+            self.device.type != "cpu"
+        ):  # the base class would synchronize an accelerator that a CPU does not have
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -85,4 +100,5 @@ WeightTransferEngineFactory.register_engine("safetensors", SafetensorsEngine)
 
 
 class WorkerExtension:
-    """Empty: vLLM wants a class to mix into its worker; what counts is that importing it ran the line above."""
+    """Empty: vLLM wants a class to mix into its worker; what counts is that importing it ran the
+    line above."""
