@@ -10,33 +10,24 @@ import itertools
 import json
 import math
 import os
-import re
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import watch
+from bridge.console import last_line, say
 from bridge.groups import NOT_SAMPLED, Group
 from bridge.validation import Round, Validation, readable, samples, score
-from bridge.waits import in_utf8
 from bridge.weights import checkpoint_files
 from loss import ratio_quantile
 from ranks.checkpoint import best_step
 
 
 # ---- console -------------------------------------------------------------------------------------
-def say(message: str) -> None:
-    tqdm.write(f"[{time.strftime('%H:%M:%S')}] {in_utf8(message)}", file=sys.stdout)
-    sys.stdout.flush()
-    say.last = time.monotonic()
-
-
 def say_something(describe: Callable[[], str], log: Path | None, stop: threading.Event) -> None:
     """A thread: a sign of life when nothing was said for 9 s, as while vLLM starts or the loss is
     compiled. `describe` says what goes on now; what another process has written to its log is added
@@ -48,14 +39,6 @@ def say_something(describe: Callable[[], str], log: Path | None, stop: threading
             if news or quiet > 30 or say.last != mine:
                 say(describe() + (f"; {news}" if news else ""))
                 mine = say.last
-
-
-def last_line(path: Path, within_s: float) -> str:
-    """The last line of a log, without its clock, if it was written in the last so many seconds."""
-    if not path.exists() or time.time() - path.stat().st_mtime >= within_s:
-        return ""
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return re.sub(r"^\[[\d:]+\] ", "", lines[-1]) if lines else ""
 
 
 # ---- metrics -------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from bridge.waits import Wait, backoff_s, in_utf8
+from bridge.console import say
+from bridge.waits import Wait, backoff_s
 
 
 def cores() -> int:
@@ -36,7 +37,7 @@ def program_files() -> list[Path]:
 
 
 def log(message: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] rollout: {in_utf8(message)}", flush=True)
+    say(message, who="rollout")
 
 
 def node_name(pid: int, mark: str) -> str:
