@@ -276,3 +276,34 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
         stored_tensors(checkpoint, shapes)
     origin = origin_of(cfg, checkpoint, examples, held_out) if rank == 0 else None
     return checkpoint, data, checkpoints_to_try(cfg, origin) if rank == 0 else [], origin
+
+
+def run_for_nodes(cfg: Config, checkpoint: Path, data, dtype: torch.dtype) -> dict:
+    """What a rollout node must know of the run: the answer to GET /run. Empty without data."""
+    if data is None:
+        return {}
+    _, codec, _ = data
+    sampling = {
+        "n": cfg.num_generations_per_prompt,
+        "temperature": cfg.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": cfg.max_new_tokens,
+        "logprobs": 0,
+        "detokenize": False,
+        "stop_token_ids": task.eos_token_ids(checkpoint),
+    }
+    return {
+        "num_generations": cfg.num_generations_per_prompt,
+        "max_new_tokens": cfg.max_new_tokens,
+        "seed": cfg.seed,
+        "max_model_len": cfg.max_total_sequence_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "fp32_lm_head": cfg.fp32_lm_head,
+        **interruption(cfg, codec),
+        "recompute_kv_cache": cfg.recompute_kv_cache_after_weight_updates,
+        "reward": cfg.reward,
+        "reward_digest": reward_digest(cfg.reward),
+        "sampling": sampling,
+        "val_sampling": {**sampling, "n": cfg.val_samples, "temperature": cfg.val_temperature},
+    }

@@ -13,10 +13,11 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import watch
 from bridge.console import last_line, say
@@ -24,7 +25,8 @@ from bridge.groups import NOT_SAMPLED, Group
 from bridge.validation import Round, Validation, readable, samples, score
 from bridge.weights import checkpoint_files
 from loss import ratio_quantile
-from ranks.checkpoint import best_step
+from ranks.batch import left_out
+from ranks.checkpoint import best_step, whole
 
 
 # ---- console -------------------------------------------------------------------------------------
@@ -192,6 +194,28 @@ def count_without_signal(record: dict, before: int, reward: str, run_dir: Path) 
             f"in {run_dir / 'samples.jsonl'}? Else the task is too hard or too easy for the model"
         )
     return steps
+
+
+MAX_SKIPPED = 3  # updates in a row
+
+
+def skipped_in_a_row(norms: list[float], step: int, before: int) -> tuple[int, str]:
+    """How many updates in a row were skipped by the end of a step, given those before it, and why
+    the run stops here, or "": MAX_SKIPPED in a row is no accident. Those of this step are named."""
+    longest, skipped = before, []
+    for update, norm in enumerate(norms, 1):
+        before = 0 if math.isfinite(norm) else before + 1
+        longest = max(longest, before)
+        skipped += [str(update)] if before else []
+    if skipped:
+        say(
+            f"warning: step {step}: update {', '.join(skipped)} of {len(norms)} is skipped: its gradient is not finite"
+        )
+    why = (
+        f"the gradients of {longest} updates in a row were not finite; they were skipped, so the weights are those "
+        "before them. Go on with a lower --lr, or --param-dtype float32"
+    )
+    return before, why if longest >= MAX_SKIPPED else ""
 
 
 def log_samples(
@@ -382,12 +406,147 @@ def sum_up(run_dir: Path, version: int, scores: dict[int, float]) -> None:
             f"best checkpoint: {run_dir / 'checkpoints' / f'step-{best:06d}'} (score {scores[best]:.3f})"
         )
     last = run_dir / "weights" / f"v{version}"
-    whole = all(file.exists() for file in checkpoint_files(last))  # not where nodes share no disk
+    complete = all(
+        file.exists() for file in checkpoint_files(last)
+    )  # not where nodes share no disk
     what = (
         "opens in transformers and vLLM as it is"
-        if whole
+        if complete
         else "a share: the other trainer nodes have the rest"
     )
     say(f"weights: {last} ({what})")
     if records:
         say(f"curves: {watch.plot(run_dir)}")
+
+
+# ---- the log of a run ----------------------------------------------------------------------------
+class Log:
+    """All that a run says, on the console, in its files and to trackers. A context manager.
+
+    It is made on every rank; those that have no data, which is all but rank 0, keep the clock and
+    say nothing. `step` is the one in progress, `scores` those of the versions so far, of validation
+    or else of training: they tell which checkpoint is best.
+    """
+
+    def __init__(self, cfg, rollouts, data, start):
+        """start: the step to begin at, and the scores so far. data: as in `Rollouts`."""
+        self.cfg, self.rollouts, self.start = cfg, rollouts, start
+        self.step, self.scores, self.clock = start.step, start.scores, Clock()
+        self.speaks = data is not None
+        self._rewards: list[float] = []  # of the steps since the last checkpoint
+        self._skipped = self._without_signal = 0  # updates and steps, in a row
+        self._done = threading.Event()
+        if self.speaks:
+            self.prompts, self.codec, _ = data
+            self.trackers = Trackers(cfg, start.step)
+
+    def __enter__(self) -> "Log":
+        if self.speaks:
+            node_log = self.rollouts.node.log_path if self.rollouts.node else None
+            args = (self._now, node_log, self._done)
+            threading.Thread(target=say_something, args=args, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._done.set()
+        if self.speaks:
+            self.trackers.close()
+
+    def steps(self) -> Iterator[int]:
+        """The steps of the run, with a progress bar on a terminal."""
+        hide = None if self.speaks else True  # None: tqdm shows it on a terminal only
+        steps = range(self.start.step, self.cfg.max_num_steps)
+        for self.step in tqdm(steps, desc="steps", disable=hide, dynamic_ncols=True):
+            self.clock = Clock("exposed_generation")
+            yield self.step
+
+    def begin(self, part: str) -> None:
+        """The next part of the step, for the clock."""
+        self.clock.begin(part)
+
+    def _now(self) -> str:
+        """What goes on."""
+        compiles = self.cfg.compile and self.step == self.start.step
+        waiting = self.clock.doing == "exposed_generation"
+        come = f": {self.rollouts.describe()}" if waiting else ""
+        return f"step {self.step}, {self.clock.says(compiles)}{come}"
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.codec.decode(ids, special=True)
+
+    def begin_run(self, model) -> None:
+        if self.speaks:
+            alg, size = (
+                self.cfg.algorithm,
+                sum(s.numel() for s in model.checkpoint_shapes().values()),
+            )
+            low, high = 1 - alg.ratio_clip_min, 1 + alg.ratio_clip_max
+            say(
+                f"{size / 1e6:.1f} M parameters on {model.mesh.world_size} rank(s), hub at "
+                f"{self.rollouts.hub.url}, weight clamped to [{low:g}, {high:g}], results in "
+                f"{self.cfg.run_dir}"
+            )
+
+    def record(self, groups, lr: float, metrics: dict[str, torch.Tensor], norms, counts) -> None:
+        """The record of a step. norms: of its updates' gradients; counts: loss tokens and samples
+        of each. Where too many updates were skipped, `rollouts` is told that the run is to end."""
+        if not self.speaks:
+            return
+        values = fetch({**metrics, "grad_norms": norms})  # sync: one per step
+        norms = values.pop("grad_norms")
+        self._skipped, why = skipped_in_a_row(norms, self.step, self._skipped)
+        self.rollouts.fail(why)
+        hub, run_dir = self.rollouts.hub, self.cfg.run_dir
+        counts = [count for count, norm in zip(counts, norms) if math.isfinite(norm)]
+        omitted = left_out(groups, self.cfg)
+        record = {
+            "step": self.step,
+            "train/lr": lr,
+            **gradient_metrics(norms),
+            "ordinals": [g.ordinal for g in groups],
+            **{f"train/{why}": int(torch.cat(masks).sum()) for why, masks in omitted.items()},
+            **rollout_metrics(groups, self.step),
+            **update_metrics(values, counts),
+            **self.clock.seconds(),
+            **self.rollouts.publisher.stats,
+            **hub.take_timing(),
+            "hub": hub.status(),
+        }
+        log_step(record, run_dir)
+        hub.record = record
+        self.trackers.log(record, "step")
+        log_samples(groups, self.step, self.prompts, self._decode, run_dir)
+        self._without_signal = count_without_signal(
+            record, self._without_signal, self.cfg.reward, run_dir
+        )
+        self._rewards.append(record["train/reward"])
+        self._take_validations()
+
+    def _take_validations(self) -> None:
+        self.scores |= log_validations(
+            self.rollouts.hub, self._decode, self.cfg.run_dir, self.trackers
+        )
+
+    def scores_at(self, version: int) -> dict[int, float]:
+        """The scores for the checkpoint of a version. Without validation its own is the mean reward
+        since the checkpoint before."""
+        if self._rewards and not self.cfg.validates(0):
+            self.scores[version] = sum(self._rewards) / len(self._rewards)
+            self._rewards = []
+        return self.scores
+
+    def end(self, checkpoints: Path) -> None:
+        """The last validations, and why the run ends early if it does."""
+        if not self.speaks:
+            return
+        self._take_validations()
+        if stop := self.rollouts.stop:
+            state = "before any was trained, so there is no state to go on from"
+            if whole(checkpoints):
+                state = f"its state is in {checkpoints} (go on with --resume auto)"
+            say(f"stopped at step {self.step}, {state}: {stop.why}")
+
+    def sum_up(self) -> None:
+        if self.speaks:
+            version = max(self.start.step, self.cfg.max_num_steps)
+            sum_up(self.cfg.run_dir, version, self.scores)

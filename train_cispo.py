@@ -3,15 +3,19 @@
     python train_cispo.py --use-cispo                            # this machine: a tiny model, two minutes
     torchrun --nproc-per-node 2 train_cispo.py --use-cispo       # the same on two ranks
     python train_cispo.py --no-use-cispo                         # the same with PPO's clip, for an A/B
-    python train_cispo.py --no-local-rollout --hub-host HOST --hub-port 8790    # vLLM on other machines, where
-    CISPO_TOKEN=... python rollout.py http://HOST:8790                          # this runs
+    python train_cispo.py --no-local-rollout --hub-host HOST --hub-port 8790    # vLLM elsewhere:
+    CISPO_TOKEN=... python rollout.py http://HOST:8790                          # run this there
 
 One step:
-    1. wait for num_prompts_per_step groups of num_generations_per_prompt samples; vLLM is already
-    on the next ones 2. the trainer's own log-probs of all samples ("prev"), fixed for the step;
-    with a KL penalty the reference's too 3. for each batch of train_global_batch_size samples:
-    forward, CISPO loss, backward 4. sum of gradients over ranks, clip, AdamW 5. publish the
-    weights: written in the background, fetched, verified and loaded by every rollout node 6. log
+    1. wait for num_prompts_per_step groups of num_generations_per_prompt samples; meanwhile vLLM
+       is at work on the next ones
+    2. the trainer's own log-probs of all samples ("prev"), fixed for the step; with a KL penalty
+       the reference model's too
+    3. for each batch of train_global_batch_size samples: forward, CISPO loss, backward
+    4. sum of gradients over ranks, clip, AdamW
+    5. publish the weights: written in the background; every rollout node fetches, verifies and
+       loads them
+    6. log
 
 CISPO: MiniMax-M1, arXiv:2506.13585. Flag and metric names are NeMo RL's where it has one.
 """
@@ -20,44 +24,28 @@ import dataclasses
 import json
 import math
 import os
-import secrets
 import socket
 import sys
 import textwrap
-import threading
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import loss
-import report
-import task
 from bridge.flags import piped
-from bridge.groups import Group
 from bridge.hub import Hub
-from bridge.ledger import Ledger
-from bridge.processes import LocalRollout
-from bridge.publish import Publisher
-from bridge.reward_process import reward_digest
-from bridge.validation import Validation, due_at_start, read_scores
-from bridge.waits import Signals, Wait, WaitOver, agree, stop_word
+from bridge.rollouts import Rollouts
+from bridge.validation import due_at_start, read_scores
+from bridge.waits import Signals, WaitOver
 from bridge.weights import WeightsError, load_hf
 from config import Config, parse_config
 from model import ModelConfig, Qwen3MoE, expert_load, expert_tokens
-from prepare import interruption, known_config, model_digest, prepare, use_cpu
+from prepare import known_config, model_digest, prepare, run_for_nodes, use_cpu
 from ranks import ops, plan
-from ranks.batch import MicroBatch, left_out, pack_batch, unpack_batch
-from ranks.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    begin,
-    load_state_tensors,
-    share_model,
-    whole,
-)
+from ranks.batch import MicroBatch, pack_batch, unpack_batch
+from ranks.checkpoint import Checkpointer, CheckpointError, begin, load_state_tensors, share_model
 from ranks.parallel import (
     Mesh,
     ShardedAdamW,
@@ -67,17 +55,7 @@ from ranks.parallel import (
     make_mesh,
     reduce_metrics,
 )
-from report import (
-    Clock,
-    fetch,
-    log_step,
-    merge,
-    rollout_metrics,
-    say,
-    say_something,
-    sum_up,
-    update_metrics,
-)
+from report import Log, merge, say
 
 
 # ---- one update ----------------------------------------------------------------------------------
@@ -188,28 +166,6 @@ def train_update(
     }, grad_norm
 
 
-MAX_SKIPPED = 3  # updates in a row
-
-
-def skipped_in_a_row(norms: list[float], step: int, before: int) -> tuple[int, str]:
-    """How many updates in a row were skipped by the end of a step, given those before it, and why
-    the run stops here, or "": MAX_SKIPPED in a row is no accident. Those of this step are named."""
-    longest, skipped = before, []
-    for update, norm in enumerate(norms, 1):
-        before = 0 if math.isfinite(norm) else before + 1
-        longest = max(longest, before)
-        skipped += [str(update)] if before else []
-    if skipped:
-        say(
-            f"warning: step {step}: update {', '.join(skipped)} of {len(norms)} is skipped: its gradient is not finite"
-        )
-    why = (
-        f"the gradients of {longest} updates in a row were not finite; they were skipped, so the weights are those "
-        "before them. Go on with a lower --lr, or --param-dtype float32"
-    )
-    return before, why if longest >= MAX_SKIPPED else ""
-
-
 # ---- the run -------------------------------------------------------------------------------------
 def build_model(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, checkpoint: Path) -> Qwen3MoE:
     """This rank's part of the model, with the checkpoint's weights."""
@@ -231,15 +187,69 @@ def build_model(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, checkpoint: Pat
     return model
 
 
+def build_optimizer(cfg: Config, model: Qwen3MoE) -> ShardedAdamW:
+    return ShardedAdamW(
+        model,
+        cfg.max_grad_norm,
+        getattr(torch, cfg.grad_dtype),
+        lr=cfg.lr,
+        betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=cfg.adam_eps,
+        weight_decay=cfg.weight_decay,
+    )
+
+
+def with_chunk_size(cfg: Config, model_cfg: ModelConfig) -> Config:
+    """--logprob-chunk-size 0 as the number that it stands for."""
+    if cfg.logprob_chunk_size:
+        return cfg
+    return dataclasses.replace(
+        cfg, logprob_chunk_size=ops.chunk_rows(model_cfg.vocab_size // cfg.tp)
+    )
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(
         torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name)
     )
 
 
-def about(cfg: Config, hub: Hub, scores: dict[int, float], origin: dict) -> dict:
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    step: int
+    saved: dict  # the checkpoint's manifest; {} if the run starts anew
+    scores: dict[int, float]  # by version; rank 0 alone has these
+    due: list[int]  # versions to validate at once
+
+
+def start_or_resume(cfg: Config, checkpoints, mesh: Mesh, origin, model, optimizer) -> Start:
+    """Load the newest checkpoint that is whole on every rank, if the run is to go on from one."""
+    path, saved = begin(cfg, checkpoints or [], mesh, say, origin)
+    step, anew = (saved["step"], False) if path else (0, True)
+    if path:
+        load_state_tensors(path, model, optimizer, next(iter(saved["files"].values()))["updates"])
+    if mesh.rank:
+        return Start(step, saved, {}, [])
+    validating = cfg.validates(0)
+    scores = read_scores(cfg.run_dir, cfg.val_samples) if validating else {}
+    if path:
+        scores = {v: score for v, score in scores.items() if v >= origin["scored_since"]}
+        if not validating:
+            scores = {int(v): score for v, score in saved["scores"].items()}
+        taken = saved["ledger"]["taken"]
+        say(f"going on from {path}: step {step}, {taken} prompts trained")
+        of_another_run = path.parent.parent.resolve() != cfg.run_dir.resolve()
+        anew = of_another_run or step == origin["scored_since"]
+    due = due_at_start(step, cfg.validates(step), anew, saved.get("unscored", []), scores)
+    return Start(step, saved, scores, due if validating else [])
+
+
+def about(cfg: Config, hub: Hub | None, scores: dict[int, float], origin) -> dict | None:
     """Rank 0's part of a checkpoint. The scores, of validation or else of training, say which
     checkpoint is best."""
+    if hub is None:
+        return None
     unscored = [version for version in hub.validation.begun if version not in scores]
     return {
         "ledger": hub.ledger_state(),
@@ -252,349 +262,106 @@ def about(cfg: Config, hub: Hub, scores: dict[int, float], origin: dict) -> dict
 
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up from lr / 10 over lr_warmup_steps rollout batches, then constant. It moves
-    once per batch, not per update, as in the seed system."""
+    once per batch, not per update, as in NeMo RL."""
     done = min(1.0, step / cfg.lr_warmup_steps) if cfg.lr_warmup_steps else 1.0
     return cfg.lr * (0.1 + 0.9 * done)
 
 
-def wait_for_batch(
-    hub: Hub, version: int, cfg: Config, rollout: LocalRollout | None
-) -> tuple[list[Group] | None, str]:
-    """The groups of a step and the word "train", or None and why the run stops here: the deadline,
-    a signal, or rollouts that cannot be kept alive."""
-    wait, status = Wait("batch", cfg.batch_timeout_s), {}
-    try:
-        while not (stop := Signals.stop or stop_word()):
-            batch = hub.next_batch(version, timeout_s=0.5)
-            for line in hub.take_news():
-                say(line)
-            if batch:
-                # The hub never hands over a token older than the bound; this is where it would do
-                # harm.
-                oldest = min(g.oldest_version for g in batch)
-                assert version - oldest <= cfg.max_trajectory_age_steps, (
-                    f"a token of v{oldest} at step {version}"
-                )
-                return batch, "train"
-            status = hub.status()
-            if rollout is not None:
-                rollout.keep(status["taken"] + status["buffered"], say)
-            wait.check(f"step {version}, hub: {json.dumps(status)}")
-    except RuntimeError as e:
-        return None, str(e)
-    return None, stop
+def set_lr(optimizer, lr: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
-def wait_for_validation(hub: Hub, cfg: Config, rollout: LocalRollout | None) -> None:
-    """At the end of the run: until the last held-out prompt is answered, or it takes too long."""
-    wait, why = Wait("validation", cfg.val_timeout_s), ""
-    try:
-        while (status := hub.status())["validation"]["rounds"] and not (why := Signals.stop):
-            wait.check(json.dumps(status["validation"]))
-            if rollout is not None:
-                rollout.keep(status["taken"] + status["validation"]["answered"], say)
-            time.sleep(0.1)  # polling another thread
-    except RuntimeError as e:  # the training is done and saved: it is not lost for want of a score
-        why = str(e)
-    if why:
-        say(f"the last validation is not finished: {why}")
+def checkpoint_due(version: int, cfg: Config) -> bool:
+    every = cfg.checkpoint_every_steps
+    last = version == cfg.max_num_steps
+    return bool(every) and (version % every == 0 or cfg.validates(version) or last)
 
 
-def start_hub(cfg: Config, checkpoint: Path, data, vocab_size: int, device) -> Hub:
-    """The hub with the run's prompts."""
-    prompts, codec, held_out = data
-    dtype = str(resolve_dtype(cfg.publish_dtype, device)).removeprefix("torch.")
-    run = {
-        "num_generations": cfg.num_generations_per_prompt,
-        "max_new_tokens": cfg.max_new_tokens,
-        "seed": cfg.seed,
-        "max_model_len": cfg.max_total_sequence_length,
-        "dtype": dtype,
-        "fp32_lm_head": cfg.fp32_lm_head,
-        **interruption(cfg, codec),
-        "recompute_kv_cache": cfg.recompute_kv_cache_after_weight_updates,
-        "reward": cfg.reward,
-        "reward_digest": reward_digest(cfg.reward),
-        "sampling": {
-            "n": cfg.num_generations_per_prompt,
-            "temperature": cfg.temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "max_tokens": cfg.max_new_tokens,
-            "logprobs": 0,
-            "detokenize": False,
-            "stop_token_ids": task.eos_token_ids(checkpoint),
-        },
-    }
-    run["val_sampling"] = {
-        **run["sampling"],
-        "n": cfg.val_samples,
-        "temperature": cfg.val_temperature,
-    }
-    ledger = Ledger(
-        cfg.num_prompts_per_step,
-        cfg.max_trajectory_age_steps,
-        cfg.max_num_steps,
-        cfg.lease_timeout_s,
-        cfg.max_prompt_failures,
-        prompts,
-        cfg.no_resampling_pass_rate,
-    )
-    token = os.environ.get("CISPO_TOKEN") or secrets.token_urlsafe(32)
-    validation = Validation(
-        held_out,
-        cfg.val_samples,
-        cfg.lease_timeout_s,
-        cfg.max_prompt_failures,
-        cfg.val_pass_threshold,
-    )
-    hub = Hub(
-        ledger, prompts, codec.encode, cfg.run_dir / "weights", vocab_size, token, run, validation
-    )
-    hub.start(cfg.hub_host, cfg.hub_port)
-    return hub
-
-
-def train(
-    cfg: Config,
-    checkpoint: Path,
-    data: tuple[task.Prompts, task.Codec, list[dict]] | None,
-    checkpoints: list[Path] | None = None,
-    origin: dict | None = None,
-) -> None:
-    """The run. Rank 0 alone has data (`load_prompts`), the checkpoints that it may go on from, and
-    `origin_of`."""
-    # ---- processes and seeds
+def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) -> None:
+    """The run. Rank 0 alone has data (prompts, codec, held-out examples: `load_prompts`), the
+    checkpoints that it may go on from, and `origin_of`."""
+    # ---- ranks, model, optimizer
     join_ranks(cfg.collective_timeout_s)  # the wait for a batch is not one of them: see waits.agree
     share_model(checkpoint, not cfg.model, model_digest)
     model_cfg = ModelConfig.from_dir(checkpoint)
     mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads, cfg.collective_timeout_s)
-    rank = mesh.rank
     torch.manual_seed(cfg.seed)
-
-    # ---- model and optimizer
-    if cfg.logprob_chunk_size == 0:
-        cfg = dataclasses.replace(
-            cfg, logprob_chunk_size=ops.chunk_rows(model_cfg.vocab_size // cfg.tp)
-        )
+    cfg = with_chunk_size(cfg, model_cfg)
     model = build_model(cfg, model_cfg, mesh, checkpoint)
     # The KL penalty's reference is a frozen copy of the model that the run starts from.
     reference = (
         build_model(cfg, model_cfg, mesh, checkpoint) if cfg.reference_policy_kl_penalty else None
     )
-    optimizer = ShardedAdamW(
-        model,
-        cfg.max_grad_norm,
-        getattr(torch, cfg.grad_dtype),
-        lr=cfg.lr,
-        betas=(cfg.adam_beta1, cfg.adam_beta2),
-        eps=cfg.adam_eps,
-        weight_decay=cfg.weight_decay,
-    )
+    optimizer = build_optimizer(cfg, model)
     policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
-    resume, saved = begin(cfg, checkpoints or [], mesh, say, origin)
-    start = saved["step"] if resume else 0
-    if resume:
-        load_state_tensors(
-            resume, model, optimizer, updates=next(iter(saved["files"].values()))["updates"]
-        )
+    start = start_or_resume(cfg, checkpoints, mesh, origin, model, optimizer)
     saver = Checkpointer(
-        cfg.run_dir / "checkpoints", rank, mesh.world_size, cfg.keep_checkpoints, start
+        cfg.run_dir / "checkpoints", mesh.rank, mesh.world_size, cfg.keep_checkpoints, start.step
     )
+    sent_as = resolve_dtype(cfg.publish_dtype, mesh.device)
+    run = run_for_nodes(cfg, checkpoint, data, sent_as)
 
-    # ---- hub and rollout
-    hub = rollout = None
-    if rank == 0:
-        hub = start_hub(cfg, checkpoint, data, model_cfg.vocab_size, mesh.device)
-        prompts, codec, _ = data
-        show = lambda ids: codec.decode(ids, special=True)
-        trackers, validating = report.Trackers(cfg, start), cfg.validates(0)
-        scores = read_scores(cfg.run_dir, cfg.val_samples) if validating else {}
-        if resume:
-            hub.ledger.restore(saved["ledger"])  # before there are weights to lease a prompt for
-            scores = {v: score for v, score in scores.items() if v >= origin["scored_since"]}
-            scores = (
-                scores if validating else {int(at): score for at, score in saved["scores"].items()}
-            )
-            say(f"going on from {resume}: step {start}, {saved['ledger']['taken']} prompts trained")
-        anew = (
-            not resume
-            or resume.parent.parent.resolve() != cfg.run_dir.resolve()
-            or start == origin["scored_since"]
-        )
-        due = due_at_start(start, cfg.validates(start), anew, saved.get("unscored", []), scores)
-        for version in due if validating else []:
-            hub.begin_validation(version)
-        if cfg.local_rollout:
-            rollout = LocalRollout(
-                hub, cfg.run_dir / "rollout", cfg.rollout_args, cfg.run_dir / "rollout.log"
-            )
-        num_parameters = sum(shape.numel() for shape in model.checkpoint_shapes().values())
-        say(
-            f"{num_parameters / 1e6:.1f} M parameters on {mesh.world_size} rank(s), "
-            f"hub at {hub.url}, weight clamped to [{1 - cfg.algorithm.ratio_clip_min:g}, "
-            f"{1 + cfg.algorithm.ratio_clip_max:g}], results in {cfg.run_dir}"
-        )
-    publisher = Publisher(
-        model,
-        resolve_dtype(cfg.publish_dtype, mesh.device),
-        cfg.run_dir / "weights",
-        checkpoint,
-        cfg.full_version_every,
-        cfg.keep_versions,
-        torch.distributed.distributed_c10d._get_default_store(),
-        deadline_s=cfg.collective_timeout_s / 2,
-        hub=hub,
-        port=cfg.hub_port,
-    )
-    publisher.publish(start)
-
-    # ---- loop
-    step, clock, done, word, rewards, silent = start, Clock(), threading.Event(), "train", [], 0
-    skipped, stuck = 0, ""  # updates in a row, on rank 0, and why they are too many
-    Signals.in_loop = True  # from here on the first signal is a word, not an exception
-    if rank == 0:
-        here = lambda: (
-            f": {len(hub.ledger.buffer)} of {cfg.num_prompts_per_step} prompts, {len(hub.nodes)} rollout "
-            "node(s)"
-            if clock.doing == "exposed_generation"
-            else ""
-        )
-        now = lambda: f"step {step}, {clock.says(compiles=cfg.compile and step == start)}{here()}"
-        log_path = rollout.log_path if rollout else None
-        threading.Thread(target=say_something, args=(now, log_path, done), daemon=True).start()
-    try:
-        hide_bar = (
-            True if rank != 0 else None
-        )  # None: tqdm shows a bar on a terminal only; the lines come anyway
-        for step in tqdm(
-            range(start, cfg.max_num_steps), desc="steps", disable=hide_bar, dynamic_ncols=True
-        ):
-            clock = Clock("exposed_generation")
-            lr = learning_rate(step, cfg)
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = lr
-
+    # ---- the loop
+    with (
+        Rollouts(cfg, model, sent_as, checkpoint, data, run, start) as rollouts,
+        Log(cfg, rollouts, data, start) as log,
+    ):
+        log.begin_run(model)
+        rollouts.publish(start.step)
+        Signals.in_loop = True  # from here on the first signal is a word, not an exception
+        for step in log.steps():
+            lr = set_lr(optimizer, learning_rate(step, cfg))
             # 1 wait for a batch: rank 0 has it, says so, and every rank gets it
-            ask = rank == 0 and not stuck
-            groups, word = wait_for_batch(hub, step, cfg, rollout) if ask else (None, stuck)
-            word = agree(step, word, rank, cfg.batch_timeout_s + 60, stop=lambda: Signals.stop)
-            if word != "train":
+            groups = rollouts.next_groups(step)
+            if rollouts.stop:
                 break
-            clock.begin("data_processing")
-            blob = broadcast_bytes(pack_batch(groups, cfg) if rank == 0 else None, mesh)
+            log.begin("data_processing")
+            blob = broadcast_bytes(groups and pack_batch(groups, cfg), mesh)
             updates, counts = unpack_batch(blob, cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
-
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
-            clock.begin("policy_and_reference_logprobs")
+            log.begin("policy_and_reference_logprobs")
             fix_for_the_step(updates, step, model, reference, cfg)
-
             # 3, 4 the updates: forward, loss, backward, reduce, step
-            clock.begin("policy_training")
-            metrics: dict[str, torch.Tensor] = {}
-            grad_norms = []
+            log.begin("policy_training")
+            metrics, norms = {}, []
             for micro_batches, update_counts in zip(updates, counts):
-                stats, grad_norm = train_update(
+                partial, norm = train_update(
                     model, optimizer, micro_batches, update_counts, cfg, policy_loss
                 )
-                metrics = merge(metrics, stats)
-                grad_norms.append(grad_norm)
+                metrics, norms = merge(metrics, partial), [*norms, norm]
             metrics = expert_load(reduce_metrics(metrics, mesh.dp_group))
-
-            # 5 publish: copies the weights; writing, fetching and loading go on while the next step
-            # runs
-            clock.begin("publish_copy")
-            publisher.publish(step + 1, last=step + 1 == cfg.max_num_steps)
-            if rank == 0 and cfg.validates(step + 1):
-                hub.begin_validation(step + 1)
-
+            # 5 publish: copies the weights; the rest goes on while the next step runs
+            log.begin("publish_copy")
+            rollouts.publish(step + 1)
             # 6 log and checkpoint
-            if rank == 0:
-                values = fetch(
-                    {**metrics, "grad_norms": torch.stack(grad_norms)}
-                )  # sync: one per step
-                skipped, stuck = skipped_in_a_row(norms := values.pop("grad_norms"), step, skipped)
-                counts = [count for count, norm in zip(counts, norms) if math.isfinite(norm)]
-                record = {
-                    "step": step,
-                    "train/lr": lr,
-                    **report.gradient_metrics(norms),
-                    "ordinals": [g.ordinal for g in groups],
-                    **{
-                        f"train/{why}": int(torch.cat(m).sum())
-                        for why, m in left_out(groups, cfg).items()
-                    },
-                    **rollout_metrics(groups, step),
-                    **update_metrics(values, counts),
-                    **clock.seconds(),
-                    **publisher.stats,
-                    **hub.take_timing(),
-                    "hub": hub.status(),
-                }
-                log_step(record, cfg.run_dir)
-                hub.record = record
-                trackers.log(record, "step")
-                report.log_samples(groups, step, prompts, show, cfg.run_dir)
-                silent = report.count_without_signal(record, silent, cfg.reward, cfg.run_dir)
-                rewards.append(record["train/reward"])
-                scores |= report.log_validations(hub, show, cfg.run_dir, trackers)
-            every = cfg.checkpoint_every_steps
-            if every and (
-                (step + 1) % every == 0 or cfg.validates(step + 1) or step + 1 == cfg.max_num_steps
-            ):
-                if (
-                    rank == 0 and not validating
-                ):  # without validation: the mean reward since the one before
-                    scores[step + 1], rewards = sum(rewards) / len(rewards), []
-                saver.save(
-                    step + 1,
-                    model,
-                    optimizer,
-                    about(cfg, hub, scores, origin) if rank == 0 else None,
-                )
-        if Signals.asked(word):
-            saver.deadline_s = min(saver.deadline_s, Signals.save_within_s())
-        if (
-            word != "train" and saver.newest_step != step
-        ):  # asked to stop before this step: all before it is whole
-            saver.save(
-                step, model, optimizer, about(cfg, hub, scores, origin) if rank == 0 else None
-            )
+            log.record(groups, lr, metrics, torch.stack(norms), counts)
+            if checkpoint_due(step + 1, cfg):
+                scores = log.scores_at(step + 1)
+                saver.save(step + 1, model, optimizer, about(cfg, rollouts.hub, scores, origin))
+
+        # ---- the end: what was asked to stop saves its state before this step
+        finished = rollouts.stop is None
+        if not finished:
+            if rollouts.stop.kind == "signal":
+                saver.deadline_s = min(saver.deadline_s, Signals.save_within_s())
+            if saver.newest_step != log.step:
+                saver.save(log.step, model, optimizer, about(cfg, rollouts.hub, log.scores, origin))
         saver.wait()
-        publisher.close()
-        finished = word == "train"
-        if finished and publisher.error:
-            word = str(publisher.error)
-        if rank == 0:
-            if word == "train":
-                clock.begin("validation")
-                wait_for_validation(hub, cfg, rollout)
-            scores |= report.log_validations(hub, show, cfg.run_dir, trackers)
-            if word != "train":
-                state = f"its state is in {saver.root} (go on with --resume auto)"
-                state = (
-                    state
-                    if whole(saver.root)
-                    else "before any was trained, so there is no state to go on from"
-                )
-                say(f"stopped at step {step}, {state}: {word}")
-        # every node's files are served until rank 0 needs no more answers from the rollout nodes
+        rollouts.finish_publishing()
+        log.begin("validation")
+        rollouts.finish_validation()
+        log.end(saver.root)
         if finished:
-            # Rank 0 may be as late as its own waits since the last step allow, one after the other.
-            rank_0_may_take = saver.deadline_s + publisher.deadline_s + cfg.val_timeout_s + 60
-            agree(cfg.max_num_steps, "over", rank, rank_0_may_take, stop=lambda: Signals.stop)
-        if word != "train" and not Signals.asked(word):
-            raise SystemExit(f"train_cispo.py: rank {rank}: stopped at step {step}: {word}")
-    finally:
-        done.set()
-        if rollout is not None:
-            rollout.stop()
-        if hub is not None:
-            trackers.close()
-            hub.close(patience_s=0.0 if cfg.local_rollout else 5.0)
-    if rank == 0 and word == "train":
-        sum_up(cfg.run_dir, max(start, cfg.max_num_steps), scores)
-    torch.distributed.destroy_process_group()
+            rollouts.wait_for_rank_0(saver.deadline_s)
+        if (stop := rollouts.stop) and stop.kind == "failure":
+            raise SystemExit(
+                f"train_cispo.py: rank {mesh.rank}: stopped at step {log.step}: {stop.why}"
+            )
+    if not stop:
+        log.sum_up()
+    dist.destroy_process_group()
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from loss import clip_diagnostics
 from model import Qwen3MoE
 from ranks.batch import pack_batch, unpack_batch
 from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
-from train_cispo import fix_for_the_step, micro_batch_logprobs, skipped_in_a_row, train_update
+from report import skipped_in_a_row
+from train_cispo import fix_for_the_step, micro_batch_logprobs, train_update
 
 REPO = Path(__file__).resolve().parent.parent
 

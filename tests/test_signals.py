@@ -173,17 +173,17 @@ def test_an_error_of_ours_keeps_its_traceback(tiny_checkpoint, tmp_path, monkeyp
 def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
     code = (
         f"import os, sys; sys.path.insert(0, {str(REPO)!r}); os.sched_setaffinity(0, {{0}}); "
-        "import weights; print(processes.cores())"
+        "from bridge import processes; print(processes.cores())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout == "1\n"
     limit = tmp_path / "cpu.max"
-    monkeypatch.setattr(weights, "Path", lambda path: limit if "cgroup" in path else Path(path))
+    monkeypatch.setattr(processes, "Path", lambda path: limit if "cgroup" in path else Path(path))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     for text, count in (("max 100000", 64), ("350000 100000", 3), ("50000 100000", 1)):
         limit.write_text(text)
         assert processes.cores() == count
-    for file in REPO.glob("*.py"):
+    for file in processes.program_files():
         assert "cpu_count" not in file.read_text(), file

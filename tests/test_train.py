@@ -17,8 +17,10 @@ from on_ranks import on_ranks
 import data
 import loss
 import prepare
+import report
 import task
 import train_cispo
+from bridge import rollouts
 from bridge.groups import Group
 from bridge.validation import Validation
 from config import Config
@@ -662,15 +664,15 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     updated = lambda model, opt, batches, *rest: (
         trained.extend(batches) or train_update(model, opt, batches, *rest)
     )
-    for name, stand_in in {
-        "start_hub": lambda *args: Standby(),
-        "Publisher": lambda *args, **kwargs: Standby(),
-        "wait_for_batch": lambda *args: (groups, "train"),
-        "sum_up": lambda run_dir, version, scores: None,
-        "micro_batch_logprobs": counted,
-        "train_update": updated,
-    }.items():
-        monkeypatch.setattr(train_cispo, name, stand_in)
+    for module, name, stand_in in [
+        (rollouts, "start_hub", lambda *args: Standby()),
+        (rollouts, "Publisher", lambda *args, **kwargs: Standby()),
+        (rollouts, "wait_for_batch", lambda *args: (groups, "train")),
+        (report, "sum_up", lambda run_dir, version, scores: None),
+        (train_cispo, "micro_batch_logprobs", counted),
+        (train_cispo, "train_update", updated),
+    ]:
+        monkeypatch.setattr(module, name, stand_in)
     train_cispo.train(cfg, tiny_checkpoint, ([{}] * 100, Codec(tiny_checkpoint), []))
     records = [
         json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()

@@ -18,6 +18,7 @@ from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.processes import LocalRollout
 from bridge.reward_pool import RewardWorkers
+from bridge.rollouts import wait_for_batch, wait_for_validation
 from bridge.vllm import VLLM
 from bridge.waits import WAITS, Signals, Wait, WaitOver, agree
 from bridge.weights import digest
@@ -27,7 +28,6 @@ from ranks import parallel
 from ranks.checkpoint import Checkpointer, CheckpointError
 from ranks.parallel import ShardedAdamW
 from rollout import RolloutConfig, ask
-from train_cispo import wait_for_batch, wait_for_validation
 
 RUN = {
     "dtype": "float32",

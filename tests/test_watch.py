@@ -169,7 +169,9 @@ def test_a_missing_login_is_found_before_anything_starts(mode, tmp_path):
         "HOME": str(tmp_path),
         "WANDB_MODE": mode,
     }
-    code = "from train_cispo import parse_config\nimport sys\ntry: parse_config(['--wandb-project', 'p'])\n"
+    code = (
+        "from config import parse_config\nimport sys\ntry: parse_config(['--wandb-project', 'p'])\n"
+    )
     code += "except ValueError as e: print(e); sys.exit(2)"
     done = subprocess.run(
         [sys.executable, "-c", code],
