@@ -431,7 +431,7 @@ def test_a_file_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeyp
 
 
 REWRITE = """
-import sys, task
+import sys, data
 rows = data.read_data(sys.argv[1])
 before = list(rows)
 for path in sys.argv[2:]:
@@ -558,7 +558,7 @@ def single_digits(rng):
 
 
 HELD_OUT = """
-import sys, task, train_cispo
+import sys, config, data, prepare, task
 from test_data import single_digits
 task.TASKS["add"] = (single_digits, task.TASKS["add"][1])
 cfg = config.Config(task="add")

@@ -16,7 +16,7 @@ from on_ranks import on_ranks
 from torch.testing import assert_close
 
 from loss import Algorithm, policy_loss
-from ranks import ops, parallel
+from ranks import ops
 from ranks.ops import IGNORED, chunk_rows, fused_head_loss, token_logprobs
 from ranks.parallel import join_ranks
 
@@ -315,7 +315,9 @@ def test_no_chunk_has_more_rows_than_tokens_are_left(n, worked_on, monkeypatch):
 
 
 PEAKS = """
-import torch, bench, loss
+import torch
+from ranks import ops
+from tools import bench
 torch.set_num_threads(1)
 V, D = 10_000, 16
 for N in (512, 512, 2048, 8192):  # the first to warm up
@@ -351,10 +353,10 @@ def shards_on_this_rank(compiled, drop):
     """This rank's words of every case. drop: an all-reduce to leave out, by number."""
     join_ranks(60)
     rank, tp = dist.get_rank(), dist.get_world_size()
-    calls, real = [], parallel.all_reduce
+    calls, real = [], ops.all_reduce
     keep = lambda: calls.append(1) or (len(calls) - 1) % 2 != drop
     if drop is not None:
-        parallel.all_reduce = lambda x, *rest: real(x, *rest) if keep() else x
+        ops.all_reduce = lambda x, *rest: real(x, *rest) if keep() else x
     results = []
     for c in shard_cases(compiled):
         shard = c | {"weight": c["weight"].chunk(tp)[rank]}

@@ -158,7 +158,7 @@ def _share(directory, name, handed_out):
     os.chdir(Path(directory) / f"disk{os.environ['RANK']}")
     join_ranks(60)
     try:
-        checkpoint.share_model(Path(name), handed_out)
+        checkpoint.share_model(Path(name), handed_out, prepare.model_digest)
     except SystemExit as e:
         return str(e)
     return {p.name: weights.digest(p.read_bytes()) for p in Path(name).iterdir()}

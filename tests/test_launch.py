@@ -28,7 +28,7 @@ def script(path: Path, text: str) -> Path:
 def program(tmp_path):
     """launch.sh in a directory of its own, whose Python says how it was called. Tests call it from
     tmp_path."""
-    (tmp_path / "program/inside_vllm").mkdir(parents=True)
+    (tmp_path / "program/bridge/inside_vllm").mkdir(parents=True)
     for name in ("launch.sh", "pyproject.toml"):
         shutil.copy(REPO / name, tmp_path / "program")
     for name in ("train_cispo.py", "bridge/inside_vllm/vllm_engine.py"):

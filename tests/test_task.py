@@ -116,7 +116,7 @@ def test_two_columns_that_could_be_the_prompt_have_to_be_told_apart(tmp_path):
 def test_a_data_set_out_of_reach_is_one_line_that_says_what_would_help(tmp_path):
     """The library's own errors, in a process of its own: it reads HF_HUB_OFFLINE when it is
     imported."""
-    code = "import sys, task\ntry: data.read_data(sys.argv[1])\nexcept ValueError as e: print(e)"
+    code = "import sys, data\ntry: data.read_data(sys.argv[1])\nexcept ValueError as e: print(e)"
     for name, words in [
         (
             "nvidia/OpenMathInstruct-2",

@@ -280,6 +280,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:5]
+import bridge.publish
 from test_weights import loaded, nudge, publisher, weights
 root, checkpoint = Path(sys.argv[1]), Path(sys.argv[2])
 for whole_files in map(int, sys.argv[5:]):
@@ -290,7 +291,7 @@ for whole_files in map(int, sys.argv[5:]):
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(tmp)
-        weights.put_in_place = put
+        weights.put_in_place = bridge.publish.put_in_place = put
         p = publisher(loaded(checkpoint), root / str(whole_files), checkpoint)
         p.publish(0)
         nudge(p.model, 0)
