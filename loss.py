@@ -13,52 +13,11 @@ parts together; a fork that wants another loss writes another function like `cis
 import bisect
 import itertools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-
-@dataclass(frozen=True)
-class Algorithm:
-    """The seed system's loss_fn keys, resolved; their meaning is beside the flags in
-    train_cispo.py. Bounds are offsets from 1, as there: the ratio is clamped to [1 -
-    ratio_clip_min, 1 + ratio_clip_max]."""
-
-    use_cispo: bool = True
-    ratio_clip_min: float = 1.0
-    ratio_clip_max: float = 5.0
-    ratio_clip_c: float | None = None
-    ratio_anchor: str = "prev"
-    disable_ppo_ratio: bool = False
-    force_on_policy_ratio: bool = False
-    sequence_level_importance_ratios: bool = False
-    use_importance_sampling_correction: bool = True
-    truncated_importance_sampling_type: str | None = None
-    truncated_importance_sampling_ratio: float | None = None
-    truncated_importance_sampling_ratio_min: float | None = None
-    reference_policy_kl_penalty: float = 0.0
-    reference_policy_kl_type: str = "k3"
-    kl_input_clamp_value: float = 20.0
-    kl_output_clamp_value: float = 10.0
-    use_on_policy_kl_approximation: bool = False
-    use_kl_in_reward: bool = False
-    positive_example_nll_weight: float = 0.0
-
-    @property
-    def needs_prev(self) -> bool:
-        """Whether the trainer's log-probs at the start of the step are read; else the current ones,
-        detached, are."""
-        return not self.force_on_policy_ratio and self.ratio_anchor == "prev"
-
-    @property
-    def needs_sequences(self) -> bool:
-        """Whether a token's loss depends on the other tokens of its sequence. Else `token_loss` is
-        elementwise."""
-        return (
-            self.sequence_level_importance_ratios
-            or self.truncated_importance_sampling_type == "seq-mask-tis"
-        )
+from config import LOG_RATIO_MAX, Algorithm
 
 
 # ---- advantages ----------------------------------------------------------------------------------
@@ -294,9 +253,6 @@ def policy_loss(
         if age is not None:
             metrics.update(mismatch_by_age(parts.own, parts.gen, mask, age, max_age))
     return loss, {"loss": loss.detach(), **metrics}
-
-
-LOG_RATIO_MAX = 20.0  # exp(20) = 4.9e8: far outside any clip, far inside fp32
 
 
 def bounded_exp(log_ratio):

@@ -521,3 +521,10 @@ class Qwen3MoE(nn.Module):
         holds of it."""
         with torch.device("meta"):
             return {name: t.shape for name, t in Qwen3MoE(self.cfg).hf_tensors()}
+
+
+def num_parameters(path: str | Path) -> int:
+    """Of the model in a directory, by its config.json alone."""
+    with torch.device("meta"):
+        model = Qwen3MoE(ModelConfig.from_dir(path))
+    return sum(p.numel() for p in model.parameters())

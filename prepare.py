@@ -27,13 +27,12 @@ from bridge.weights import (
     stored_tensors,
     tensor_bytes,
 )
-from config import Config
+from config import Config, RolloutConfig
 from model import KNOWN_MODELS, ModelConfig, Qwen3MoE
 from ranks import plan
 from ranks.checkpoint import checkpoints_to_try, hold
 from report import say
 from rewards import check_answers
-from rollout import RolloutConfig
 
 
 def known_config(cfg) -> ModelConfig | None:

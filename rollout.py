@@ -24,13 +24,10 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import urlsplit
 
 import aiohttp
-import tyro
 
 from bridge import receive, weights
 from bridge.flags import parse_flags
@@ -40,40 +37,8 @@ from bridge.reward_pool import Away, RewardsEnd, RewardWorkers
 from bridge.reward_process import reward_digest
 from bridge.vllm import NO_ANSWER, VLLM, VLLMUnfit
 from bridge.waits import Wait, WaitOver, backoff_s
+from config import RolloutConfig
 from task import Codec
-
-
-@dataclass
-class RolloutConfig:
-    """Flags of a rollout node."""
-
-    hub: Annotated[
-        str, tyro.conf.Positional
-    ]  # the trainer's address, as it prints it: http://host:port
-    dir: str = ""  # local weights and vllm.log; default: a directory in /dev/shm, which is RAM
-    max_groups: int = 64  # prompts in flight at once
-    vllm_threads: int = 0  # OpenMP threads of vLLM on a CPU; 0: half of the cores
-    vllm_args: str = ""  # further arguments for vLLM's server, e.g. "--tensor-parallel-size 4"
-    vllm_start_timeout_s: float = 900.0  # for vLLM to load the model and answer
-    vllm_command: str = (
-        ""  # in place of "python -m vllm.entrypoints.openai.api_server"; it gets the same arguments
-    )
-    stall_timeout_s: float = (
-        60.0  # vLLM may make no token for so long with requests in flight, or it is started again
-    )
-    load_timeout_s: float = 300.0  # for one weight update
-    max_tries: int = 5  # of a prompt on this node, before it goes back to the hub
-    reward_workers: int = 2  # processes that run the reward function
-    reward_timeout_s: float = 60.0  # for the reward of one sample
-    reward_start_timeout_s: float = (
-        300.0  # for importing the reward function's file, with what it loads
-    )
-    reward_away_timeout_s: float = (
-        600.0  # the service that a reward function asks may be away this long
-    )
-    beat_s: float = 3.0  # between signs of life to the hub
-    hub_timeout_s: float = 600.0  # the trainer may be silent this long before the node gives up
-
 
 THINK_END = "</think>"  # Qwen3's
 

@@ -20,6 +20,13 @@ One step:
 CISPO: MiniMax-M1, arXiv:2506.13585. Flag and metric names are NeMo RL's where it has one.
 """
 
+import sys
+
+from presets import config_or_exit, refuse
+
+if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported: seconds
+    FLAGS = config_or_exit(sys.argv[1:])
+
 import dataclasses
 import json
 import math
@@ -40,7 +47,7 @@ from bridge.rollouts import Rollouts
 from bridge.validation import due_at_start, read_scores
 from bridge.waits import Signals, WaitOver
 from bridge.weights import WeightsError, load_hf
-from config import Config, parse_config
+from config import Config
 from model import ModelConfig, Qwen3MoE, expert_load, expert_tokens
 from prepare import known_config, model_digest, prepare, run_for_nodes, use_cpu
 from ranks import ops, plan
@@ -364,27 +371,30 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
     dist.destroy_process_group()
 
 
-def main() -> None:
+def main(cfg: Config | None = None) -> None:
     Signals.install()
-    of_torchrun = lambda name, default: int(os.environ.get(name, default))
-    rank, world_size = of_torchrun("RANK", 0), of_torchrun("WORLD_SIZE", 1)
+    rank, world_size, ranks_here, local_rank = (
+        int(os.environ.get(name, default))  # as torchrun sets them
+        for name, default in (
+            ("RANK", 0),
+            ("WORLD_SIZE", 1),
+            ("LOCAL_WORLD_SIZE", 1),
+            ("LOCAL_RANK", 0),
+        )
+    )
+    cfg = cfg or config_or_exit(sys.argv[1:])
     try:
-        cfg = parse_config(sys.argv[1:])
         if cfg.dry_run:
             if rank == 0:  # one process plans for others
                 with piped():
-                    plan.print_report(
-                        known_config(cfg), cfg, world_size if world_size > 1 else cfg.dry_run_ranks
-                    )
+                    ranks = world_size if world_size > 1 else cfg.dry_run_ranks
+                    plan.print_report(known_config(cfg), cfg, ranks)
             return
         if not torch.cuda.is_available():
-            use_cpu(cfg, of_torchrun("LOCAL_WORLD_SIZE", 1))
-        what_to_train = prepare(cfg, rank, world_size, of_torchrun("LOCAL_RANK", 0))
+            use_cpu(cfg, ranks_here)
+        what_to_train = prepare(cfg, rank, world_size, local_rank)
     except (ValueError, CheckpointError, WeightsError) as e:
-        if of_torchrun("LOCAL_RANK", 0) == 0:  # once on each node: it may be about this one's disk
-            where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
-            print(f"train_cispo.py: error: {where}{e}", file=sys.stderr)
-        sys.exit(2)
+        refuse(e)
     if rank == 0:
         values = "  ".join(f"{name}={value!r}" for name, value in json.loads(cfg.text).items())
         print(textwrap.fill(values, 120, break_long_words=False, break_on_hyphens=False))
@@ -392,29 +402,22 @@ def main() -> None:
             say(f"warning: {warning}")
     try:
         train(cfg, *what_to_train)
-    except (
-        CheckpointError,
-        WeightsError,
-        WaitOver,
-        OSError,
-        torch.OutOfMemoryError,
-        dist.DistError,
-    ) as e:
-        # What a machine, a disk or another process can do; anything else is ours, and shows where
-        # it comes from.
-        advice = {
-            torch.OutOfMemoryError: "; lower --max-tokens-per-micro-batch, or see --dry-run",
-            dist.DistError: "; another rank has ended or cannot be reached: its own error says why",
-        }
-        text = " ".join(str(e).split())[:600] + next(
-            (a for kind, a in advice.items() if isinstance(e, kind)), ""
-        )
-        raise SystemExit(
-            f"train_cispo.py: error: rank {rank} on {socket.gethostname()}: {text}"
-        ) from None
+    except tuple(ADVICE) as e:
+        advice = next(text for kind, text in ADVICE.items() if isinstance(e, kind))
+        text = " ".join(str(e).split())[:600] + advice
+        where = f"rank {rank} on {socket.gethostname()}"
+        raise SystemExit(f"train_cispo.py: error: {where}: {text}") from None
     if Signals.stop == "Ctrl-C":
         sys.exit(130)
 
 
+# What a machine, a disk or another process can do to a run is told in one line, with what helps.
+# Anything else is a fault of the program, and shows where it comes from.
+ADVICE = {
+    torch.OutOfMemoryError: "; lower --max-tokens-per-micro-batch, or see --dry-run",
+    dist.DistError: "; another rank has ended or cannot be reached: its own error says why",
+    **dict.fromkeys((CheckpointError, WeightsError, WaitOver, OSError), ""),
+}
+
 if __name__ == "__main__":
-    main()
+    main(FLAGS)

@@ -1,10 +1,10 @@
 """Flags: a dataclass is parsed by tyro, and what is wrong with the flags is one line.
- Also `train_cispo.py --help`: every flag on one line, in its group, with the value that it has
-under the chosen preset. The text is read from the source of the Config class: a comment that stands
-alone begins a group, and the one behind a field is that field's help. So whoever adds a field has
-documented it.
+
+The comment behind a field of the dataclass is its help text, and `Flags` shows it with the field's
+value: whoever adds a field has documented it.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -14,10 +14,10 @@ import itertools
 import os
 import re
 import sys
+import textwrap
+import tokenize
 import types
 import typing
-
-import tyro
 
 
 @contextlib.contextmanager
@@ -32,84 +32,98 @@ def piped():
         raise SystemExit(0) from None
 
 
+# ---- parsing -------------------------------------------------------------------------------------
 def parse_flags(cls, argv: list[str], default=None):
     """The dataclass as the flags have it. Raises: ValueError with one line that says what is
     wrong."""
-    # Flags that hold flags: tyro would take the value of `--vllm-args "--tensor-parallel-size 8"`
-    # for another flag.
-    joined, rest = [], iter(argv)
-    for flag in rest:
-        value = next(rest, None) if re.fullmatch(r"--[\w-]+[-_]args", flag) else None
-        joined.append(flag if value is None else f"{flag}={value}")
+    import tyro  # not needed for --help
+
     said, given = io.StringIO(), {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said), piped():
-            cfg, unknown = tyro.cli(cls, args=joined, return_unknown_args=True, **given)
+            cfg, unknown = tyro.cli(cls, args=joined(argv), return_unknown_args=True, **given)
     except SystemExit as e:
         if e.code == 0:
             raise  # --help
-        plain = re.sub(
-            r"\x1b\[[\d;]*m", "", said.getvalue()
-        )  # a box: title, text, and what "helptext" begins
-        lines = [line.strip(" ╭╮╰╯│─-") for line in plain.strip().splitlines()]
-        words = " ".join(
-            " ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:])).split()
-        )
-        hint = (
-            "; one that begins with - is given as --FLAG=VALUE" if "Missing value" in words else ""
-        )
-        raise ValueError(f"{words.rstrip('.')}{hint}") from None
+        raise ValueError(words_of(said.getvalue())) from None
     if unknown:
-        names = [f.name.replace("_", "-") for f in dataclasses.fields(cls)]
-        close = difflib.get_close_matches(
-            unknown[0], [f"--{no}{n}" for n in names for no in ("", "no-")], 1
-        )
-        hint = f"did you mean {close[0]}?" if close else "--help lists all"
-        if not unknown[0].startswith("-"):
-            hint = "a value stands behind its flag, and a switch takes none: --NAME or --no-NAME"
-        raise ValueError(f"unknown flag {unknown[0]!r}, {hint}")
+        raise ValueError(f"unknown flag {unknown[0]!r}, {hint_for(unknown[0], cls)}")
     return cfg
 
 
-def choices(kind) -> list[str]:
-    """Of a Literal, or of one or None; else none."""
-    kinds = (
-        typing.get_args(kind)
-        if typing.get_origin(kind) in (types.UnionType, typing.Union)
-        else [kind]
-    )
-    return [str(c) for k in kinds for c in typing.get_args(k)]
+def joined(argv: list[str]) -> list[str]:
+    """Flags that hold flags, as --vllm-args does, with their value in one word: tyro would take the
+    value of `--vllm-args "--tensor-parallel-size 8"` for another flag."""
+    words, rest = [], iter(argv)
+    for flag in rest:
+        holds_flags = re.fullmatch(r"--[\w-]+[-_]args", flag)
+        value = next(rest, None) if holds_flags else None
+        words.append(flag if value is None else f"{flag}={value}")
+    return words
 
 
-def help_text(cfg, presets: dict[str, str], resolved: dict) -> str:
-    """All flags as `cfg` has them. presets: name and what it is; resolved: values for fields that
-    are unset."""
-    lines = [
-        f"usage: train_cispo.py [--preset NAME] [--flag VALUE ...]      values shown: --preset {cfg.preset}",
-        "",
-    ]
-    lines += [f"  --preset {name:16} {what}" for name, what in presets.items()]
-    lines += ["", "A switch that is on is turned off by --no-NAME, and the other way round."]
-    kinds = typing.get_type_hints(type(cfg))
-    for line in inspect.getsource(type(cfg)).splitlines():
-        if group := re.fullmatch(r"    # (.*)", line):
-            lines += ["", group[1]]
-        elif (field := re.fullmatch(r"    (\w+): .* = .*?  # (.*)", line)) and field[1] != "preset":
-            name, what = field.groups()
-            flag, value = name.replace("_", "-"), getattr(cfg, name)
-            value = resolved.get(name) if value is None else value
-            if isinstance(value, bool):
-                shown = f"--{'' if value else 'no-'}{flag}"
-            else:
-                text = (
-                    "unset"
-                    if value is None
-                    else repr(value)
-                    if isinstance(value, str)
-                    else str(value)
+def words_of(box: str) -> str:
+    """The text in the box that tyro draws around an error: without its title, and without the help
+    text that follows."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box)
+    lines = [line.strip(" ╭╮╰╯│─-") for line in plain.strip().splitlines()]
+    text = itertools.takewhile(lambda line: "helptext" not in line, lines[1:])
+    words = " ".join(" ".join(text).split()).rstrip(".")
+    hint = "; one that begins with - is given as --FLAG=VALUE" if "Missing value" in words else ""
+    return f"{words}{hint}"
+
+
+def hint_for(word: str, cls) -> str:
+    """What a word that is no flag may have been meant as."""
+    if not word.startswith("-"):
+        return "a value stands behind its flag, and a switch takes none: --NAME or --no-NAME"
+    names = [f.name.replace("_", "-") for f in dataclasses.fields(cls)]
+    known = [f"--{no}{name}" for name in names for no in ("", "no-")]
+    close = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {close[0]}?" if close else "--help lists all"
+
+
+# ---- help ----------------------------------------------------------------------------------------
+def comments_of(cls) -> dict[str, str]:
+    """The comment behind each field of a dataclass, those of its base classes too."""
+    found = {}
+    for base in (c for c in cls.__mro__ if dataclasses.is_dataclass(c)):
+        source = textwrap.dedent(inspect.getsource(base))
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string[2:] for t in tokens if t.type == tokenize.COMMENT}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                lines = range(node.lineno, node.end_lineno + 1)
+                found.setdefault(
+                    node.target.id, " ".join(comments[i] for i in lines if i in comments)
                 )
-                shown = f"--{flag} {text if len(text) < 48 else text[:40] + '...'}"
-            if options := choices(kinds[name]):
-                what = f"{' | '.join(options)}: {what}"
-            lines.append(f"  {shown:<44} {what}")
-    return "\n".join(lines)
+    return found
+
+
+def choices(kind) -> list[str]:
+    """The values of a Literal, or of one that may be None; else none."""
+    is_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(kind) if is_union else [kind]
+    return [str(value) for k in kinds for value in typing.get_args(k)]
+
+
+class Flags:
+    """A dataclass as the lines of --help."""
+
+    def __init__(self, cfg, resolved: dict):
+        """resolved: values for fields that are None."""
+        self.cfg, self.resolved = cfg, resolved
+        self.comments, self.kinds = comments_of(type(cfg)), typing.get_type_hints(type(cfg))
+
+    def line(self, field: str) -> str:
+        """A flag, its value and what it is."""
+        name, value = field.replace("_", "-"), getattr(self.cfg, field)
+        value = self.resolved.get(field) if value is None else value
+        if isinstance(value, bool):
+            shown = f"--{'' if value else 'no-'}{name}"
+        else:
+            text = repr(value) if isinstance(value, str) else str(value)
+            text = "unset" if value is None else text if len(text) < 48 else f"{text[:40]}..."
+            shown = f"--{name} {text}"
+        options = " | ".join(choices(self.kinds[field]))
+        return f"  {shown:<44} {options}{': ' if options else ''}{self.comments[field]}"

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bridge.vllm import ROUTES, VLLM, VLLMUnfit
-from rollout import RolloutConfig
+from config import RolloutConfig
 
 RUN = {"dtype": "float32", "max_model_len": 64, "seed": 0}
 

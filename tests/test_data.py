@@ -20,6 +20,7 @@ from test_hub import hub as hub  # the fixture
 import config
 import data
 import prepare
+import presets
 import task
 
 REPO = Path(__file__).resolve().parent.parent
@@ -425,9 +426,9 @@ def test_a_file_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeyp
     with pytest.raises(
         ValueError, match=re.escape(f"no such file (looked for {tmp_path / 'system.txt'})")
     ):
-        config.parse_config(["--system-prompt", "system.txt"])
+        presets.parse_config(["--system-prompt", "system.txt"])
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "nowhere"))):
-        config.parse_config(["--model", "./nowhere"])
+        presets.parse_config(["--model", "./nowhere"])
 
 
 REWRITE = """

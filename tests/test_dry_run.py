@@ -12,8 +12,8 @@ import torch
 
 import prepare
 import train_cispo
-from config import PRESETS
 from model import KNOWN_MODELS, ModelConfig, Qwen3MoE
+from presets import PRESETS
 from ranks.plan import (
     GIB,
     activation_memory,

@@ -24,8 +24,9 @@ from bridge.groups import Group
 from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.reward_process import reward_digest
+from config import RolloutConfig
 from model import ModelConfig, Qwen3MoE
-from rollout import Node, RolloutConfig, next_limit
+from rollout import Node, next_limit
 from task import Codec
 
 REPO = Path(__file__).resolve().parent.parent

@@ -15,9 +15,9 @@ import pytest
 
 from bridge.processes import program_files
 from bridge.vllm import VLLM
-from config import parse_config
+from config import RolloutConfig
+from presets import parse_config
 from ranks import checkpoint
-from rollout import RolloutConfig
 
 REPO = Path(__file__).resolve().parent.parent
 OURS = sorted(

@@ -17,8 +17,8 @@ from test_vllm import GREEDY, RUN, reference
 import task
 from bridge.vllm import VLLM
 from bridge.weights import write_safetensors
+from config import RolloutConfig
 from model import ModelConfig, Qwen3MoE
-from rollout import RolloutConfig
 
 pytestmark = pytest.mark.slow
 

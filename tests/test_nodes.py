@@ -24,8 +24,9 @@ from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.processes import LocalRollout
 from bridge.vllm import VLLM, VLLMUnfit
+from config import RolloutConfig
 from model import ModelConfig, Qwen3MoE
-from rollout import Node, RolloutConfig
+from rollout import Node
 from task import Codec
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-import config
 import model
 import prepare
+import presets
 from bridge.flags import parse_flags
 from bridge.processes import rollout_gpus
-from config import PRESET_NOTES, PRESETS, Config, parse_config
+from config import Config, RolloutConfig
+from presets import PRESET_NOTES, PRESETS, parse_config
 from ranks import plan
-from rollout import RolloutConfig
 from train_cispo import learning_rate
 
 REPO = Path(__file__).resolve().parent.parent
@@ -262,7 +262,7 @@ def test_the_length_limit_grows_with_the_answers_where_it_is_not_given():
 def test_own_data_has_not_the_preset_s_columns_and_validation():
     cfg = parse_config(["--preset", "qwen3-0.6b", "--data", "mine.jsonl"])
     found = (cfg.data_split, cfg.prompt_column, cfg.answer_column, cfg.val_data, cfg.val_data_split)
-    assert found == ("train", "", "", "", "train") and cfg.prompt_template == config.MATH_PROMPT
+    assert found == ("train", "", "", "", "train") and cfg.prompt_template == presets.MATH_PROMPT
     cfg = parse_config(
         ["--preset", "qwen3-0.6b", "--data=mine.jsonl", "--data-split", "dev", "--reward", "exact"]
     )

@@ -28,9 +28,10 @@ import loss
 from bridge import weights
 from bridge.groups import Group, pack_group, parse_group
 from bridge.ledger import Ledger
-from config import Config, parse_config
+from config import Config
 from model import ModelConfig, Qwen3MoE
 from prepare import load_examples, load_prompts
+from presets import parse_config
 from ranks import checkpoint, parallel
 from ranks.batch import pack_batch, unpack_batch
 from ranks.parallel import Mesh, ShardedAdamW

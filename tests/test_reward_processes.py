@@ -22,7 +22,8 @@ import torch
 
 from bridge import reward_process
 from bridge.reward_pool import RewardWorkers, check_reward
-from config import Config, parse_config
+from config import Config
+from presets import parse_config
 from ranks.checkpoint import begin_run_dir
 
 REPO = Path(__file__).resolve().parent.parent

@@ -14,8 +14,9 @@ from published import SHARD, publish, write_version
 from bridge import weights
 from bridge.hub import Hub
 from bridge.ledger import Ledger
+from config import RolloutConfig
 from model import ModelConfig, Qwen3MoE
-from rollout import Node, RolloutConfig, RunOver, ask
+from rollout import Node, RunOver, ask
 from task import Codec
 
 SAMPLES = 4

@@ -24,8 +24,9 @@ from bridge.groups import Group
 from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.validation import Round, Validation, due_at_start, samples, score
-from config import Config, parse_config
+from config import Config
 from prepare import load_held_out
+from presets import parse_config
 from task import held_out_examples, task_examples
 from train_cispo import about
 

@@ -25,9 +25,10 @@ from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.vllm import VLLM
 from bridge.weights import read_tensors
+from config import RolloutConfig
 from loss import mismatch
 from model import ModelConfig, Qwen3MoE
-from rollout import RolloutConfig, damage
+from rollout import damage
 
 RUN = {"dtype": "float32", "max_model_len": 512, "seed": 0}
 GREEDY = {
@@ -241,7 +242,7 @@ NODE = """
 import asyncio, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from rollout import RolloutConfig
+from config import RolloutConfig
 from bridge.vllm import VLLM
 
 async def main():

@@ -22,12 +22,12 @@ from bridge.rollouts import wait_for_batch, wait_for_validation
 from bridge.vllm import VLLM
 from bridge.waits import WAITS, Signals, Wait, WaitOver, agree
 from bridge.weights import digest
-from config import Config
+from config import Config, RolloutConfig
 from model import ModelConfig, Qwen3MoE
 from ranks import parallel
 from ranks.checkpoint import Checkpointer, CheckpointError
 from ranks.parallel import ShardedAdamW
-from rollout import RolloutConfig, ask
+from rollout import ask
 
 RUN = {
     "dtype": "float32",

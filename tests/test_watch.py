@@ -23,7 +23,8 @@ import watch
 from bridge import console
 from bridge.groups import NOT_SAMPLED, Group
 from bridge.prometheus import prometheus_text
-from config import Config, parse_config
+from config import Config
+from presets import parse_config
 from report import Trackers
 
 REPO = Path(__file__).resolve().parent.parent
@@ -170,9 +171,7 @@ def test_a_missing_login_is_found_before_anything_starts(mode, tmp_path):
         "HOME": str(tmp_path),
         "WANDB_MODE": mode,
     }
-    code = (
-        "from config import parse_config\nimport sys\ntry: parse_config(['--wandb-project', 'p'])\n"
-    )
+    code = "from presets import parse_config\nimport sys\ntry: parse_config(['--wandb-project', 'p'])\n"
     code += "except ValueError as e: print(e); sys.exit(2)"
     done = subprocess.run(
         [sys.executable, "-c", code],

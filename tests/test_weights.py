@@ -30,9 +30,10 @@ from bridge.ledger import Ledger
 from bridge.publish import Publisher
 from bridge.receive import NoRoom, fetch, path_to
 from bridge.weights import MANIFEST, WeightsError, load_hf, read_tensors
+from config import RolloutConfig
 from model import ModelConfig, Qwen3MoE
 from ranks import parallel
-from rollout import Node, RolloutConfig
+from rollout import Node
 
 FULL, DELTA = f"{SHARD}.safetensors", f"{SHARD}.delta"
 

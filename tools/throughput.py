@@ -25,8 +25,8 @@ import task
 from bridge import receive
 from bridge.files import FileServer
 from bridge.vllm import VLLM
+from config import RolloutConfig
 from model import ModelConfig, Qwen3MoE
-from rollout import RolloutConfig
 
 WINDOW_S, TURNS, SEQUENCES = 12.0, 4, 8
 RUN = {"dtype": "float32", "max_model_len": 2048, "seed": 0}
