@@ -22,6 +22,7 @@ from tqdm import tqdm
 import watch
 from bridge.console import last_line, say
 from bridge.groups import NOT_SAMPLED, Group
+from bridge.prometheus import numbers
 from bridge.validation import Round, Validation, readable, samples, score
 from bridge.weights import checkpoint_files
 from loss import ratio_quantile
@@ -282,11 +283,6 @@ def log_validation(
 
 
 # ---- elsewhere -----------------------------------------------------------------------------------
-def numbers(record: dict) -> dict[str, float]:
-    """The metrics of a record that are one number."""
-    return {name: x for name, x in record.items() if "/" in name and isinstance(x, int | float)}
-
-
 class Trackers:
     """Weights & Biases (--wandb-project) and TensorBoard (--tensorboard), where they are asked for.
 

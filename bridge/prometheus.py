@@ -1,62 +1,72 @@
-"""The run's newest metrics as Prometheus reads them."""
+"""The hub's status and the last step's record, as Prometheus reads them (GET /metrics)."""
 
 import re
 
-from report import numbers
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+STATES = ("handed_out", "taken", "buffered", "leased", "returned", "set_aside", "skipped")
+OF_A_NODE = {
+    "version": "version of its weights",
+    "behind": "versions that it is behind",
+    "last_seen_s": "seconds since its last request",
+    "running": "samples in vLLM",
+    "waiting": "samples queued in vLLM",
+    "kv": "share of vLLM's KV cache in use",
+    "limit": "prompts that it takes at once",
+    "made": "tokens made between its last two beats",
+    "over_s": "seconds between them",
+    "idle_s": "of which vLLM had nothing to do",
+}
+
+
+def numbers(record: dict) -> dict[str, float]:
+    """The metrics of a record that are one number."""
+    return {name: x for name, x in record.items() if "/" in name and isinstance(x, int | float)}
+
+
+class _Collector:
+    """One look at a run."""
+
+    def __init__(self, status: dict, record: dict):
+        self.status, self.record = status, record
+
+    def collect(self):
+        status, rounds = self.status, self.status["validation"]["rounds"]
+        yield gauge("version", "Steps that the trainer has finished.", status["version"])
+        yield gauge("published_version", "Newest version of the weights.", status["published"])
+        yield family(
+            GaugeMetricFamily("cispo_prompts", "Prompts of the ledger by state.", labels=["state"]),
+            {state: status[state] for state in STATES},
+        )
+        yield family(
+            CounterMetricFamily("cispo_events", "What did not go through.", labels=["event"]),
+            status["counts"],
+        )
+        unanswered = sum(r["of"] - r["answered"] for r in rounds)
+        yield gauge("validation_open_prompts", "Held-out prompts without an answer.", unanswered)
+        nodes = {name: {**seen, **seen.get("vllm", {})} for name, seen in status["nodes"].items()}
+        for name, what in OF_A_NODE.items():
+            yield family(
+                GaugeMetricFamily(f"cispo_node_{name}", f"Of a node: {what}.", labels=["node"]),
+                {node: seen[name] for node, seen in nodes.items() if name in seen},
+            )
+        for name, value in numbers(self.record).items():
+            yield gauge(re.sub(r"\W", "_", name), f"{name} of the last step.", value)
+
+
+def gauge(name: str, what: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"cispo_{name}", what, value=value)
+
+
+def family(metric, values: dict[str, float]):
+    for label, value in values.items():
+        metric.add_metric([str(label)], value)
+    return metric
 
 
 def prometheus_text(status: dict, record: dict) -> str:
-    """The hub's status and the last step's record in Prometheus' text format, version 0.0.4."""
-    escape = lambda text: str(text).replace("\\", "\\\\").replace("\n", "\\n")
-    lines: list[str] = []
-
-    def metric(name: str, what: str, values, label: str = "", kind: str = "gauge") -> None:
-        lines.extend([f"# HELP cispo_{name} {escape(what)}", f"# TYPE cispo_{name} {kind}"])
-        for value_of, value in values.items():
-            quoted = escape(value_of).replace('"', '\\"')
-            lines.append(
-                f"cispo_{name}" + (f'{{{label}="{quoted}"}}' if label else "") + f" {float(value)}"
-            )
-
-    states = ("handed_out", "taken", "buffered", "leased", "returned", "set_aside", "skipped")
-    metric("version", "Steps that the trainer has finished.", {"": status["version"]})
-    metric("published_version", "Newest version of the weights.", {"": status["published"]})
-    metric(
-        "prompts",
-        "Prompts of the ledger by state; handed_out is the sum of the others.",
-        {s: status[s] for s in states},
-        "state",
-    )
-    metric(
-        "events_total", "What did not go straight through.", status["counts"], "event", "counter"
-    )
-    rounds = status["validation"]["rounds"]
-    metric(
-        "validation_open_prompts",
-        "Held-out prompts that are not answered yet.",
-        {"": sum(r["of"] - r["answered"] for r in rounds)},
-    )
-    nodes = {name: {**seen, **seen.get("vllm", {})} for name, seen in status["nodes"].items()}
-    for name, what in [
-        ("version", "version of its weights"),
-        ("behind", "versions that it is behind"),
-        ("last_seen_s", "seconds since its last request"),
-        ("running", "samples in vLLM"),
-        ("waiting", "samples queued in vLLM"),
-        ("kv", "share of vLLM's KV cache in use"),
-        ("limit", "prompts that it takes at once"),
-        ("made", "tokens made between its last two beats"),
-        ("over_s", "seconds between them"),
-        ("idle_s", "of which vLLM had nothing to do"),
-    ]:
-        metric(
-            f"node_{name}",
-            f"Of a rollout node: {what}.",
-            {n: x[name] for n, x in nodes.items() if name in x},
-            "node",
-        )
-    for name, value in numbers(record).items():
-        metric(
-            re.sub(r"\W", "_", name), f"{name} of the last step, as in metrics.jsonl.", {"": value}
-        )
-    return "\n".join(lines) + "\n"
+    """In the text format, version 0.0.4."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(status, record))
+    return generate_latest(registry).decode()
