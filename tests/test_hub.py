@@ -232,10 +232,10 @@ def test_a_node_that_dies_while_it_waits_for_prompts_gets_none(hub):
     lease(hub, 4)  # all that there is
 
     async def scenario():
-        headers, before = {"Authorization": f"Bearer {TOKEN}"}, hub.nodes["dead"]["last_seen_s"]
+        headers, before = {"Authorization": f"Bearer {TOKEN}"}, hub.nodes["dead"].last_seen_s
         async with asyncio.timeout(30), aiohttp.ClientSession(hub.url, headers=headers) as session:
             waiting = asyncio.create_task(session.post("/lease", json={"node": "dead", "max": 9}))
-            while hub.nodes["dead"]["last_seen_s"] == before:
+            while hub.nodes["dead"].last_seen_s == before:
                 await asyncio.sleep(0.01)  # a short poll of another thread's state
             await asyncio.to_thread(hub.release, "dead")
             hub.ledger.max_age = 5  # now there is more, and a receipt wakes those who wait

@@ -93,12 +93,12 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(
             whole[-5] ^= 1
             file.write_bytes(whole)
             tasks.append(asyncio.create_task(nodes["second"].follow_weights()))
-            await until(lambda: hub.nodes.get("second", {}).get("version") == 1)
+            await until(lambda: "second" in hub.nodes and hub.nodes["second"].version == 1)
             await until(
                 lambda: hub.manifest != given
             )  # the second may have met the mended file a moment earlier
             go_on.set()
-            await until(lambda: hub.nodes["first"]["version"] == 1 or not fine())
+            await until(lambda: hub.nodes["first"].version == 1 or not fine())
             found = [task.exception() for task in tasks if task.done()]
             for task in tasks:
                 task.cancel()
@@ -110,7 +110,7 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(
         assert (
             hub.ledger.counts["updates_refused"] >= 1
         )  # it may ask again before the version is mended
-        assert hub.nodes["first"]["digest"] != weights.digest(hub.manifest)
+        assert hub.nodes["first"].digest != weights.digest(hub.manifest)
     finally:
         publisher.close()
         hub.close(patience_s=0.0)
@@ -125,7 +125,7 @@ def test_a_vllm_that_dies_between_load_and_checksum_is_started_again(
         from published import publish
 
         await asyncio.to_thread(publish, hub, 1)
-        await until(lambda: hub.nodes[node.name]["version"] == 1 and node.ready.is_set())
+        await until(lambda: hub.nodes[node.name].version == 1 and node.ready.is_set())
         await groups(hub, 3)
 
     run_node(hub, tmp_path, fake_vllm_command, scenario)

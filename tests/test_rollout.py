@@ -200,7 +200,9 @@ def test_each_version_is_loaded_once_reported_and_used_as_the_salt_of_later_requ
         for version in (1, 2):
             await asyncio.to_thread(publish, hub, version)
             await until(
-                lambda version=version: hub.nodes.get(node.name, {}).get("version") == version
+                lambda version=version: (
+                    node.name in hub.nodes and hub.nodes[node.name].version == version
+                )
             )
         await next_batch(hub, 1)
         return sorted(p.name for p in node.root.iterdir() if p.is_dir())
