@@ -2,19 +2,19 @@
 weights.
 
     CISPO_TOKEN=... python rollout.py http://trainer:port
- For every prompt: lease -> generate (all samples in one request) -> score -> push. Beside that, one
+
+For every prompt: lease -> generate (all samples in one request) -> score -> push. Beside that, one
 task follows the weights: fetch and verify while vLLM keeps generating, then pause -> load ->
-resume; requests in flight go on with the new weights, and vLLM says of every token which version
+resume. Requests in flight go on with the new weights, and vLLM says of every token which version
 sampled it.
- The node keeps nothing that matters. It only ever calls the hub, so it needs no open port, no data
-set and no shared disk, and may be killed at any time: what it held is leased again. Its vLLM
-listens on the loopback address alone, and is started again, on the current weights, whenever it
-dies.
+
+The node keeps nothing that matters. It only ever calls the hub, so it needs no open port, no data
+set and no shared disk. It may be killed at any time: what it held is leased again. Its vLLM listens
+on the loopback address alone, and is started again, on the current weights, whenever it dies.
 """
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -25,14 +25,14 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import aiohttp
 
 from bridge import receive, weights
+from bridge.client import HubRefusal, RunChanged, RunOver, ask, check_url
 from bridge.flags import parse_flags
-from bridge.groups import NOT_SAMPLED, pack_group
-from bridge.processes import log, node_name
+from bridge.groups import damage, join_choices, pack_group
+from bridge.processes import log, node_name, own_directory
 from bridge.reward_pool import Away, RewardsEnd, RewardWorkers
 from bridge.reward_process import reward_digest
 from bridge.vllm import NO_ANSWER, VLLM, VLLMUnfit
@@ -41,84 +41,6 @@ from config import RolloutConfig
 from task import Codec
 
 THINK_END = "</think>"  # Qwen3's
-
-
-def check_url(hub: str) -> None:
-    """Raises: ValueError for what is no address of a hub."""
-    with contextlib.suppress(ValueError):  # a port that is no number
-        parts = urlsplit(hub)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port:
-            return
-    raise ValueError(
-        f"{hub!r} is not the trainer's address: expected http://HOST:PORT, or http://[ADDRESS]:PORT of IPv6"
-    )
-
-
-class RunOver(Exception):
-    """The hub says that the run has ended."""
-
-
-class RunChanged(Exception):
-    """The trainer was started again: what this node holds is of the run before."""
-
-
-class HubRefusal(RuntimeError):
-    """The hub's answer is an error."""
-
-    def __init__(self, route: str, status: int, text: str):
-        super().__init__(f"hub refused {route} with {status}: {text[:300]}")
-        self.status = status
-
-
-def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:
-    """A sample of two requests, with tokens between them that no policy sampled, as one."""
-    cut, start = len(first["token_ids"]), len(first["token_ids"]) + len(inserted)
-    entries = lambda choice: (choice.get("logprobs") or {}).get("content") or []
-    spans = [
-        {**s, "start": s["start"] + start, "end": s["end"] + start}
-        for s in rest.get("weight_versions") or []
-    ]
-    return {
-        "token_ids": [*first["token_ids"], *inserted, *(rest.get("token_ids") or [])],
-        "logprobs": {
-            "content": [*entries(first), *[{"logprob": 0.0}] * len(inserted), *entries(rest)]
-        },
-        "weight_versions": [
-            *first["weight_versions"],
-            {"version": NOT_SAMPLED, "start": cut, "end": start},
-            *spans,
-        ],
-        "finish_reason": rest.get("finish_reason"),
-    }
-
-
-def damage(choice: dict, max_new_tokens: int | None = None) -> str:
-    """Why a sample cannot be trained on, or "": it needs a finite log-prob and a version for each
-    of its tokens. vLLM may send NaN, which JSON may make null."""
-    try:
-        tokens, entries = (
-            choice.get("token_ids") or [],
-            (choice.get("logprobs") or {}).get("content") or [],
-        )
-        spans = [
-            (int(span["version"]), span["end"] - span["start"])
-            for span in choice.get("weight_versions") or []
-        ]
-        covered = sum(length for _, length in spans)
-        choice["finish_reason"], [x["logprob"] for x in entries]
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        return f"it has not the form of a sample: {e!r}"
-    if not tokens:
-        return "no tokens"
-    if max_new_tokens and len(tokens) > max_new_tokens:
-        return f"{len(tokens)} tokens, asked for at most {max_new_tokens}"
-    if not all(
-        isinstance(x["logprob"], float | int) and math.isfinite(x["logprob"]) for x in entries
-    ):
-        return "a log-prob that is not finite"
-    if not len(entries) == len(tokens) == covered:
-        return f"{len(tokens)} tokens, {len(entries)} log-probs, versions of {covered}"
-    return ""
 
 
 def next_limit(limit: int, most: int, in_flight: int, vitals: dict, preempted: bool) -> int:
@@ -132,38 +54,6 @@ def next_limit(limit: int, most: int, in_flight: int, vitals: dict, preempted: b
     if in_flight >= limit and vitals["kv"] < 0.7 and not vitals["waiting"]:
         return min(most, limit + max(1, limit // 4))
     return limit
-
-
-async def ask(
-    hub: aiohttp.ClientSession, method: str, route: str, patience_s: float, **kwargs
-) -> bytes:
-    """A request to the hub, repeated for patience_s while the network fails: the trainer may be
-    starting again. Raises: RunOver, RunChanged, HubRefusal; WaitOver for its silence."""
-    wait, attempt = Wait("hub", patience_s, whom=f"the hub's answer to {route}"), 0
-    while True:
-        try:
-            async with hub.request(method, route, **kwargs) as response:
-                body = await response.read()
-                if (wanted := response.headers.get("X-Blake3")) and weights.digest(body) != wanted:
-                    raise aiohttp.ClientError("what arrived is damaged: its digest differs")
-                if response.status == 410:
-                    raise RunOver
-                if response.status == 412:
-                    raise RunChanged
-                if response.status >= 500:
-                    raise aiohttp.ClientError(f"status {response.status}")
-                if response.status != 200:
-                    raise HubRefusal(route, response.status, body.decode(errors="replace"))
-                return body
-        except NO_ANSWER as e:
-            why = f"{type(e).__name__}: {e}"
-            wait.check(why)
-            if attempt > 3:
-                log(f"hub does not answer {route}, asking again: {why}")
-            await asyncio.sleep(
-                min(backoff_s(attempt, most=5.0), max(0.05, patience_s - wait.waited_s))
-            )
-            attempt += 1
 
 
 # ---- the node ------------------------------------------------------------------------------------
@@ -591,32 +481,6 @@ class Node:
         for lease, task in self.held.items():
             if task.cancelled() or not task.done():
                 await self.give_back(lease, "", patience_s=1.0)
-
-
-def own_directory(cfg: RolloutConfig) -> Path:
-    """The node's directory, locked while it lives. Directories in /dev/shm that nodes killed by -9
-    left are removed: their locks are free. Raises: RuntimeError when another node holds this one
-    and does not end."""
-    for left in Path("/dev/shm").glob("cispo-*") if not cfg.dir else ():
-        with contextlib.suppress(OSError), open(left / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
-    root = Path(cfg.dir or f"/dev/shm/cispo-{os.getpid()}")
-    root.mkdir(parents=True, exist_ok=True)
-    own_directory.lock = open(root / "lock", "w")  # open, and so locked, until the process ends
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            fcntl.flock(own_directory.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in root.glob(
-                "v*/"
-            ):  # weights of a node that was killed: they would fill the disk, unproven
-                shutil.rmtree(left)
-            return root
-        except OSError:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{root} is in use by another node") from None
-            time.sleep(0.1)  # the one before, on its way out
 
 
 async def main(cfg: RolloutConfig) -> None:

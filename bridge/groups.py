@@ -162,3 +162,54 @@ def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: flo
         ),
     }
     return save(tensors, metadata={"lease": lease, "gen_s": f"{gen_s:.6f}"})
+
+
+def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:
+    """A sample of two requests, with tokens between them that no policy sampled, as one."""
+    cut, start = len(first["token_ids"]), len(first["token_ids"]) + len(inserted)
+    entries = lambda choice: (choice.get("logprobs") or {}).get("content") or []
+    spans = [
+        {**s, "start": s["start"] + start, "end": s["end"] + start}
+        for s in rest.get("weight_versions") or []
+    ]
+    return {
+        "token_ids": [*first["token_ids"], *inserted, *(rest.get("token_ids") or [])],
+        "logprobs": {
+            "content": [*entries(first), *[{"logprob": 0.0}] * len(inserted), *entries(rest)]
+        },
+        "weight_versions": [
+            *first["weight_versions"],
+            {"version": NOT_SAMPLED, "start": cut, "end": start},
+            *spans,
+        ],
+        "finish_reason": rest.get("finish_reason"),
+    }
+
+
+def damage(choice: dict, max_new_tokens: int | None = None) -> str:
+    """Why a sample cannot be trained on, or "": it needs a finite log-prob and a version for each
+    of its tokens. vLLM may send NaN, which JSON may make null."""
+    try:
+        tokens, entries = (
+            choice.get("token_ids") or [],
+            (choice.get("logprobs") or {}).get("content") or [],
+        )
+        spans = [
+            (int(span["version"]), span["end"] - span["start"])
+            for span in choice.get("weight_versions") or []
+        ]
+        covered = sum(length for _, length in spans)
+        choice["finish_reason"], [x["logprob"] for x in entries]
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        return f"it has not the form of a sample: {e!r}"
+    if not tokens:
+        return "no tokens"
+    if max_new_tokens and len(tokens) > max_new_tokens:
+        return f"{len(tokens)} tokens, asked for at most {max_new_tokens}"
+    if not all(
+        isinstance(x["logprob"], float | int) and math.isfinite(x["logprob"]) for x in entries
+    ):
+        return "a log-prob that is not finite"
+    if not len(entries) == len(tokens) == covered:
+        return f"{len(tokens)} tokens, {len(entries)} log-probs, versions of {covered}"
+    return ""

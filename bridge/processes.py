@@ -1,9 +1,12 @@
 """Processes that end with whoever started them; the rollout node on the trainer's own machine is
 one."""
 
+import contextlib
+import fcntl
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,6 +121,32 @@ def guarded(command: list[str], grace_s: float = 10.0) -> list[str]:
 
 
 # ---- the rollout node on the trainer's machine ---------------------------------------------------
+def own_directory(cfg) -> Path:
+    """The node's directory, locked while it lives. Directories in /dev/shm that nodes killed by -9
+    left are removed: their locks are free. Raises: RuntimeError when another node holds this one
+    and does not end."""
+    for left in Path("/dev/shm").glob("cispo-*") if not cfg.dir else ():
+        with contextlib.suppress(OSError), open(left / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    root = Path(cfg.dir or f"/dev/shm/cispo-{os.getpid()}")
+    root.mkdir(parents=True, exist_ok=True)
+    own_directory.lock = open(root / "lock", "w")  # open, and so locked, until the process ends
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            fcntl.flock(own_directory.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in root.glob(
+                "v*/"
+            ):  # weights of a node that was killed: they would fill the disk, unproven
+                shutil.rmtree(left)
+            return root
+        except OSError:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{root} is in use by another node") from None
+            time.sleep(0.1)  # the one before, on its way out
+
+
 def rollout_gpus(visible: str, ranks: int) -> str:
     """CUDA_VISIBLE_DEVICES of the local rollout node: those that no rank of the trainer has, or all
     if none is left."""

@@ -12,11 +12,12 @@ import torch
 from published import SHARD, publish, write_version
 
 from bridge import weights
+from bridge.client import RunOver, ask
 from bridge.hub import Hub
 from bridge.ledger import Ledger
 from config import RolloutConfig
 from model import ModelConfig, Qwen3MoE
-from rollout import Node, RunOver, ask
+from rollout import Node
 from task import Codec
 
 SAMPLES = 4

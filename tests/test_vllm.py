@@ -20,7 +20,7 @@ import torch
 from published import write_version
 
 from bridge import publish, receive, weights
-from bridge.groups import pack_group
+from bridge.groups import damage, pack_group
 from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.vllm import VLLM
@@ -28,7 +28,6 @@ from bridge.weights import read_tensors
 from config import RolloutConfig
 from loss import mismatch
 from model import ModelConfig, Qwen3MoE
-from rollout import damage
 
 RUN = {"dtype": "float32", "max_model_len": 512, "seed": 0}
 GREEDY = {

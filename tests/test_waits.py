@@ -14,6 +14,7 @@ import pytest
 import torch
 from published import publish, write_version
 
+from bridge.client import ask
 from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.processes import LocalRollout
@@ -27,7 +28,6 @@ from model import ModelConfig, Qwen3MoE
 from ranks import parallel
 from ranks.checkpoint import Checkpointer, CheckpointError
 from ranks.parallel import ShardedAdamW
-from rollout import ask
 
 RUN = {
     "dtype": "float32",
