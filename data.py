@@ -67,7 +67,8 @@ class Lines:
             return json.load(file)
         except ValueError as e:
             raise ValueError(
-                f"{self.name}: begins with [, and is no JSON array ({e}); a row is a JSON object, on a "
+                f"{self.name}: begins with [, and is no JSON array ({e}); a row is a JSON object, "
+                "on a "
                 "line of its own or in one array"
             ) from None
 
@@ -211,7 +212,8 @@ def prompt_of(value) -> str | list[dict]:
         r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:", value
     ):
         raise ValueError(
-            f"is a chat written as one text, {value.strip()[:40]!r}...: a list of messages is wanted"
+            f"is a chat written as one text, {value.strip()[:40]!r}...: a list of messages is "
+            "wanted"
         )
     check_text(value)
     return value if isinstance(value, str) else chat_of(value)
@@ -266,15 +268,15 @@ class Examples:
                 if (answer := plain(answer)) is None:
                     raise ValueError("is missing")
                 check_text(answer)
-                for column in (
-                    self.rows[i] if isinstance(self.rows, list) else ()
-                ):  # anything may be in there
+                # anything may be in there
+                for column in self.rows[i] if isinstance(self.rows, list) else ():
                     plain(self.rows[i][column])
             except ValueError as e:
                 raise self._error(i, column, e) from None
         if num_cut:
             self.notes.append(
-                f"{name}: {num_cut} of {len(rows)} chats end with the assistant's answer, which is left "
+                f"{name}: {num_cut} of {len(rows)} chats end with the assistant's answer, which "
+                "is left "
                 "out of the prompt"
             )
 
@@ -293,9 +295,8 @@ class Examples:
         """What every row has in these columns, in the order of the rows."""
         if not hasattr(self.rows, "select_columns"):
             return (tuple(row.get(c) for c in names) for row in self.rows)
-        batches = self.rows.select_columns(list(dict.fromkeys(names))).iter(
-            1000
-        )  # others, long ones, are not read
+        # others, long ones, are not read
+        batches = self.rows.select_columns(list(dict.fromkeys(names))).iter(1000)
         return (values for batch in batches for values in zip(*(batch[c] for c in names)))
 
     def _error(self, i: int, column: str, e: ValueError) -> ValueError:
@@ -309,9 +310,8 @@ class Examples:
         """Of the rows' content in their order, wherever they lie and whatever their columns are
         used for."""
         hasher = blake3()
-        if hasattr(
-            self.rows, "with_format"
-        ):  # Arrow's own bytes, which are far faster than a million dicts
+        # Arrow's own bytes, which are far faster than a million dicts
+        if hasattr(self.rows, "with_format"):
             import pyarrow as pa
 
             for table in self.rows.with_format("arrow").iter(10_000):
@@ -416,9 +416,8 @@ def read_data(
 
     try:
         if name.endswith(".parquet"):
-            rows = datasets.load_dataset(
-                "parquet", data_files=name, split=split
-            )  # copied to the library's cache
+            # copied to the library's cache
+            rows = datasets.load_dataset("parquet", data_files=name, split=split)
         elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             # The library maps these files where they are: as in Lines, the run has a copy without a
             # name.
@@ -439,7 +438,10 @@ def hub_error(flag: str, e: Exception) -> ValueError:
     """What a Hugging Face library raised, as one line with what would help."""
     text = " ".join(str(e).split())[:300]
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        text += "; HF_HUB_OFFLINE is set: only what is in the cache (HF_HOME, HF_DATASETS_CACHE) can be read"
+        text += (
+            "; HF_HUB_OFFLINE is set: only what is in the cache (HF_HOME, HF_DATASETS_CACHE) can "
+            "be read"
+        )
     elif any(word in text.lower() for word in ("gated", "authenticated", "401", "403")):
         text += "; accept its terms on the Hub and set HF_TOKEN"
     elif "doesn't exist" in text or "404" in text:

@@ -36,13 +36,11 @@ def group_advantages(rewards_PS, valid_PS, leave_one_out: bool, std: str | None,
     others_SS = (
         ~torch.eye(S, dtype=torch.bool) if leave_one_out else torch.ones(S, S, dtype=torch.bool)
     )
-    used_PSS = (
-        others_SS.to(rewards_PS.device) & valid_PS[:, None, :]
-    )  # whom sample s is compared with
+    # whom sample s is compared with
+    used_PSS = others_SS.to(rewards_PS.device) & valid_PS[:, None, :]
     count_PS = used_PSS.sum(-1)
-    rewards_PSS = rewards_PS.double()[:, None, :].expand(
-        P, S, S
-    )  # fp64: a constant group has exactly zero spread
+    # fp64: a constant group has exactly zero spread
+    rewards_PSS = rewards_PS.double()[:, None, :].expand(P, S, S)
     mean_PS = torch.where(used_PSS, rewards_PSS, 0).sum(-1) / count_PS.clamp(min=1)
     advantages_PS = rewards_PS.double() - mean_PS
     if std == "group":
@@ -170,12 +168,10 @@ def token_loss(
     )
     own = prev if alg.needs_prev else curr.detach()
     anchor = token_anchor = gen if alg.ratio_anchor == "sampler" else own
-    if (
-        alg.sequence_level_importance_ratios and not alg.force_on_policy_ratio
-    ):  # GSPO, arXiv:2507.18071
-        anchor = curr - sequence_mean(
-            curr - anchor, mask, sequence
-        )  # so the ratio is the sequence's, at each token
+    # GSPO, arXiv:2507.18071
+    if alg.sequence_level_importance_ratios and not alg.force_on_policy_ratio:
+        # so the ratio is the sequence's, at each token
+        anchor = curr - sequence_mean(curr - anchor, mask, sequence)
     # FORK HERE: another algorithm is another function of these log-probs.
     term = (
         cispo_loss if alg.use_cispo else reinforce_loss if alg.disable_ppo_ratio else ppo_clip_loss
@@ -273,9 +269,8 @@ class Parts(NamedTuple):
     """Of each token, detached and 0 where masked. Shapes: all (T,)."""
 
     curr: torch.Tensor  # log pi under the weights being trained
-    own: (
-        torch.Tensor
-    )  # under the trainer's at the start of the step; curr where the loss has no use for it
+    # under the trainer's at the start of the step; curr where the loss has no use for it
+    own: torch.Tensor
     anchor: torch.Tensor  # what the ratio is taken against
     gen: torch.Tensor  # under the sampler's
     advantages: torch.Tensor
@@ -372,9 +367,8 @@ def mismatch(prev, gen):
     k3 = lambda x: torch.where(
         x.abs() < 0.01, x * x * (0.5 + x / 6 + x * x / 24), torch.expm1(x) - x
     )
-    to_mix = lambda x: (
-        -torch.log1p(torch.expm1(x) / 2)
-    )  # log q - log((p + q) / 2), where x = log p - log q
+    # log q - log((p + q) / 2), where x = log p - log q
+    to_mix = lambda x: -torch.log1p(torch.expm1(x) / 2)
     return {
         "token_mult_prob_error": (gen - prev).abs().clamp(max=LOG_RATIO_MAX).exp(),
         "gen_kl_error": k3(d),

@@ -39,9 +39,8 @@ from ranks.parallel import Mesh, Split, all_gather, all_to_all, exchange_counts,
 
 def expert_tokens(expert_ids_LtK, num_tokens: int, model):
     """Rows that this rank sent to each expert of each layer, (L, E), padding left out."""
-    mine = max(
-        0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1]
-    )  # the row's padding is at its end
+    # the row's padding is at its end
+    mine = max(0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1])
     count = lambda ids_tK: ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
     return torch.stack([count(ids_tK) for ids_tK in expert_ids_LtK])
 
@@ -109,7 +108,8 @@ class ModelConfig:
                 quantized.get("quant_method", "a") if isinstance(quantized, dict) else quantized
             )
             raise ValueError(
-                f"config.json: quantization_config ({method}): quantized weights cannot be trained; "
+                f"config.json: quantization_config ({method}): quantized weights cannot be "
+                "trained; "
                 "name the checkpoint in bf16, fp16 or fp32"
             )
         is_moe = arch in ("Qwen3MoeForCausalLM", "qwen3_moe")
@@ -342,13 +342,11 @@ class MoE(nn.Module):
             return self.experts(copies_ND, counts_E)
         # dispatch: this rank's experts get their rows from every rank of the group
         counts_re = exchange_counts(counts_E, self.ep_group).view(self.ep, -1)
-        splits = torch.stack(
-            [counts_E.view(self.ep, -1).sum(1), counts_re.sum(1)]
-        ).tolist()  # sync: one per layer
+        # sync: one per layer
+        splits = torch.stack([counts_E.view(self.ep, -1).sum(1), counts_re.sum(1)]).tolist()
         for n in (*splits[0], *splits[1]):
-            torch._check(
-                n >= 0
-            )  # what torch.compile cannot know of numbers that come from a tensor
+            # what torch.compile cannot know of numbers that come from a tensor
+            torch._check(n >= 0)
         send, receive = splits
         rows_RD = all_to_all(copies_ND, receive, send, self.ep_group)
         # They lie by rank, then by expert; a grouped GEMM wants them by expert alone.
@@ -479,15 +477,15 @@ class Qwen3MoE(nn.Module):
         if layer_kind in ("o_proj", "down_proj"):
             if name.endswith(".bias") and mesh.tp > 1:
                 raise ValueError(
-                    f"{name}: with --tp {mesh.tp} each rank would add it to its partial sum; add it on "
+                    f"{name}: with --tp {mesh.tp} each rank would add it to its partial sum; add "
+                    "it on "
                     "one, and give it a rule of its own in split_of"
                 )
             if name.endswith(".bias"):
                 return Split(0, 0, 1, mesh.world_group)
             return Split(1, mesh.tp_rank, mesh.tp, mesh.dp_group)
-        return Split(
-            0, 0, 1, mesh.world_group
-        )  # norms and router: they see this rank's tokens only, or its heads
+        # norms and router: they see this rank's tokens only, or its heads
+        return Split(0, 0, 1, mesh.world_group)
 
     def hf_parts(self, name: str):
         """A parameter as parts of Hugging Face tensors: (HF name, this rank's view, which slice of

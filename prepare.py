@@ -44,7 +44,8 @@ def known_config(cfg) -> ModelConfig | None:
         return ModelConfig.from_dir(cfg.model)
     if cfg.dry_run and cfg.model not in KNOWN_MODELS:
         raise ValueError(
-            f"--dry-run: --model {cfg.model!r} is neither a directory nor {', '.join(KNOWN_MODELS)}; "
+            f"--dry-run: --model {cfg.model!r} is neither a directory nor "
+            f"{', '.join(KNOWN_MODELS)}; "
             "a directory with the model's config.json is enough"
         )
     return KNOWN_MODELS.get(cfg.model)
@@ -111,7 +112,8 @@ def load_held_out(cfg: Config, examples: data.Examples) -> data.Examples | None:
         found = task.held_out_examples(cfg.task, 64, cfg.seed, examples)
         if len(found) < 64:
             say(
-                f"--task {cfg.task}: all but {len(found)} of its prompts are trained on; these validate"
+                f"--task {cfg.task}: all but {len(found)} of its prompts are trained on; these "
+                "validate"
             )
         return data.Examples(found, name=f"--task {cfg.task}")
     held_out = data.read_data(
@@ -148,9 +150,8 @@ def model_digest(path: Path) -> str:
     """Of a starting checkpoint: its architecture, and its tensors by name, in whatever files they
     lie. Of large ones four pieces of 16 KiB count; no training leaves all of these as they were."""
     parts = []
-    with contextlib.suppress(
-        OSError, ValueError, SafetensorError
-    ):  # what is missing or damaged makes it another one
+    # what is missing or damaged makes it another one
+    with contextlib.suppress(OSError, ValueError, SafetensorError):
         parts.append(repr(ModelConfig.from_dir(path)))
         for name, tensor in read_tensors(path):
             data, hasher = tensor_bytes(tensor), blake3()
@@ -174,7 +175,8 @@ def load_prompts(
     vocab_size = ModelConfig.from_dir(checkpoint).vocab_size
     if outside := [i for i in task.eos_token_ids(checkpoint) if not 0 <= i < vocab_size]:
         raise ValueError(
-            f"{checkpoint}: eos_token_id {outside[0]} is outside the vocabulary of {vocab_size}: no "
+            f"{checkpoint}: eos_token_id {outside[0]} is outside the vocabulary of {vocab_size}: "
+            "no "
             "sample would end by it; mend generation_config.json or config.json"
         )
     for rows in filter(None, (examples, held_out)):
@@ -182,10 +184,14 @@ def load_prompts(
             say(note)
         if rows.num_chats and template != "{problem}":
             say(
-                f"{rows.name}: --prompt-template is for prompts that are text, and {rows.num_chats} are chats"
+                f"{rows.name}: --prompt-template is for prompts that are text, and "
+                f"{rows.num_chats} are chats"
             )
     interruption(cfg, codec)  # raises what it raises before there is a run
-    limit = f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens {cfg.max_new_tokens}"
+    limit = (
+        f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens "
+        f"{cfg.max_new_tokens}"
+    )
     if cfg.max_input_seq_length is not None:
         limit = f"--max-input-seq-length {cfg.max_input_seq_length}"
     limit = f"more than {cfg.max_prompt_tokens} tokens, {limit}"
@@ -232,9 +238,8 @@ def uncompilable_path() -> str:
 
 def use_cpu(cfg: Config, local_world_size: int) -> None:
     """For a machine without a GPU. Raises: ValueError for what it cannot train or compile."""
-    if (
-        cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir()
-    ):  # a directory may hold a small one
+    # a directory may hold a small one
+    if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():
         raise ValueError(
             f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
             "--dry-run prints the plan"
@@ -267,9 +272,8 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
     if model_cfg is None:
         plan.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
     data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
-    if (
-        cfg.model and local_rank == 0
-    ):  # raises what loading would; the others of this node have the same files
+    # raises what loading would; the others of this node have the same files
+    if cfg.model and local_rank == 0:
         with torch.device("meta"):
             shapes = Qwen3MoE(ModelConfig.from_dir(checkpoint)).checkpoint_shapes()
         stored_tensors(checkpoint, shapes)

@@ -45,6 +45,7 @@ def say_something(describe: Callable[[], str], log: Path | None, stop: threading
 
 
 # ---- metrics -------------------------------------------------------------------------------------
+# a part of the step, as the console says it
 DOING = {
     "exposed_generation": "waiting for rollouts",
     "data_processing": "packing the batch",
@@ -53,7 +54,7 @@ DOING = {
     "publish_copy": "copying the weights to publish",
     "log": "log and checkpoint",
     "validation": "waiting for the last validation",
-}  # a part of the step, as the console says it
+}
 
 
 class Clock:
@@ -73,7 +74,10 @@ class Clock:
         """What goes on and for how long. compiles: in this step the computing parts call
         torch.compile."""
         compiling = ", compiled first" if compiles and self.doing.startswith("policy") else ""
-        return f"{DOING.get(self.doing, self.doing)}{compiling}, for {time.perf_counter() - self.last:.0f} s"
+        return (
+            f"{DOING.get(self.doing, self.doing)}{compiling}, for "
+            f"{time.perf_counter() - self.last:.0f} s"
+        )
 
     def seconds(self) -> dict[str, float]:
         self.begin("log")
@@ -178,7 +182,8 @@ def log_step(record: dict, run_dir: Path) -> None:
     t = lambda name: record[f"timing/train/{name}"]
     say(
         f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  "
-        f"ratio {r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl {r('gen_kl_error'):.1e}  "
+        f"ratio {r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl "
+        f"{r('gen_kl_error'):.1e}  "
         f"age {r('avg_trajectory_age'):.1f}  grad {r('grad_norm'):.2f}  "
         f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})"
     )
@@ -189,9 +194,13 @@ def count_without_signal(record: dict, before: int, reward: str, run_dir: Path) 
     the 30th."""
     steps = before + 1 if record["train/groups_without_signal"] == 1 else 0
     if steps in (3, 30, 300):
-        why = f"all samples of a prompt have the same reward, {record['train/reward']:.3f} on the average"
+        why = (
+            f"all samples of a prompt have the same reward, {record['train/reward']:.3f} on the "
+            "average"
+        )
         say(
-            f"warning: no signal for {steps} steps: {why}, nothing is learned. Does --reward {reward} read what is "
+            f"warning: no signal for {steps} steps: {why}, nothing is learned. Does --reward "
+            f"{reward} read what is "
             f"in {run_dir / 'samples.jsonl'}? Else the task is too hard or too easy for the model"
         )
     return steps
@@ -210,10 +219,12 @@ def skipped_in_a_row(norms: list[float], step: int, before: int) -> tuple[int, s
         skipped += [str(update)] if before else []
     if skipped:
         say(
-            f"warning: step {step}: update {', '.join(skipped)} of {len(norms)} is skipped: its gradient is not finite"
+            f"warning: step {step}: update {', '.join(skipped)} of {len(norms)} is skipped: its "
+            "gradient is not finite"
         )
     why = (
-        f"the gradients of {longest} updates in a row were not finite; they were skipped, so the weights are those "
+        f"the gradients of {longest} updates in a row were not finite; they were skipped, so the "
+        "weights are those "
         "before them. Go on with a lower --lr, or --param-dtype float32"
     )
     return before, why if longest >= MAX_SKIPPED else ""
@@ -276,8 +287,10 @@ def log_validation(
         if r(name)
     ]
     say(
-        f"validation of v{done.version}: avg@{k} {r(f'avg@{k}'):.3f}, pass@{k} {r(f'pass@{k}'):.3f}{solved} on "
-        f"{r('prompts')} prompts, tokens of v{first}..v{last}, {done.seconds:.1f} s{''.join(f', {w}' for w in wrong)}"
+        f"validation of v{done.version}: avg@{k} {r(f'avg@{k}'):.3f}, pass@{k} "
+        f"{r(f'pass@{k}'):.3f}{solved} on "
+        f"{r('prompts')} prompts, tokens of v{first}..v{last}, {done.seconds:.1f} "
+        f"s{''.join(f', {w}' for w in wrong)}"
     )
     return record
 
@@ -330,7 +343,8 @@ class Trackers:
                 self.wandb.define_metric(names, step_metric=axis)
             if self.sent["step"] >= start:
                 say(
-                    f"W&B has the steps up to {self.sent['step']} of an earlier attempt: they are not sent again"
+                    f"W&B has the steps up to {self.sent['step']} of an earlier attempt: they are "
+                    "not sent again"
                 )
 
     @staticmethod
@@ -356,7 +370,8 @@ class Trackers:
             except wandb.errors.Error as e:
                 raise ValueError(f"{flag}: {e}") from None
             raise ValueError(
-                f"{flag}: there is no login to Weights & Biases; `wandb login`, WANDB_API_KEY=..., or "
+                f"{flag}: there is no login to Weights & Biases; `wandb login`, "
+                "WANDB_API_KEY=..., or "
                 "WANDB_MODE=offline"
             )
 
@@ -399,12 +414,12 @@ def sum_up(run_dir: Path, version: int, scores: dict[int, float]) -> None:
     steps = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-??????")]
     if (best := best_step({str(v): s for v, s in scores.items()}, steps)) is not None:
         say(
-            f"best checkpoint: {run_dir / 'checkpoints' / f'step-{best:06d}'} (score {scores[best]:.3f})"
+            f"best checkpoint: {run_dir / 'checkpoints' / f'step-{best:06d}'} (score "
+            f"{scores[best]:.3f})"
         )
     last = run_dir / "weights" / f"v{version}"
-    complete = all(
-        file.exists() for file in checkpoint_files(last)
-    )  # not where nodes share no disk
+    # not where nodes share no disk
+    complete = all(file.exists() for file in checkpoint_files(last))
     what = (
         "opens in transformers and vLLM as it is"
         if complete

@@ -117,9 +117,8 @@ def exact_match(completion: str, example: dict) -> float:
     """
     said, wanted = after_thought(completion), example["answer"]
     several = wanted if isinstance(wanted, list | tuple) and wanted else [wanted]
-    found = [
-        is_exactly(said, reference(one)) for one in several
-    ]  # before a thought is looked at: it may raise
+    # before a thought is looked at: it may raise
+    found = [is_exactly(said, reference(one)) for one in several]
     return float(any(found))
 
 
@@ -159,13 +158,15 @@ SPACE = (
 
 # LaTeX, Unicode and Markdown as one would type it, without spaces in what belongs together. In this
 # order.
+# m^2: a unit's
+# a pair
 REWRITES = [
     (re.compile(pattern), by)
     for pattern, by in [
         (
             r"\\(?:text\w*|math\w+|mbox|operatorname|underline)\s*\{([^{}]*)\}(?:\^\{?-?\d\}?)?",
             r" \1 ",
-        ),  # m^2: a unit's
+        ),
         (r"\\\\", "\n"),
         (SPACE, ","),
         (r"\\?([-+]?)\\?[$€£¥₹]", r" \1"),
@@ -185,7 +186,7 @@ REWRITES = [
         (
             r"[(\[{][^()\[\]{}A-Za-z]*[)\]}]",
             lambda c: c[0].replace(" ", "") if "," in c[0] else c[0],
-        ),  # a pair
+        ),
     ]
 ]
 NUMBER = r"(\d{1,3}(?:[,'_]\d{2,3})*[,'_]\d{3}(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
@@ -263,13 +264,11 @@ def math_match(completion: str, example: dict) -> float:
             raise ValueError(f"the answer {example['answer']!r:.100} is not mathematics")
         if not said:
             return 0.0
-        if (
-            marked and word_in(wanted) and word_in(said)
-        ):  # as mathematics, on is no: a product of letters
+        # as mathematics, on is no: a product of letters
+        if marked and word_in(wanted) and word_in(said):
             return float(word_in(said) == word_in(wanted))
-        if (
-            marked and "\\text" not in wanted and TWO_NUMBERS.search(said[:1000])
-        ):  # math-verify would see the first
+        # math-verify would see the first
+        if marked and "\\text" not in wanted and TWO_NUMBERS.search(said[:1000]):
             return 0.0
         prose = not marked or (marked == "tag" and re.search(r"\b[A-Za-z]{2,} +[A-Za-z]{2,}", said))
         found = (
@@ -282,9 +281,8 @@ def math_match(completion: str, example: dict) -> float:
         raise TimeoutError(str(e)) from None
 
 
-TWO_NUMBERS = re.compile(
-    r"\d[^=]*\\text\w*\{[^{}]*[A-Za-z][^{}]*\}(?!\s*\^)[^=]*\d"
-)  # 3 \text{ of } 4
+# 3 \text{ of } 4
+TWO_NUMBERS = re.compile(r"\d[^=]*\\text\w*\{[^{}]*[A-Za-z][^{}]*\}(?!\s*\^)[^=]*\d")
 
 
 def as_latex(text: str) -> str:
@@ -319,7 +317,8 @@ def check_answers(spec: str, examples, name: str) -> str:
         try:
             if spec == "exact" and "####" in str(answer):
                 raise ValueError(
-                    f"the answer {answer!r:.100} is a whole solution; --reward numeric reads its number"
+                    f"the answer {answer!r:.100} is a whole solution; --reward numeric reads its "
+                    "number"
                 )
             same = str(reference(answer if not isinstance(answer, list) else answer[:1]))
             right = (

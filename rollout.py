@@ -110,11 +110,8 @@ class Node:
             )
         self.run = self.vllm.run = run
         self.hub.headers["X-Run"] = run["id"]
-        self.version, self.loading, self.held = (
-            -1,
-            False,
-            {},
-        )  # an answer that met the change would raise it for ever
+        # an answer that met the change would raise it for ever
+        self.version, self.loading, self.held = (-1, False, {})
         self.ready.clear()
         self.joined.clear()
 
@@ -212,9 +209,8 @@ class Node:
                 await self.vllm.stop(kill=kill)
                 await self.vllm.start(self.checkpoint)
                 fresh = await self.vllm.checksums()
-                await self.vllm.load(
-                    self.checkpoint, version
-                )  # also gives the weights their version label
+                # also gives the weights their version label
+                await self.vllm.load(self.checkpoint, version)
                 reloaded = await self.vllm.checksums()
                 break
             except (RuntimeError, *NO_ANSWER) as e:
@@ -267,7 +263,8 @@ class Node:
                 continue
             async with self.engine:
                 log(
-                    f"{why or stall.message(f'{self.in_vllm} requests in flight')}; starting it on v{self.version}"
+                    f"{why or stall.message(f'{self.in_vllm} requests in flight')}; starting it "
+                    f"on v{self.version}"
                 )
                 self.ready.clear()
                 self.loading = True
@@ -349,9 +346,8 @@ class Node:
             choices, rewards, failed, why = await self.score(choices, lease["example"])
             if why:
                 log(f"lease {name}: {why}")
-            if (
-                len(choices) < fewest and failed
-            ):  # here another try would cost as much, and most likely end alike
+            # here another try would cost as much, and most likely end alike
+            if len(choices) < fewest and failed:
                 by_reward = failed == sampled
                 return await self.give_back(name, why, self.cfg.hub_timeout_s, by_reward)
             if len(choices) < fewest:
@@ -364,9 +360,8 @@ class Node:
                 return
             except HubRefusal as e:
                 log(f"lease {name}: {e}")
-                if (
-                    e.status == 409
-                ):  # expired, or it came through in an earlier attempt; the hub has counted it
+                # expired, or it came through in an earlier attempt; the hub has counted it
+                if e.status == 409:
                     return
                 why = str(e)
         await self.give_back(
@@ -400,9 +395,8 @@ class Node:
 
         if first == most:
             return choices
-        found = await asyncio.gather(
-            *map(go_on, choices), return_exceptions=True
-        )  # none is left running
+        # none is left running
+        found = await asyncio.gather(*map(go_on, choices), return_exceptions=True)
         if errors := [e for e in found if isinstance(e, BaseException)]:
             raise errors[0]
         return found
@@ -429,9 +423,8 @@ class Node:
         unscored = [s for s in scores if isinstance(s, str)]
         wrong = [*filter(None, wrong), *(f"reward: {s}" for s in unscored)]
         scored = [(c, s) for c, s in zip(whole, scores) if not isinstance(s, str)]
-        kinds = [
-            bad.partition(" since ")[0] for bad in wrong
-        ]  # time-outs differ by their time of day
+        # time-outs differ by their time of day
+        kinds = [bad.partition(" since ")[0] for bad in wrong]
         reasons = ", ".join(
             f"{kinds.count(kind)} x {wrong[kinds.index(kind)]}" for kind in dict.fromkeys(kinds)
         )
@@ -462,9 +455,8 @@ class Node:
             while left := [task for task in self.held.values() if not task.done()]:
                 for task in left:
                     task.cancel()
-                await asyncio.wait(
-                    left, timeout=1.0
-                )  # or they would go on beside whoever closes the node
+                # or they would go on beside whoever closes the node
+                await asyncio.wait(left, timeout=1.0)
 
     async def leave(self) -> None:
         """Give back what is held, without a word against the prompts: the node ends, or has failed
@@ -516,9 +508,8 @@ async def main(cfg: RolloutConfig) -> None:
                     raise
         finally:
             with contextlib.suppress(RunOver, RunChanged, RuntimeError, *NO_ANSWER):
-                async with asyncio.timeout(
-                    5.0
-                ):  # a hub that is gone does not answer for any of the leases
+                # a hub that is gone does not answer for any of the leases
+                async with asyncio.timeout(5.0):
                     await node.leave()
             await node.close()
             if not cfg.dir:

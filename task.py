@@ -92,7 +92,8 @@ class Codec:
         self.chat, self._hf, self._around = chat and has_chat, None, None
         if self.system and not self.chat:
             raise ValueError(
-                f"--system-prompt: {checkpoint} has no chat template to take it, or it is switched off"
+                f"--system-prompt: {checkpoint} has no chat template to take it, or it is "
+                "switched off"
             )
 
     def encode(self, example: dict) -> list[int]:
@@ -135,9 +136,8 @@ class Codec:
             chat = [*self.system, *chat]
         try:
             if self._hf is None:
-                from transformers import (
-                    AutoTokenizer,
-                )  # takes seconds to import: only chats need it
+                # takes seconds to import: only chats need it
+                from transformers import AutoTokenizer
 
                 self._hf = AutoTokenizer.from_pretrained(self.path)
             text = self._hf.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -158,7 +158,8 @@ class Codec:
                 and message["content"].strip() not in text
             ):
                 raise ValueError(
-                    f"loses its {message['role']} message {message['content']!r:.60} in the chat template "
+                    f"loses its {message['role']} message {message['content']!r:.60} in the chat "
+                    "template "
                     f"of {self.path}"
                 )
         return text
@@ -214,7 +215,8 @@ def held_out_examples(task: str, count: int, seed: int, trained: list[dict]) -> 
                 break
     if not found:
         raise ValueError(
-            f"--task {task}: all of its {len(seen)} prompts are trained on, none is left for validation; "
+            f"--task {task}: all of its {len(seen)} prompts are trained on, none is left for "
+            "validation; "
             "use --val-data, or --val-every-steps 0"
         )
     return found
@@ -270,7 +272,8 @@ def check_alphabet(task: str, seed: int) -> None:
     for example in task_examples(task, 1000, seed):
         if unknown := set(example["prompt"] + example["answer"]) - set(TASKS[task][1]):
             raise ValueError(
-                f"--task {task}: {example} has {min(unknown)!r}, which is not among the task's characters"
+                f"--task {task}: {example} has {min(unknown)!r}, which is not among the task's "
+                "characters"
             )
 
 
@@ -326,7 +329,8 @@ def warm_start(
         accuracy = 0.9 * accuracy + 0.1 * right
         if step % 25 == 0:
             progress(
-                f"warm start on {task!r}: step {step}, a sample is right with probability {accuracy:.2f}"
+                f"warm start on {task!r}: step {step}, a sample is right with probability "
+                f"{accuracy:.2f}"
             )
         if accuracy >= until:
             break
@@ -340,10 +344,12 @@ def warm_start(
     else:
         shutil.rmtree(scratch)
         raise ValueError(
-            f"--warm-start-accuracy {until}: --task {task} has {accuracy:.2f} after {max_steps} steps"
+            f"--warm-start-accuracy {until}: --task {task} has {accuracy:.2f} after {max_steps} "
+            "steps"
         )
     progress(
-        f"warm start on {task!r}: done after {step} steps, a sample is right with probability {accuracy:.2f}"
+        f"warm start on {task!r}: done after {step} steps, a sample is right with probability "
+        f"{accuracy:.2f}"
     )
     write_safetensors(scratch / "model.safetensors", list(model.hf_tensors()))
     try:

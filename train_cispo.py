@@ -90,15 +90,13 @@ def fix_for_the_step(
     chose."""
     for mb in (mb for micro_batches in updates for mb in micro_batches):
         mb.age = step - mb.versions
-        mb.prev_logprobs = (
-            mb.gen_logprobs
-        )  # keeps its place where the loss has no use for prev, and the pass is spared
+        # keeps its place where the loss has no use for prev, and the pass is spared
+        mb.prev_logprobs = mb.gen_logprobs
         if cfg.algorithm.needs_prev:
             mb.prev_logprobs, _, expert_ids = micro_batch_logprobs(model, mb, cfg)
         if reference is not None:
-            own_experts = dataclasses.replace(
-                mb, expert_ids=None
-            )  # those that are given are the policy's
+            # those that are given are the policy's
+            own_experts = dataclasses.replace(mb, expert_ids=None)
             mb.ref_logprobs, *_ = micro_batch_logprobs(reference, own_experts, cfg)
             if cfg.use_kl_in_reward:
                 kl = loss.kl_estimate(mb.prev_logprobs, mb.ref_logprobs, cfg.algorithm)
@@ -124,9 +122,8 @@ def train_update(
         head.main_grad if head.requires_grad and head.main_grad.dtype.itemsize >= 4 else None
     )
     for mb in micro_batches:
-        ref = (
-            mb.gen_logprobs if mb.ref_logprobs is None else mb.ref_logprobs
-        )  # without a penalty it is not read
+        # without a penalty it is not read
+        ref = mb.gen_logprobs if mb.ref_logprobs is None else mb.ref_logprobs
         aux = (mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, mb.weights)
         rest = (
             num_tokens,
@@ -138,9 +135,8 @@ def train_update(
             mb.age,
             cfg.max_trajectory_age_steps,
         )
-        if (
-            alg.needs_sequences
-        ):  # two passes: the gradient of a token waits for the log-probs of its sequence
+        # two passes: the gradient of a token waits for the log-probs of its sequence
+        if alg.needs_sequences:
             logprobs, entropy, expert_ids = micro_batch_logprobs(model, mb, cfg)
             value, stats = policy_loss(logprobs, *aux, *rest)
             value.backward()
@@ -177,9 +173,8 @@ def train_update(
 def build_model(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, checkpoint: Path) -> Qwen3MoE:
     """This rank's part of the model, with the checkpoint's weights."""
     dtype = resolve_dtype(cfg.param_dtype, mesh.device)
-    with torch.device(
-        "meta"
-    ):  # no memory yet, and no initial values that the checkpoint would replace
+    # no memory yet, and no initial values that the checkpoint would replace
+    with torch.device("meta"):
         model = Qwen3MoE(model_cfg, mesh, cfg.activation_checkpointing).to(dtype)
         if cfg.fp32_lm_head:
             head = model.model["embed_tokens"] if model_cfg.tie_word_embeddings else model.lm_head

@@ -83,24 +83,33 @@ def bottleneck(records: list[dict], config: dict) -> tuple[str, str]:
         )
         helps = "more ranks (torchrun --nproc-per-node) or a larger --max-tokens-per-micro-batch"
         if prev_s > 0.3 * step_s:
-            helps = "--ratio-anchor sampler --no-use-importance-sampling-correction spares the first, more ranks both"
+            helps = (
+                "--ratio-anchor sampler --no-use-importance-sampling-correction spares the first, "
+                "more ranks both"
+            )
         return "trainer", (
-            f"The trainer is the bottleneck: {waits} for samples, prev log-probs take {prev_s:.2f} s and "
+            f"The trainer is the bottleneck: {waits} for samples, prev log-probs take "
+            f"{prev_s:.2f} s and "
             f"updates {update_s:.2f} s, and vLLM has nothing to do {idle:.0%} of the time; {helps}."
         )
     if idle < 0.3:
         return "generation", (
-            f"Generation is the bottleneck: {waits} for samples while vLLM is busy {1 - idle:.0%} of "
-            "the time; start python rollout.py on more machines, or give vLLM more by --rollout-args."
+            f"Generation is the bottleneck: {waits} for samples while vLLM is busy {1 - idle:.0%} "
+            "of "
+            "the time; start python rollout.py on more machines, or give vLLM more by "
+            "--rollout-args."
         )
     if broadcast_s > 0.3 * step_s:
         return "weights", (
-            f"The way of the weights is the bottleneck: {waits} while vLLM has nothing to do {idle:.0%} "
-            f"of the time, and a version takes {broadcast_s:.2f} s to arrive, {parts[part][0]:.2f} s of "
+            f"The way of the weights is the bottleneck: {waits} while vLLM has nothing to do "
+            f"{idle:.0%} "
+            f"of the time, and a version takes {broadcast_s:.2f} s to arrive, "
+            f"{parts[part][0]:.2f} s of "
             f"it in {part}; {parts[part][1]}, or --max-trajectory-age-steps {age + 1} to hide it."
         )
     return "lockstep", (
-        f"Trainer and rollouts wait for each other: {waits}, and vLLM has nothing to do {idle:.0%} of "
+        f"Trainer and rollouts wait for each other: {waits}, and vLLM has nothing to do "
+        f"{idle:.0%} of "
         f"the time; --max-trajectory-age-steps {age + 1} lets them overlap."
     )
 
@@ -137,7 +146,10 @@ def frame(run_dir: Path, width: int = 100) -> str:
     log = run_dir / "rollout.log"
     if not records:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-        return f"{BOLD}{run_dir}{OFF}   no step yet; {last[0] if last else 'no word from a rollout node'}\n"
+        return (
+            f"{BOLD}{run_dir}{OFF}   no step yet; "
+            f"{last[0] if last else 'no word from a rollout node'}\n"
+        )
     now, hub, train = records[-1], records[-1]["hub"], lambda name: mean(records, f"train/{name}")
     t = lambda name: mean(records, f"timing/{name}") or 0.0
     steps, step_s = config["max_num_steps"], t("train/total_step_time")
@@ -147,7 +159,8 @@ def frame(run_dir: Path, width: int = 100) -> str:
     )
     loss = "CISPO" if config["use_cispo"] else "PPO clip"
     lines = [
-        f"{BOLD}{run_dir}{OFF}  {loss}  step {now['step'] + 1} of {steps} {GREEN}{bar((now['step'] + 1) / steps)}"
+        f"{BOLD}{run_dir}{OFF}  {loss}  step {now['step'] + 1} of {steps} "
+        f"{GREEN}{bar((now['step'] + 1) / steps)}"
         f"{OFF}  {step_s:.2f} s a step, {state}"
     ]
     _, sentence = bottleneck(records, config)
@@ -225,10 +238,14 @@ def frame(run_dir: Path, width: int = 100) -> str:
     ]
     tokens_per_s = config["num_prompts_per_step"] * config["num_generations_per_prompt"] / step_s
     tokens_per_s *= train("mean_gen_tokens_per_sample")
-    made = f"{node_tokens_per_s * len(nodes):,.0f} tokens/s on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+    made = (
+        f"{node_tokens_per_s * len(nodes):,.0f} tokens/s on {len(nodes)} "
+        f"node{'s' * (len(nodes) != 1)}"
+    )
     lines += [
         "",
-        f"{BOLD}{'TRAINER':14}{OFF}{f'{tokens_per_s:,.0f} tokens/s':<34}{BOLD}ROLLOUTS{OFF}      {made}",
+        f"{BOLD}{'TRAINER':14}{OFF}{f'{tokens_per_s:,.0f} tokens/s':<34}{BOLD}ROLLOUTS{OFF}      "
+        f"{made}",
     ]
     lines += [f"  {a:46}{b}" for a, b in zip(left, right)]
     landed = sum(node["version"] == hub["published"] for node in nodes)
@@ -238,9 +255,10 @@ def frame(run_dir: Path, width: int = 100) -> str:
         f"copy {t('train/publish_copy'):.2f}, encode {t('train/publish_encode'):.2f}, "
         f"write {t('train/publish_write'):.2f}, fetch {t('rollout/fetch_s'):.2f}, "
         f"patch {t('rollout/patch_s'):.2f}, load {t('rollout/load_s'):.2f} s",
-        f"{BOLD}LEDGER{OFF}     {hub['handed_out']:,} prompts handed out = {hub['taken']:,} taken + {hub['buffered']} "
-        f"buffered + {hub['leased']} leased + {hub['returned']} returned + {hub['set_aside']} set aside"
-        + (f" + {hub['skipped']} skipped" if hub.get("skipped") else ""),
+        f"{BOLD}LEDGER{OFF}     {hub['handed_out']:,} prompts handed out = {hub['taken']:,} taken "
+        f"+ {hub['buffered']} "
+        f"buffered + {hub['leased']} leased + {hub['returned']} returned + {hub['set_aside']} set "
+        "aside" + (f" + {hub['skipped']} skipped" if hub.get("skipped") else ""),
     ]
     counts = {
         **hub["counts"],
@@ -250,7 +268,8 @@ def frame(run_dir: Path, width: int = 100) -> str:
         lines += [f"{RED}{line}{OFF}" for line in textwrap.wrap(trouble, width)]
     for r in hub.get("validation", {}).get("rounds", ()):
         lines.append(
-            f"{BOLD}VALIDATION{OFF} of v{r['version']}: {r['answered']} of {r['of']} prompts answered"
+            f"{BOLD}VALIDATION{OFF} of v{r['version']}: {r['answered']} of {r['of']} prompts "
+            "answered"
         )
     return "\n".join(lines) + "\n"
 

@@ -38,7 +38,8 @@ def imported(path: Path) -> set[str]:
 
 graph = {module_of[p]: imported(p) for p in files}
 faults = [
-    f"{module} imports {other}: {folder_of[module] or 'the top'} may not import from {folder_of[other] or 'the top'}"
+    f"{module} imports {other}: {folder_of[module] or 'the top'} may not import from "
+    f"{folder_of[other] or 'the top'}"
     for module, others in graph.items()
     for other in others
     if folder_of[other] not in MAY_IMPORT[folder_of[module]]
@@ -62,6 +63,7 @@ program = {
     if folder_of.get(module_of.get(p), "tests") not in ("tools", "tests")
 }
 print(
-    f"{sum(program.values())} lines in {len(program)} modules, {sum(map(len, graph.values()))} imports between all"
+    f"{sum(program.values())} lines in {len(program)} modules, {sum(map(len, graph.values()))} "
+    "imports between all"
 )
 sys.exit("\n".join(faults))

@@ -19,7 +19,8 @@ def check_url(hub: str) -> None:
         if parts.scheme in ("http", "https") and parts.hostname and parts.port:
             return
     raise ValueError(
-        f"{hub!r} is not the trainer's address: expected http://HOST:PORT, or http://[ADDRESS]:PORT of IPv6"
+        f"{hub!r} is not the trainer's address: expected http://HOST:PORT, or "
+        "http://[ADDRESS]:PORT of IPv6"
     )
 
 

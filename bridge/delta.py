@@ -24,9 +24,8 @@ import numpy as np
 import torch
 import zstandard
 
-_HEADER = struct.Struct(
-    "<BQQQ"
-)  # element size, elements, gap entries, changed elements; the planes' lengths follow
+# element size, elements, gap entries, changed elements; the planes' lengths follow
+_HEADER = struct.Struct("<BQQQ")
 _SKIP = 65535  # a gap entry: so many unchanged elements, and no changed one
 _BIAS = 127  # steps from -127 to 128 have zeros in all bytes but the lowest
 
@@ -68,9 +67,8 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> bytes:
     gaps = np.diff(where, prepend=-1) - 1
     if gaps.max() >= _SKIP:
         gaps = np.insert(gaps % _SKIP, np.repeat(np.arange(len(gaps)), gaps // _SKIP), _SKIP)
-    steps = (
-        _ordered(b.take(where)) - _ordered(a.take(where)) + a.dtype.type(_BIAS)
-    )  # wraps around, and back in apply
+    # wraps around, and back in apply
+    steps = _ordered(b.take(where)) - _ordered(a.take(where)) + a.dtype.type(_BIAS)
     zstd = zstandard.ZstdCompressor(compression_params=_ZSTD)
     frames = [zstd.compress(plane) for plane in _planes(gaps.astype("<u2")) + _planes(steps)]
     header = _HEADER.pack(a.itemsize, a.size, len(gaps), len(where))
@@ -96,7 +94,8 @@ def apply(code: bytes, tensor: torch.Tensor) -> None:
     itemsize, numel, entries, changed = _HEADER.unpack_from(code)
     if (itemsize, numel) != (bits.itemsize, bits.size):
         raise ValueError(
-            f"delta of {numel} elements of {itemsize} bytes, tensor has {bits.size} of {bits.itemsize}"
+            f"delta of {numel} elements of {itemsize} bytes, tensor has {bits.size} of "
+            f"{bits.itemsize}"
         )
     if not 0 < changed <= entries <= numel:  # bounds what is decompressed below
         raise ValueError(
@@ -124,9 +123,8 @@ def apply(code: bytes, tensor: torch.Tensor) -> None:
 
 def _decompress(frame: bytes, size: int) -> np.ndarray:
     try:
-        if (
-            zstandard.get_frame_parameters(frame).content_size != size
-        ):  # said before any of it is allocated
+        # said before any of it is allocated
+        if zstandard.get_frame_parameters(frame).content_size != size:
             raise ValueError(f"a plane of the delta is not {size} bytes")
         return np.frombuffer(
             zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False), np.uint8

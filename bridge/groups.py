@@ -47,7 +47,8 @@ def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         if tensors[name].dtype != dtype or tensors[name].dim() != 1:
             raise Refused(
                 400,
-                f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected 1-D {dtype}",
+                f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected 1-D "
+                f"{dtype}",
             )
     if extra := tensors.keys() - GROUP_TENSORS.keys():
         raise Refused(400, f"unexpected tensor {sorted(extra)[0]}")
@@ -92,7 +93,10 @@ def check_group(
     sampled = t["versions"] != NOT_SAMPLED
     for sample in sampled.split(t["lengths"].tolist()) if not sampled.all() else ():
         if (inserted := int((~sample).sum())) > max_inserted or inserted == len(sample):
-            reason = f"{inserted} of a sample's {len(sample)} tokens were not sampled, expected {max_inserted}"
+            reason = (
+                f"{inserted} of a sample's {len(sample)} tokens were not sampled, expected "
+                f"{max_inserted}"
+            )
             raise Refused(422, reason)
     sampled_versions = t["versions"][sampled]
     for ok, reason in [  # value checks, once the shapes are known to be right
@@ -107,16 +111,16 @@ def check_group(
         (t["rewards"].isfinite().all(), "a reward is not finite"),
         (
             low <= int(sampled_versions.min()) and int(sampled_versions.max()) <= high,
-            f"policy versions {int(sampled_versions.min())}..{int(sampled_versions.max())} outside {low}..{high}",
+            f"policy versions {int(sampled_versions.min())}..{int(sampled_versions.max())} "
+            f"outside {low}..{high}",
         ),
     ]:
         if not ok:
             raise Refused(422, reason)
 
 
-NOT_SAMPLED = (
-    -1
-)  # in place of a policy version: a token that was put there, as --interrupt-text is; no loss row
+# in place of a policy version: a token that was put there, as --interrupt-text is; no loss row
+NOT_SAMPLED = -1
 
 
 @dataclass

@@ -134,9 +134,8 @@ class Ledger(Books):
             self.prompts.examples
         ):
             return False
-        return len(self.solved | self.prompts.skip) >= len(
-            self.prompts.examples
-        )  # with another limit some are both
+        # with another limit some are both
+        return len(self.solved | self.prompts.skip) >= len(self.prompts.examples)
 
     def give_back(
         self, lease_id: str, count: str, failure: str = "", by_reward: bool = False

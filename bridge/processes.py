@@ -136,9 +136,8 @@ def own_directory(cfg) -> Path:
     while True:
         try:
             fcntl.flock(own_directory.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in root.glob(
-                "v*/"
-            ):  # weights of a node that was killed: they would fill the disk, unproven
+            # weights of a node that was killed: they would fill the disk, unproven
+            for left in root.glob("v*/"):
                 shutil.rmtree(left)
             return root
         except OSError:
@@ -212,11 +211,13 @@ class LocalRollout:
             return
         if not self.not_before:
             lines = self.log_path.read_text(errors="replace").strip().splitlines()
-            why = f"the rollout process ended with status {status}: {lines[-1] if lines else ''} ({self.log_path})"
+            why = (
+                f"the rollout process ended with status {status}: {lines[-1] if lines else ''} "
+                f"({self.log_path})"
+            )
             self.hub.release(node_name(self.process.pid, self.mark))
-            if (
-                self.starts >= self.MAX_STARTS or status == 2
-            ):  # 2: another start would end the same way
+            # 2: another start would end the same way
+            if self.starts >= self.MAX_STARTS or status == 2:
                 raise RuntimeError(f"{why}; started {self.starts} times without a group")
             pause_s = backoff_s(self.starts)
             say(f"{why}; starting it again in {pause_s:.1f} s")

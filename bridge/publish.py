@@ -74,9 +74,8 @@ def write_static(directory: Path, source: Path, shards: list[dict], card: str = 
     for name in STATIC_FILES:
         if (source / name).exists():
             text = (source / name).read_text()
-            if (
-                name == "config.json"
-            ):  # says what the files hold, for who opens it with dtype "auto"
+            # says what the files hold, for who opens it with dtype "auto"
+            if name == "config.json":
                 config = json.loads(text)
                 config.pop("torch_dtype", None)
                 dtype = next(iter(shards[0]["tensors"].values()))["dtype"]
@@ -92,9 +91,8 @@ def write_static(directory: Path, source: Path, shards: list[dict], card: str = 
     for name, text in texts.items():
         write_text(directory / name, text)
     write_index(directory, shards)
-    kept = {
-        name: text.encode() for name, text in texts.items() if name in STATIC_FILES
-    }  # nobody needs to fetch a card
+    # nobody needs to fetch a card
+    kept = {name: text.encode() for name, text in texts.items() if name in STATIC_FILES}
     return {name: {"bytes": len(text), "blake3": digest(text)} for name, text in kept.items()}
 
 
@@ -125,8 +123,10 @@ def model_card(run_dir: Path, step: int) -> str:
             said += [f"{name}: {record[name]:.4f}." for name in record if "@" in name]
     front = f"---\nbase_model: {config['model']}\n---\n" if config.get("model") else ""
     return (
-        f"{front}# {run_dir.name}, step {step}\n\nMade from {base} by train_cispo.py: {step} steps of reinforcement "
-        f"learning. {' '.join(said)}\n\nThe run's flags:\n\n```json\n{json.dumps(config, indent=1)}\n```\n"
+        f"{front}# {run_dir.name}, step {step}\n\nMade from {base} by train_cispo.py: {step} "
+        "steps of reinforcement "
+        f"learning. {' '.join(said)}\n\nThe run's "
+        f"flags:\n\n```json\n{json.dumps(config, indent=1)}\n```\n"
     )
 
 
@@ -241,7 +241,8 @@ class Publisher:
                     )
                 ) != 0:
                     raise WeightsError(
-                        f"{flat.nbytes / 2**30:.1f} GiB of host memory cannot be pinned: CUDA {error}"
+                        f"{flat.nbytes / 2**30:.1f} GiB of host memory cannot be pinned: CUDA "
+                        f"{error}"
                     )
             parts = flat.split([shape.numel() for _, shape in shapes])
             self._views.append(
@@ -335,9 +336,8 @@ class Publisher:
         if self.rank == 0:
             self._commit(version, start)
         elif self.server is not None and self.store.check(["oldest"]):
-            self._prune(
-                int(self.store.get("oldest"))
-            )  # on this node's disk; rank 0 does it on its own
+            # on this node's disk; rank 0 does it on its own
+            self._prune(int(self.store.get("oldest")))
 
     def _parts(self, what: str, deadline_s: float) -> list[dict]:
         """Rank 0: every rank's word on a version. Raises: WeightsError with the rank whose thread
@@ -350,9 +350,8 @@ class Publisher:
         for rank, part in enumerate(parts):
             if "error" in part:
                 raise WeightsError(f"rank {rank}: {part['error']}")
-        return [
-            part for part in parts if part["tensors"]
-        ]  # a small model may have nothing for a rank
+        # a small model may have nothing for a rank
+        return [part for part in parts if part["tensors"]]
 
     def _commit(self, version: int, start: float) -> None:
         """Rank 0: once all shares are on disk, the manifest, and with it the version."""
@@ -435,9 +434,8 @@ class Publisher:
     def _prune(self, oldest: int) -> None:
         for old in self.root.glob("v*"):
             if old.name[1:].isdigit() and int(old.name[1:]) < oldest:
-                shutil.rmtree(
-                    old, ignore_errors=True
-                )  # a neighbour on a shared disk may be at it too
+                # a neighbour on a shared disk may be at it too
+                shutil.rmtree(old, ignore_errors=True)
 
     def _repair(self) -> None:
         """Between versions: a node refused the newest one, so write all of it again, whole, from
@@ -465,13 +463,11 @@ class Publisher:
         if self.rank == 0:
             try:
                 parts = self._parts(f"repair {self.repairs}", min(60.0, self.deadline_s))
-            except (
-                WaitOver
-            ):  # at the end of a run the other ranks may have closed theirs; nothing is lost by it
+            # at the end of a run the other ranks may have closed theirs; nothing is lost by it
+            except WaitOver:
                 return
             self._add(parts)
-            if all(
-                part["files"][0]["version"] == self.version for part in parts
-            ):  # else a rank is one ahead
+            # else a rank is one ahead
+            if all(part["files"][0]["version"] == self.version for part in parts):
                 self._complete(self.version)
             self._write_manifest(self.version, oldest=0)

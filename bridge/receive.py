@@ -41,9 +41,8 @@ from bridge.weights import (
     safetensors_header,
 )
 
-RANGE_BYTES = (
-    64 << 20
-)  # of one request: small enough to spread over streams, large enough to fill a link
+# of one request: small enough to spread over streams, large enough to fill a link
+RANGE_BYTES = 64 << 20
 STREAMS = 8  # requests at a time, over all trainer nodes
 PATIENCE_S = 120.0  # a trainer node may send nothing for so long
 
@@ -208,9 +207,8 @@ def receive(
                     there if file["kind"] == "full" else f"{name}.{file['version']}.delta"
                 )
                 jobs += ranges(here, file["url"], file["version"], there, file["bytes"], fds)
-            jobs.sort(
-                key=lambda job: job[4]
-            )  # the first range of every file first, so that all nodes send at once
+            # the first range of every file first, so that all nodes send at once
+            jobs.sort(key=lambda job: job[4])
             try:
                 for done in [streams.submit(source.pull, *job) for job in jobs]:
                     done.result()
@@ -260,7 +258,8 @@ def check_room(root: Path, need: int, later: int) -> None:
             else "the new version beside the old"
         )
         raise NoRoom(
-            f"{root} has {free / 2**30:.2f} GiB free, and {what} need {(need + later) / 2**30:.2f}: "
+            f"{root} has {free / 2**30:.2f} GiB free, and {what} need "
+            f"{(need + later) / 2**30:.2f}: "
             "choose another directory with --dir"
         )
 
@@ -288,9 +287,8 @@ def patch(shard: dict, path: list[dict], manifest: dict, tmp: Path, have: Path |
         base = json.loads((have / MANIFEST).read_text())["version"]
     if file.stat().st_size != (size := full_bytes(shard)):
         raise WeightsError(f"{file}: {file.stat().st_size} bytes, not {size}")
-    whole = torch.from_file(
-        str(file), shared=True, size=size, dtype=torch.uint8
-    )  # writing to it writes the file
+    # writing to it writes the file
+    whole = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
     header = header_of(shard)
     if whole[: len(header)].numpy().tobytes() != header:
         raise WeightsError(f"{file}: header differs from the manifest")
@@ -347,7 +345,8 @@ def prove(path: Path, manifest: dict, workers: ThreadPoolExecutor, stop: threadi
     list(workers.map(check, read_tensors(path)))
     if left:
         raise WeightsError(
-            f"{path}: {len(left)} tensors of the manifest are missing, {next(iter(left))} among them"
+            f"{path}: {len(left)} tensors of the manifest are missing, {next(iter(left))} among "
+            "them"
         )
 
 

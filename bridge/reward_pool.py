@@ -47,16 +47,12 @@ class RewardWorkers:
         self.starting: set[asyncio.Task] = set()
         self.free: asyncio.Queue = asyncio.Queue()
         self.failed: Counter[str] = Counter()
-        self.judged, self.away, self.said = (
-            0,
-            None,
-            0.0,
-        )  # rewards; the wait for a service; when that was last told
+        # rewards; the wait for a service; when that was last told
+        self.judged, self.away, self.said = (0, None, 0.0)
         for _ in range(count):
             self.free.put_nowait(None)  # a worker that is started when it is first needed
-        self.kept = os.fdopen(
-            os.memfd_create("rewards"), "w"
-        )  # a file that no kill -9 leaves behind
+        # a file that no kill -9 leaves behind
+        self.kept = os.fdopen(os.memfd_create("rewards"), "w")
         json.dump(
             {path: text.decode("latin-1") for path, text in reward_sources(spec).items()}, self.kept
         )
@@ -97,7 +93,8 @@ class RewardWorkers:
         if self.away and self.away.waited_s > 1 and time.monotonic() > self.said + 10:
             self.said = time.monotonic()
             log(
-                f"the reward function's service is away for {self.away.waited_s:.0f} s, asking it again: {why}"
+                f"the reward function's service is away for {self.away.waited_s:.0f} s, asking it "
+                f"again: {why}"
             )
         await asyncio.sleep(min(backoff_s(attempt), max(0.05, self.away_timeout_s / 4)))
 
@@ -110,9 +107,8 @@ class RewardWorkers:
                 worker = worker or await self._start()
                 # All at once: worker and node would else wait for each other's turn on the CPU at
                 # every sample.
-                with contextlib.suppress(
-                    ConnectionError
-                ):  # it has died; its silence is dealt with below
+                # it has died; its silence is dealt with below
+                with contextlib.suppress(ConnectionError):
                     for completion in left:
                         job = {"completion": completion, "example": example}
                         worker.stdin.write(json.dumps(job).encode() + b"\n")
@@ -148,9 +144,8 @@ class RewardWorkers:
                 )
             )
             self.starting.add(start)
-            worker = await asyncio.shield(
-                start
-            )  # cancelled here, it would be a process nobody knows
+            # cancelled here, it would be a process nobody knows
+            worker = await asyncio.shield(start)
             self.starting.discard(start)
             self.processes.add(worker)
             try:
@@ -166,7 +161,8 @@ class RewardWorkers:
                 raise RewardsEnd(f"--reward {self.spec!r}: {wait.message()}")
             if isinstance(said, int):
                 raise RewardsEnd(
-                    f"--reward {self.spec!r}: its process ended with status {said} while it was imported"
+                    f"--reward {self.spec!r}: its process ended with status {said} while it was "
+                    "imported"
                 )
             self._count(said)
             if said["kind"] != "away":
@@ -177,17 +173,15 @@ class RewardWorkers:
     async def _line(self, worker, wait: Wait) -> dict | int | None:
         """The worker's next line; its status if it has ended; None if it takes too long."""
         try:
-            async with asyncio.timeout(
-                wait.deadline_s
-            ):  # not wait_for: in Python 3.11 it may swallow a cancellation
+            # not wait_for: in Python 3.11 it may swallow a cancellation
+            async with asyncio.timeout(wait.deadline_s):
                 line = await worker.stdout.readline()
         except TimeoutError:
             return None
         if line:
             return json.loads(line)
-        with contextlib.suppress(
-            TimeoutError
-        ):  # it has closed its end: its own status, if it has one
+        # it has closed its end: its own status, if it has one
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
                 await worker.wait()
         self._kill(worker)

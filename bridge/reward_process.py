@@ -47,13 +47,14 @@ def reward_sources(spec: str) -> dict[str, bytes]:
         missing = f"; there is no file {file} in {Path.cwd()}" if colon else ""
         names = ", ".join(built_in())
         raise ValueError(
-            f"--reward {spec!r}: expected {names}, or FILE.py:FUNCTION with an existing file{missing}"
+            f"--reward {spec!r}: expected {names}, or FILE.py:FUNCTION with an existing "
+            f"file{missing}"
         )
-    if (
-        Path(file).stem in sys.stdlib_module_names
-    ):  # whoever imports that would get this one: Python itself, too
+    # whoever imports that would get this one: Python itself, too
+    if Path(file).stem in sys.stdlib_module_names:
         raise ValueError(
-            f"--reward {spec!r}: Python has a module of its own called {Path(file).stem}; rename the file"
+            f"--reward {spec!r}: Python has a module of its own called {Path(file).stem}; rename "
+            "the file"
         )
     found, todo = {}, [Path(file).resolve()]
     root = todo[0].parent
@@ -265,10 +266,8 @@ def is_away(e: BaseException) -> bool:
                 return status >= 500 or status in (408, 429)
         if isinstance(e, TimeoutError | BrokenPipeError):
             dubious = True  # of a service, or of something here: whose code it came through decides
-            if str(e) in (
-                "timed out",
-                "The read operation timed out",
-            ):  # a socket's; asyncio.to_thread loses where
+            # a socket's; asyncio.to_thread loses where
+            if str(e) in ("timed out", "The read operation timed out"):
                 return True
         elif (
             NETWORK & {cls.__name__ for cls in type(e).__mro__}
@@ -289,10 +288,8 @@ def serve_rewards(spec: str, sources: dict[str, bytes] | None = None) -> None:
     line in ("completion", "example") and one out ("reward", or "error" and "kind"), in the same
     order, until the jobs end. What the function and its children read and print is not that: stdin
     is empty, and stdout goes to stderr."""
-    jobs, answers = (
-        os.fdopen(os.dup(0)),
-        os.fdopen(os.dup(1), "w", buffering=1),
-    )  # no child inherits these
+    # no child inherits these
+    jobs, answers = (os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     try:
@@ -341,10 +338,8 @@ async def serve_async(reward, jobs_pipe, answers) -> None:
     teller.cancel()
 
 
-if __name__ in (
-    "__main__",
-    "__mp_main__",
-):  # the second: a process that the reward has started with multiprocessing
+# the second: a process that the reward has started with multiprocessing
+if __name__ in ("__main__", "__mp_main__"):
     kept = None
     if os.environ.get(KEPT):
         with open(os.environ[KEPT]) as file:

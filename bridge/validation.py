@@ -29,9 +29,8 @@ class Round:
     todo: list[int]  # prompts to be leased, lowest first
     start: float
     groups: dict[int, Group] = field(default_factory=dict)
-    failed: dict[int, str] = field(
-        default_factory=dict
-    )  # prompts that no node could answer, and why
+    # prompts that no node could answer, and why
+    failed: dict[int, str] = field(default_factory=dict)
     repeated: int = 0  # leases that ended without an answer
     seconds: float = 0.0  # from its beginning to the last answer
 
@@ -87,7 +86,8 @@ class Validation(Books):
             return
         found.failed[lease.ordinal] = failure
         self.news.append(
-            f"validation of v{found.version}: prompt {lease.ordinal} failed {self.failures[key]} times "
+            f"validation of v{found.version}: prompt {lease.ordinal} failed {self.failures[key]} "
+            "times "
             f"and scores 0: {failure}"
         )
         self._settle(found)

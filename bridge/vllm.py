@@ -40,7 +40,10 @@ ROUTES = {  # what is used of vLLM, and what opens it
         "VLLM_SERVER_DEV_MODE=1",
     ),
 }
-MENDED_BY = "versions 0.32 and 0.33 have them (bash launch.sh install); check --vllm-command and --vllm-args too"
+MENDED_BY = (
+    "versions 0.32 and 0.33 have them (bash launch.sh install); check --vllm-command and "
+    "--vllm-args too"
+)
 
 
 # What a request to a server on this machine or elsewhere may raise, besides its own refusal
@@ -111,9 +114,8 @@ class VLLM:
                 )
             )
             try:
-                self.process = await asyncio.shield(
-                    self.starting
-                )  # cancelled here, it would be one nobody knows
+                # cancelled here, it would be one nobody knows
+                self.process = await asyncio.shield(self.starting)
             except OSError:
                 self.starting = None
                 await self.session.close()
@@ -135,7 +137,8 @@ class VLLM:
         self.version = await self.probe()
         self.was_up, self.why = True, ""
         log(
-            f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}, version {self.version}"
+            f"vLLM is up after {wait.waited_s:.0f} s, pid {self.process.pid}, port {port}, "
+            f"version {self.version}"
         )
 
     def _command(self, checkpoint: Path, port: int) -> tuple[list[str], dict[str, str]]:
@@ -180,13 +183,14 @@ class VLLM:
         path = os.pathsep.join(
             filter(None, (str(REPO / "bridge/inside_vllm"), os.environ.get("PYTHONPATH")))
         )
+        # dev mode opens the weight update routes
         env = {
             **os.environ,
             "PYTHONPATH": path,
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_SERVER_DEV_MODE": "1",
-        }  # dev mode opens the weight update routes
+        }
         env.pop("CISPO_TOKEN", None)
         if not torch.cuda.is_available():
             threads = self.cfg.vllm_threads or max(1, cores() // 2)
@@ -250,9 +254,8 @@ class VLLM:
         version = found[1] if found else "unknown"
         missing = []
         for route, opened_by in ROUTES.items():
-            async with self.session.options(
-                route
-            ) as response:  # a route that is there refuses the method: 405
+            # a route that is there refuses the method: 405
+            async with self.session.options(route) as response:
                 if response.status == 404:
                     missing.append(f"{route} (of {opened_by})")
         if missing:

@@ -171,9 +171,8 @@ class Signals:
     @classmethod
     def install(cls) -> None:
         for number in cls.NAMES:
-            if (
-                number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-            ):  # nohup's word counts
+            # nohup's word counts
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, cls._handle)
 
     @classmethod
@@ -185,9 +184,8 @@ class Signals:
     def _handle(cls, number, frame) -> None:
         if first := cls.in_loop and not cls.stop:
             cls.stop, cls.since = cls.NAMES[number], time.monotonic()
-        if (
-            number == signal.SIGINT
-        ):  # written past Python's buffers, whose lock may be held by what it interrupts
+        # written past Python's buffers, whose lock may be held by what it interrupts
+        if number == signal.SIGINT:
             os.write(
                 2,
                 b"\ninterrupted: the run stops after this step, its state saved; once more ends it at once\n"

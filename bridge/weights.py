@@ -179,7 +179,8 @@ def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
     for file in checkpoint_files(path):
         if not file.exists():
             raise WeightsError(
-                f"{file}: no such file; weights are read from it or from the files that {INDEX} names"
+                f"{file}: no such file; weights are read from it or from the files that {INDEX} "
+                "names"
             )
         try:
             f = safe_open(file, framework="pt")
@@ -212,7 +213,8 @@ def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
             for at in range(0, stored.get_shape()[0], 4096)
         ):
             raise WeightsError(
-                f"{path}: {head} differs from {embedding}, and config.json says tie_word_embeddings: "
+                f"{path}: {head} differs from {embedding}, and config.json says "
+                "tie_word_embeddings: "
                 "true; if the head is one of its own, it must say false"
             )
     for name, stored in found.items():
@@ -227,7 +229,8 @@ def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
             )
     if missing := shapes.keys() - found.keys():
         raise WeightsError(
-            f"{path}: {len(missing)} tensors are missing, {min(missing, key=layer_order)} among them"
+            f"{path}: {len(missing)} tensors are missing, {min(missing, key=layer_order)} among "
+            "them"
         )
     return {name: found[name] for name in sorted(found, key=layer_order)}
 

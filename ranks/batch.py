@@ -146,9 +146,8 @@ def assign_rows(row_lengths: list[int], dp: int, max_tokens: int) -> list[list[l
     cost = lambda b: b[0] + sum(row_lengths[r] ** 2 for r in b[2]) / max_tokens
     bins.sort(key=cost, reverse=True)
     ranks = [(0, rank, []) for rank in range(dp)]
-    for i in range(
-        0, len(bins), dp
-    ):  # the fullest of one index goes to the rank with the least so far
+    # the fullest of one index goes to the rank with the least so far
+    for i in range(0, len(bins), dp):
         pairs = zip(sorted(ranks), sorted(bins[i : i + dp], reverse=True))
         ranks = [
             (tokens + bin_tokens, rank, [*mine, rows])
@@ -200,9 +199,8 @@ def unpack_batch(blob: bytes, cfg, dp_rank: int, dp: int, device, pad_to: int = 
         for picked in assign_rows(
             [row_lengths[r] for r in rows], dp, cfg.max_tokens_per_micro_batch
         )[dp_rank]:
-            live = bool(
-                picked
-            )  # fewer rows than micro-batches: a masked one keeps this rank's collectives in step
+            # fewer rows than micro-batches: a masked one keeps this rank's collectives in step
+            live = bool(picked)
             picked = picked or [shortest]
             chosen = [rows[i] for i in picked]
             ends = list(accumulate(row_lengths[r] for r in chosen))

@@ -122,9 +122,8 @@ class Pieces:
         """A flat range of a rank's part of a tensor."""
         wanted = (split.dim, split.index, split.count)
         for *found, start, size, file_name, key in self.pieces.get((kind, hf_name), []):
-            if (
-                tuple(found) == wanted and start <= first and last <= start + size
-            ):  # saved under the same layout
+            # saved under the same layout
+            if tuple(found) == wanted and start <= first and last <= start + size:
                 return self.files[file_name].get_slice(key)[first - start : last - start]
         whole = self.whole(kind, hf_name)
         return whole[split.of(whole.shape)].flatten()[first:last]
@@ -139,14 +138,14 @@ class Pieces:
         shape[dim] //= count
         flats: list[list[torch.Tensor]] = [[] for _ in range(count)]
         for _, index, _, start, _, file_name, key in pieces:
-            if start == sum(
-                map(len, flats[index])
-            ):  # else it is there already, or there is a gap, which is seen below
+            # else it is there already, or there is a gap, which is seen below
+            if start == sum(map(len, flats[index])):
                 flats[index].append(self.files[file_name].get_tensor(key))
         for index, flat in enumerate(flats):
             if (found := sum(map(len, flat))) != math.prod(shape):
                 raise CheckpointError(
-                    f"{self.path}: {kind} of {hf_name}, part {index + 1} of {count}, ends at element "
+                    f"{self.path}: {kind} of {hf_name}, part {index + 1} of {count}, ends at "
+                    "element "
                     f"{found} of {math.prod(shape)}: a rank's file is missing"
                 )
         return torch.cat([torch.cat(flat).view(shape) for flat in flats], dim=dim)
@@ -236,9 +235,8 @@ def checkpoints_to_try(cfg, origin: dict) -> list[Path]:
         except CheckpointError:
             continue  # `choose` says so and passes it over
         saved, made_from = manifest["config"], manifest.get("origin", {})
-        by_name = (
-            () if made_from else ("task", "data", "data_split")
-        )  # of an older program: it holds no digests
+        # of an older program: it holds no digests
+        by_name = () if made_from else ("task", "data", "data_split")
         for name in ("seed", "num_prompts_per_step", *by_name):
             if saved.get(name) != getattr(cfg, name):
                 raise CheckpointError(
@@ -278,7 +276,8 @@ def differences(cfg, origin: dict, saved: dict) -> list[str]:
         found.append("another tokenizer or chat template than before")
     if "origin" not in saved:
         found.append(
-            "a checkpoint of an older program: whether data and model are still the same cannot be checked"
+            "a checkpoint of an older program: whether data and model are still the same cannot "
+            "be checked"
         )
     return [f"resumes with {what}" for what in found]
 
@@ -316,9 +315,8 @@ def choose(paths: list[Path], mesh: Mesh, say: Callable[[str], None]) -> tuple[P
         except CheckpointError as e:
             saved, mine = {}, "0"
             say(f"rank {mesh.rank}: passing over a checkpoint: {e}")
-        number = int(
-            mine[:15], 16
-        )  # of the manifest: two nodes may hold the same step of different runs
+        # of the manifest: two nodes may hold the same step of different runs
+        number = int(mine[:15], 16)
         ends = all_reduce(
             torch.tensor([number, -number], device=mesh.device), mesh.world_group, dist.ReduceOp.MAX
         )
@@ -352,7 +350,8 @@ def share_model(path: Path, handed_out: bool, model_digest: Callable[[Path], str
     if model_digest(path) != wanted:
         here = f"rank {rank} on {socket.gethostname()}: {path}"
         raise SystemExit(
-            f"train_cispo.py: error: {here} is not what rank 0 has under that name; compare config.json "
+            f"train_cispo.py: error: {here} is not what rank 0 has under that name; compare "
+            "config.json "
             "and the weight files"
         )
 
@@ -374,7 +373,8 @@ def hold(run_dir: Path) -> None:
     except BlockingIOError:
         lock.seek(0)
         raise CheckpointError(
-            f"--name {run_dir.name}: {run_dir} is in use by {lock.read()}; wait for its end, or take "
+            f"--name {run_dir.name}: {run_dir} is in use by {lock.read()}; wait for its end, or "
+            "take "
             "another --name"
         ) from None
     lock.truncate(0)
@@ -387,7 +387,8 @@ def hold(run_dir: Path) -> None:
         and not (run_dir.is_dir() and not any(run_dir.iterdir()))
     ):
         raise CheckpointError(
-            f"--name {run_dir.name}: {run_dir} is there and is no run's directory; take another name"
+            f"--name {run_dir.name}: {run_dir} is there and is no run's directory; take another "
+            "name"
         )
 
 
@@ -476,12 +477,14 @@ def begin(
             if rescore := not scores_as_before(cfg, origin, saved):
                 origin["scored_since"], saved["scores"] = saved["step"], {}
                 say(
-                    f"scores of checkpoints before step {saved['step']} are of another reward or validation: the best "
+                    f"scores of checkpoints before step {saved['step']} are of another reward or "
+                    "validation: the best "
                     "one is looked for from here on"
                 )
         elif cfg.resume == "auto":
             say(
-                f"--resume auto: no whole checkpoint in {cfg.run_dir / 'checkpoints'}, so the run starts anew"
+                f"--resume auto: no whole checkpoint in {cfg.run_dir / 'checkpoints'}, so the run "
+                "starts anew"
             )
         found = begin_run_dir(cfg, found, saved, say, rescore)
         mark.write_text(word)

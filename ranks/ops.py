@@ -20,9 +20,8 @@ from ranks.parallel import all_reduce
 # an elementwise body turns them into d loss / d logits where they lie, two GEMMs read that. Nothing
 # is recomputed, since the loss of a token gives its gradient as soon as its log-prob is known: 3
 # GEMMs, 6*D*V FLOPs a token, forward and backward.
-IGNORED = -(
-    2**31
-)  # target of a padding row; with a sharded vocabulary -1 can be a word of another rank
+# target of a padding row; with a sharded vocabulary -1 can be a word of another rank
+IGNORED = -(2**31)
 
 
 def chunk_rows(vocab_rows: int, budget_bytes: int = 2**28) -> int:
@@ -39,9 +38,8 @@ def _head_body(
     objective: no loss, dlogits untouched."""
     z_Cv = logits_Cv / temperature
     z_Cv = z_Cv - all_reduce(z_Cv.amax(-1), tp_group, dist.ReduceOp.MAX)[:, None]
-    sum64 = lambda x_Cv: x_Cv.sum(
-        -1, dtype=torch.float64
-    )  # 151,936 terms one by one in fp32 are wrong by 1e-5
+    # 151,936 terms one by one in fp32 are wrong by 1e-5
+    sum64 = lambda x_Cv: x_Cv.sum(-1, dtype=torch.float64)
     here_C = (targets_C >= 0) & (targets_C < z_Cv.shape[1])
     target_C = torch.where(
         here_C, z_Cv.gather(-1, torch.where(here_C, targets_C, 0)[:, None]).squeeze(-1), 0.0
@@ -64,9 +62,8 @@ def _head_body(
         torch.arange(z_Cv.shape[1], device=z_Cv.device, dtype=torch.int32)
         == targets_C.int()[:, None]
     )
-    softmax_Cv = (
-        z_Cv - sum_C.log().to(z_Cv.dtype)[:, None]
-    ).exp()  # another exp: kept, the first would be a buffer
+    # another exp: kept, the first would be a buffer
+    softmax_Cv = (z_Cv - sum_C.log().to(z_Cv.dtype)[:, None]).exp()
     dlogits_Cv.copy_(coef_C[:, None] * (onehot_Cv.to(z_Cv.dtype) - softmax_Cv))
     return loss, logprobs_C, entropy_C
 
@@ -103,17 +100,14 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
     dlogits_Cv = new(most, v, dtype=narrow) if narrow and any(needs) else logits_Cv
     dhidden_ND = new(N, D, dtype=narrow or dtype) if needs[0] else None
     dweight_vD = (new(v, D) if weight_grad is None else weight_grad) if needs[1] else None
-    padded = (
-        -(-max(N, 1) // C) * C
-    )  # one chunk at least: a rank without tokens takes part in the collectives
+    # one chunk at least: a rank without tokens takes part in the collectives
+    padded = -(-max(N, 1) // C) * C
     loss, logprobs, entropy = new(1).zero_()[0], new(padded).zero_(), new(padded).zero_()
     targets_N = targets_N - (v * dist.get_rank(tp_group) if tp_group is not None else 0)
     for start in range(0, padded, C):
         real = min(C, N - start)
-        rows, c = (
-            slice(start, start + real),
-            max(2, real),
-        )  # the last chunk has as many rows as are left, at least 2
+        # the last chunk has as many rows as are left, at least 2
+        rows, c = (slice(start, start + real), max(2, real))
         pad = lambda x, value=0, rows=rows, extra=c - real: torch.nn.functional.pad(
             x[rows], (0, extra), value=value
         )
@@ -121,9 +115,8 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
             dtype=weight.dtype
         )
         logits_cv = logits_Cv[:c]
-        dlogits_cv = (
-            logits_cv if dlogits_Cv is logits_Cv else dlogits_Cv[:c]
-        )  # two views of one would be two inputs
+        # two views of one would be two inputs
+        dlogits_cv = logits_cv if dlogits_Cv is logits_Cv else dlogits_Cv[:c]
         torch.mm(hidden, weight.t(), **to_fp32, out=logits_cv)
         chunk_loss, logprobs_C, entropy_C = _run_head_body(
             compiled,
@@ -140,9 +133,8 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
         if needs[0]:
             torch.mm(dlogits_cv[:real], weight, out=dhidden_ND[rows])
         if needs[1]:
-            beta = (
-                0 if start == 0 and weight_grad is None else 1
-            )  # 0: the memory's old content counts for nothing
+            # 0: the memory's old content counts for nothing
+            beta = 0 if start == 0 and weight_grad is None else 1
             torch.addmm(dweight_vD, dlogits_cv.t(), hidden, **to_fp32, beta=beta, out=dweight_vD)
     dhidden_ND = dhidden_ND.to(hidden_ND.dtype) if needs[0] else None
     dweight_vD = dweight_vD.to(weight_vD.dtype) if needs[1] and weight_grad is None else None
@@ -163,10 +155,8 @@ class _WithGradients(torch.autograd.Function):
         assert ctx.gradients is not None, (
             "a second backward through fused_head_loss: its gradients are used up"
         )
-        gradients, ctx.gradients = (
-            ctx.gradients,
-            None,
-        )  # no reference stays, so autograd takes the memory, not a copy
+        # no reference stays, so autograd takes the memory, not a copy
+        gradients, ctx.gradients = (ctx.gradients, None)
         if ctx.added:  # too late to scale that one
             torch._assert_async(
                 upstream == 1, "fused_head_loss with weight_grad: scale its objective, not the loss"
@@ -332,9 +322,8 @@ attend_cpu.register_autograd(_attend_backward, setup_context=_attend_setup)
 def attend(q_ThC, k_TgC, v_TgC, cu_seqlens, max_seqlen: int):
     """Causal attention inside each packed sequence. Shapes: q (T, h, C), k and v (T, g, C) -> (T,
     h, C)."""
-    groups = (
-        q_ThC.shape[1] // k_TgC.shape[1]
-    )  # torch 2.11's kernel has no GQA argument: repeat the kv heads
+    # torch 2.11's kernel has no GQA argument: repeat the kv heads
+    groups = q_ThC.shape[1] // k_TgC.shape[1]
     k_ThC, v_ThC = (x.repeat_interleave(groups, dim=1) for x in (k_TgC, v_TgC))
     if q_ThC.is_cuda:
         return varlen_attn(

@@ -281,9 +281,8 @@ class Bucket:
         ranks, me = group_size(group), 0 if group is None else dist.get_rank(group)
         self.shard_size = -(-self.starts[-1] // ranks)
         self.shard_start = me * self.shard_size
-        self.values = params[0].new_zeros(
-            ranks * self.shard_size
-        )  # padded, so that all shards are of one size
+        # padded, so that all shards are of one size
+        self.values = params[0].new_zeros(ranks * self.shard_size)
         self.grads = torch.zeros_like(self.values, dtype=grad_dtype)
         for p, start in zip(params, self.starts):
             view = self.values[start : start + p.numel()].view_as(p)
@@ -319,9 +318,10 @@ class Bucket:
         if self.group is None:
             self.values.copy_(mine)
         else:
+            # 2.13's name
             all_gather_into = (
                 getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            )  # 2.13's name
+            )
             all_gather_into(self.values, mine, group=self.group)
 
 
@@ -378,9 +378,8 @@ class ShardedAdamW(torch.optim.AdamW):
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for bucket in self.buckets:
             bucket.master.grad.mul_(scale.to(bucket.master.dtype))
-        self.found_inf = (
-            1.0 - norm.isfinite().float()
-        )  # the fused kernel's own way to skip, made for GradScaler
+        # the fused kernel's own way to skip, made for GradScaler
+        self.found_inf = 1.0 - norm.isfinite().float()
         super().step()
         for bucket in self.buckets:
             bucket.master.grad = None

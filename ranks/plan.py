@@ -20,10 +20,8 @@ import torch
 
 from ranks import ops
 
-GIB, OVERHEAD_GIB = (
-    2**30,
-    4.0,
-)  # CUDA context, NCCL buffers, fragmentation: experience, not arithmetic
+# CUDA context, NCCL buffers, fragmentation: experience, not arithmetic
+GIB, OVERHEAD_GIB = (2**30, 4.0)
 PEAK_TFLOPS = 989  # an H100's in dense bf16
 VLLM_SHARE = 0.92  # of its GPUs, that vLLM 0.32 takes if not told otherwise
 IMBALANCE = 2.0  # rows of the fullest expert rank over the mean that there should be room for
@@ -54,7 +52,8 @@ def check_layout(m, world: int, tp: int, ep: int) -> None:
             raise ValueError(f"{flag} {degree} does not divide {what}={size}")
     if m.num_key_value_heads % tp and tp % m.num_key_value_heads:
         raise ValueError(
-            f"--tp {tp} neither divides num_key_value_heads={m.num_key_value_heads} nor is a multiple"
+            f"--tp {tp} neither divides num_key_value_heads={m.num_key_value_heads} nor is a "
+            "multiple"
         )
 
 
@@ -134,9 +133,8 @@ def activation_memory(m, cfg) -> dict[str, float]:
     # RMSNorm saves its input in fp32, that normed, and the product: two norms of t tokens, q and k
     # of T.
     attention = 2 * t * D * (4 + 2 * a) + T * m.head_dim * (heads + kv_heads) * (4 + a)
-    attention += (
-        gathered + T * m.head_dim * heads * 4 * a
-    )  # q after RoPE, k and v repeated to all heads, the output
+    # q after RoPE, k and v repeated to all heads, the output
+    attention += gathered + T * m.head_dim * heads * 4 * a
     # SwiGLU saves gate, up, silu(gate) and their product; MoE's rows also as they arrive, as they
     # leave, and weighted.
     saved_dense, saved_moe = gathered + T * I_ * 4 * a, rows * (3 * D + 4 * F) * a
@@ -286,10 +284,12 @@ def check_memory(m, cfg, world: int) -> None:
             advice.append("a GPU more, which vLLM then has alone")
             if room > 0.1:  # less holds no model and its cache
                 advice.append(
-                    f"--rollout-args=\"--vllm-args '--gpu-memory-utilization {int(100 * room) / 100:g}'\""
+                    "--rollout-args=\"--vllm-args '--gpu-memory-utilization "
+                    f"{int(100 * room) / 100:g}'\""
                 )
         raise ValueError(
-            f"{peak:.1f} GiB are above --gpu-memory-gib {cfg.gpu_memory_gib:g}. What breaks it: {culprit}"
+            f"{peak:.1f} GiB are above --gpu-memory-gib {cfg.gpu_memory_gib:g}. What breaks it: "
+            f"{culprit}"
             f" (in {parts}). What fits: {'; or '.join(advice)}"
         )
 
@@ -326,7 +326,8 @@ def print_report(m, cfg, world: int) -> None:
     )
     peak = sum(terms.values())
     print(
-        f"{cfg.model} on {world} ranks: tp {cfg.tp}, ep {cfg.ep}, data parallel {world // cfg.tp}, micro-batches of "
+        f"{cfg.model} on {world} ranks: tp {cfg.tp}, ep {cfg.ep}, data parallel "
+        f"{world // cfg.tp}, micro-batches of "
         f"{cfg.max_tokens_per_micro_batch} tokens"
     )
     print(f"\n{'parameters of a rank':26}{'millions':>9}  ranks that hold the same")
@@ -335,7 +336,8 @@ def print_report(m, cfg, world: int) -> None:
     remarks = {
         "saved activations": f"{act['inputs']:.1f} with recompute, {act['all layers']:.1f} without",
         "live layer or loss": f"attention {act['attention']:.1f}, dense MLP {act['dense MLP']:.1f}, MoE "
-        f"{act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with {IMBALANCE:g} x the rows), loss {act['loss']:.1f}",
+        f"{act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with {IMBALANCE:g} x the rows), loss "
+        f"{act['loss']:.1f}",
         "vLLM on the same GPU": f"{vllm_share(cfg, world):g} of it, by --rollout-args; with a GPU more than ranks "
         "it has that",
     }
@@ -349,11 +351,13 @@ def print_report(m, cfg, world: int) -> None:
     total = sum(c.numel * world // c.replicas for c in classes)
     size = total * (4 if cfg.publish_dtype == "float32" else 2)
     print(
-        f"  {'weights to rollouts':24}{size / m.num_hidden_layers / 1e6:9.1f}  a version, of all ranks; {total:,} "
+        f"  {'weights to rollouts':24}{size / m.num_hidden_layers / 1e6:9.1f}  a version, of all "
+        f"ranks; {total:,} "
         f"parameters are {size / 1e9:.2f} GB"
     )
     print(
-        f"\n{'sequence length':26}{'GFLOP':>9}  a token, forward and backward; tokens/s of a GPU at MFU {cfg.mfu:g}"
+        f"\n{'sequence length':26}{'GFLOP':>9}  a token, forward and backward; tokens/s of a GPU "
+        f"at MFU {cfg.mfu:g}"
     )
     for length in (2048, 4096, 8192, 16384):
         flops = flops_per_token(m, length)

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(
-    1
-)  # several processes on two cores: more threads only get in each other's way
+# several processes on two cores: more threads only get in each other's way
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):

@@ -101,9 +101,8 @@ class Policy:
             gate, up = (
                 torch.einsum("bld,efd->belf", h, w[f"{i}.{p}"]) for p in ("gate_proj", "up_proj")
             )
-            y = torch.einsum(
-                "belf,edf->beld", F.silu(gate) * up, w[f"{i}.down_proj"]
-            )  # all experts: it is tiny
+            # all experts: it is tiny
+            y = torch.einsum("belf,edf->beld", F.silu(gate) * up, w[f"{i}.down_proj"])
             x = x + torch.einsum("beld,ble->bld", y, weights_BLE)
         head = "model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"
         return F.linear(self.norm(x[:, -1], "model.norm.weight"), w[head])
@@ -234,9 +233,8 @@ class Server:
 
     async def generate(self, http: web.Request):
         body = await http.json()
-        if (
-            set(body["cache_salt"]) & set("@/\\\0") or len(body["cache_salt"]) > 128
-        ):  # vLLM's own rule
+        # vLLM's own rule
+        if set(body["cache_salt"]) & set("@/\\\0") or len(body["cache_salt"]) > 128:
             return web.json_response({"error": "Parameter 'cache_salt'"}, status=400)
         hit = {kind for kind in COUNTED if self.faults[kind]}
         for kind in hit:
@@ -278,9 +276,8 @@ class Server:
         elif name == "pause":
             self.paused = True
             if http.query.get("clear_cache") != "false":
-                self.preemptions += sum(
-                    r.n for r in self.running
-                )  # computed again, and counted as that
+                # computed again, and counted as that
+                self.preemptions += sum(r.n for r in self.running)
         elif name == "update_weights":
             if self.crash_update:
                 os._exit(1)

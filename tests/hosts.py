@@ -107,7 +107,10 @@ class Hosts:
     def __init__(self, count: int, directory: Path):
         ip_of = {f"host{i}": f"{SUBNET}.{i + 1}" for i in range(count)}
         lines = "127.0.0.1 localhost\\n" + "".join(f"{ip} {name}\\n" for name, ip in ip_of.items())
-        switch = f"{IP} link add name bridge type bridge && {IP} link set bridge up && echo ready; exec cat"
+        switch = (
+            f"{IP} link add name bridge type bridge && {IP} link set bridge up && echo ready; "
+            "exec cat"
+        )
         self.all = [Host("switch", switch)]
         for i, (name, ip) in enumerate(ip_of.items()):
             host = Host(name, SETUP.format(name=name, hosts=lines, ip=IP))

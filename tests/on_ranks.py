@@ -46,9 +46,8 @@ def on_ranks(world_size: int, function, *args, timeout_s: float = 300) -> list:
         results = []
         for _ in workers:
             rank, ok, result = queue.get(timeout=timeout_s)
-            assert ok, (
-                f"rank {rank} of {world_size}:\n{result}"
-            )  # at once: the others may wait for it until a timeout
+            # at once: the others may wait for it until a timeout
+            assert ok, f"rank {rank} of {world_size}:\n{result}"
             results.append((rank, result))
         for worker in workers:
             worker.join(60)

@@ -48,9 +48,8 @@ def test_each_row_is_packed_once_within_the_budget_and_all_ranks_have_as_many_mi
         assert max(map(max, bin_sums(packed, lengths))) <= 64
         empty = sum(not picked for rank in packed for picked in rank)
         assert empty == max(0, dp * len(packed[0]) - rows)  # none without need
-        assert packed == assign_rows(
-            list(lengths), dp, max_tokens=64
-        )  # every rank computes it for itself
+        # every rank computes it for itself
+        assert packed == assign_rows(list(lengths), dp, max_tokens=64)
 
 
 @pytest.mark.parametrize("fill", [0.97, 0.98, 0.99])
@@ -66,14 +65,12 @@ def test_a_long_tailed_batch_fills_its_micro_batches_and_loads_ranks_evenly(long
         lengths = long_tailed(seed, longest, fill)
         packed, total = assign_rows(lengths, 16, 16384), sum(lengths)
         assert total / (16 * len(packed[0]) * 16384) >= fill - 1e-3
-        assert (
-            max(map(sum, bin_sums(packed, lengths))) * 16 / total - 1 <= 0.031
-        )  # at 97 % fill a full rank has 3.09 %
+        # at 97 % fill a full rank has 3.09 %
+        assert max(map(sum, bin_sums(packed, lengths))) * 16 / total - 1 <= 0.031
         wait = lambda sums: sum(map(max, zip(*sums))) * 16 / sum(map(sum, sums)) - 1
         assert wait(bin_sums(packed, lengths)) <= 0.035
-        assert (
-            wait(bin_sums(packed, [n + n * n / 15100 for n in lengths])) <= 0.15
-        )  # 0.4 if sorted by tokens
+        # 0.4 if sorted by tokens
+        assert wait(bin_sums(packed, [n + n * n / 15100 for n in lengths])) <= 0.15
 
 
 def test_a_batch_that_leaves_room_has_the_fewest_micro_batches_and_even_ranks():
@@ -81,9 +78,8 @@ def test_a_batch_that_leaves_room_has_the_fewest_micro_batches_and_even_ranks():
         lengths = long_tailed(seed, 8192, fill=None)
         packed, total = assign_rows(lengths, 16, 16384), sum(lengths)
         least = -(-total // (16 * 16384))
-        assert len(packed[0]) <= least + (
-            total > 0.995 * least * 16 * 16384
-        )  # there greedy may need one more
+        # there greedy may need one more
+        assert len(packed[0]) <= least + (total > 0.995 * least * 16 * 16384)
         assert max(map(sum, bin_sums(packed, lengths))) * 16 / total <= 1.03
 
 
@@ -282,9 +278,8 @@ def test_the_soft_overlong_penalty_is_dapo_s():
     assert penalty(group_of([10, 11, 15], [0.0] * 3, [0] * 3, [1] * 17)) == pytest.approx(
         [0, -0.2, -1.0]
     )
-    same = group_of(
-        [15, 20], [1.0, 1.0], [0, 0]
-    )  # what is trained on decides: these are not equally good
+    # what is trained on decides: these are not equally good
+    same = group_of([15, 20], [1.0, 1.0], [0, 0])
     assert not torch.cat(
         left_out([same], dataclasses.replace(cfg, drop_zero_variance=True))["zero_variance_dropped"]
     ).any()

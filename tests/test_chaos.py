@@ -22,5 +22,8 @@ def test_under_random_faults_no_prompt_is_lost_or_trained_twice_and_the_run_lear
 def test_memory_handles_and_threads_of_a_long_run_stay_where_they_were():
     """200 steps; `python tools/soak.py --steps 1000` is the long form."""
     for part, (percent, handles, threads, sockets) in growth(soak(200)).items():
-        found = f"{part}: {percent:+.1f} % memory, {handles:+d} handles, {threads:+d} threads, {sockets} TCP sockets"
+        found = (
+            f"{part}: {percent:+.1f} % memory, {handles:+d} handles, {threads:+d} threads, "
+            f"{sockets} TCP sockets"
+        )
         assert percent < 5 and handles <= 4 and threads <= 1 and sockets <= CONNECTIONS, found

@@ -20,9 +20,8 @@ from ranks.batch import pack_batch, unpack_batch
 torch.set_num_threads(1)
 clip = lambda x, low, high: min(max(x, low), high)
 SAMPLER = dict(ratio_anchor="sampler", use_importance_sampling_correction=False)
-PREV = dict(
-    use_importance_sampling_correction=False, max_trajectory_age_steps=0
-)  # age 0: refused uncorrected
+# age 0: refused uncorrected
+PREV = dict(use_importance_sampling_correction=False, max_trajectory_age_steps=0)
 PROMPT, TIS = dict(prompt_level_loss=True), dict(truncated_importance_sampling_type="tis")
 
 
@@ -141,9 +140,8 @@ def test_flags_make_our_weights_those_of_the_peer(peer, advantage):
     # either way round.
     cases = [(r * 1e-3, 1e-3, 1e-3 / w) for r in RATIOS for w in (1.0, 0.3, 0.95, 1.1, 2.5)]
     found = our_weights(cfg, *zip(*cases), advantage)
-    assert found == pytest.approx(
-        [formula(*case) for case in cases], rel=1e-12
-    )  # fp64, a few roundings
+    # fp64, a few roundings
+    assert found == pytest.approx([formula(*case) for case in cases], rel=1e-12)
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -187,9 +187,8 @@ def test_the_answer_at_the_end_of_a_chat_is_not_in_the_prompt(tmp_path, checkpoi
     ]
     first, second, third = prompts(write(tmp_path / "d.jsonl", rows), checkpoint)
     assert first == "<user>What is 2+2?<assistant>"
-    assert (
-        second == f"<user>What is 2+2?<assistant>{said['content']}{first}"
-    )  # an earlier turn stays
+    # an earlier turn stays
+    assert second == f"<user>What is 2+2?<assistant>{said['content']}{first}"
     assert third == "<user>What is 2+2?<assistant><result>4<assistant>"
     assert (
         "2 of 3 chats end with the assistant's answer, which is left out of the prompt"
@@ -470,10 +469,8 @@ def test_a_run_keeps_the_rows_it_started_with_while_the_file_is_rewritten_in_pla
         check=False,
     )
     assert done.returncode == 0, (done.returncode, done.stderr[-500:])
-    assert {entry.name for entry in tmp_path.iterdir()} <= {
-        path.name,
-        "home",
-    }  # the copy has no name
+    # the copy has no name
+    assert {entry.name for entry in tmp_path.iterdir()} <= {path.name, "home"}
 
 
 # ---- templates -----------------------------------------------------------------------------------
@@ -484,9 +481,8 @@ def test_columns_are_filled_into_the_template_and_braces_stay(tmp_path, checkpoi
         path, checkpoint, prompt_template=template, chat_template=False
     )[0]
     assert filled("{problem} {choices} in \\boxed{}") == "Which? x {problem}\n2 in \\boxed{}"
-    assert (
-        filled("L{level}: {question} in \\boxed{}") == "L3: Which? in \\boxed{}"
-    )  # the prompt by its column
+    # the prompt by its column
+    assert filled("L{level}: {question} in \\boxed{}") == "L3: Which? in \\boxed{}"
     assert (
         filled("{prompt} {{answer}} {1} { level } \\frac{{a}}")
         == "Which? {answer} {1} { level } \\frac{a}"
@@ -547,9 +543,8 @@ def test_prompts_that_a_template_repeats_or_unicode_lengthens_are_measured_as_th
     tokenizer = Tokenizer.from_file(path)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.save(path)
-    assert (
-        left_out("\u0958" * 20) == {0} and left_out("\u0958" * 5) == set()
-    )  # two letters, of three bytes each
+    # two letters, of three bytes each
+    assert left_out("\u0958" * 20) == {0} and left_out("\u0958" * 5) == set()
 
 
 # ---- the built-in tasks --------------------------------------------------------------------------

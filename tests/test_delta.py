@@ -54,15 +54,8 @@ def test_signed_zeros_infinities_nan_payloads_and_denormals_all_become_each_othe
         1 << torch.iinfo(INTS[dtype]).bits - 1,
         patterns(dtype, 0).fill_(torch.inf).view(INTS[dtype]).item(),
     )
-    half = [
-        0,
-        1,
-        2,
-        exponent - 1,
-        exponent,
-        exponent + 1,
-        top - 1,
-    ]  # 0, denormals, largest, inf, NaNs
+    # 0, denormals, largest, inf, NaNs
+    half = [0, 1, 2, exponent - 1, exponent, exponent + 1, top - 1]
     values = [sign + value for sign in (0, top) for value in half]
     old = patterns(dtype, *[a for a in values for _ in values])
     new = patterns(dtype, *[b for _ in values for b in values])
@@ -130,9 +123,8 @@ def sample():
     g = torch.Generator().manual_seed(3)
     old = torch.randint(-32768, 32767, (200000,), generator=g, dtype=torch.int16)
     new = old.clone()
-    where = torch.randint(
-        0, 60000, (700,), generator=g
-    )  # and one far behind them, so that there are long gaps
+    # and one far behind them, so that there are long gaps
+    where = torch.randint(0, 60000, (700,), generator=g)
     new[where] += torch.randint(-200, 200, (700,), generator=g, dtype=torch.int16)
     new[199999] += 1
     return old.view(torch.bfloat16), new.view(torch.bfloat16), delta.encode(old, new)
@@ -165,10 +157,8 @@ def test_flipped_bits_never_write_outside_the_tensor(sample):
     (test_weights.py)."""
     old, _, code = sample
     g = torch.Generator().manual_seed(4)
-    bits = [
-        *range(8 * 80),
-        *torch.randint(0, 8 * len(code), (2000,), generator=g).tolist(),
-    ]  # all of the header
+    # all of the header
+    bits = [*range(8 * 80), *torch.randint(0, 8 * len(code), (2000,), generator=g).tolist()]
     flipped = []
     for bit in bits:
         damaged = bytearray(code)
@@ -195,9 +185,8 @@ def test_a_plane_that_would_unpack_to_more_than_it_may_is_refused_before_it_is_u
     """A few bytes of zstd can be terabytes: the size is checked where it is written, and it must be
     written."""
     tensor = torch.zeros(1000, dtype=torch.bfloat16)
-    huge = (
-        struct.pack("<IBQ", 0xFD2FB528, 0xE0, 1 << 45) + b"\x01\0\0"
-    )  # a frame that claims 32 TiB, and is empty
+    # a frame that claims 32 TiB, and is empty
+    huge = struct.pack("<IBQ", 0xFD2FB528, 0xE0, 1 << 45) + b"\x01\0\0"
     unsaid = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(10))
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 24))
     good = zstandard.ZstdCompressor().compress(bytes(10))

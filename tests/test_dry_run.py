@@ -80,9 +80,8 @@ def test_the_slices_of_any_layout_are_the_whole_model(m, tp, ep):
     assert all_trained["gradients"] - frozen["gradients"] == 4 * routers
     assert all_trained["optimizer state"] - frozen["optimizer state"] == 12 * routers / 16
     total = sum(counted((1, 1, 1)))
-    assert (
-        all_trained["optimizer state"] == 12 * total / 16
-    )  # ZeRO-1 leaves nothing twice, whatever the layout
+    # ZeRO-1 leaves nothing twice, whatever the layout
+    assert all_trained["optimizer state"] == 12 * total / 16
 
 
 TABLE = """
@@ -143,9 +142,8 @@ def test_collectives_send_what_the_shapes_say():
         n: size
         for n, (size, _) in collective_bytes(QWEN, dataclasses.replace(PRESET, tp=2), 16).items()
     }
-    assert (
-        sent["TP/SP all-gather"] == sent["TP/SP reduce-scatter"] == 16384 * 2048 * 2 / 2
-    )  # the other half
+    # the other half
+    assert sent["TP/SP all-gather"] == sent["TP/SP reduce-scatter"] == 16384 * 2048 * 2 / 2
     assert sent["EP dispatch"] == sent["EP combine"] == 8192 * 8 * 2048 * 2 * 7 / 8
     experts, attention, norms = (
         3 * 16 * 2048 * 768,
@@ -277,11 +275,8 @@ def test_the_number_of_ranks_is_torchruns_if_there_is_one(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "32")
     assert "on 32 ranks" in dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b")[1]
     monkeypatch.setenv("RANK", "1")
-    assert dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b") == (
-        0,
-        "",
-        [],
-    )  # one report, not 32
+    # one report, not 32
+    assert dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b") == (0, "", [])
 
 
 def test_any_checkpoint_directory_can_be_planned_for(monkeypatch, capsys, tiny_checkpoint):
@@ -406,8 +401,8 @@ def test_samples_longer_than_the_model_s_positions_are_refused_before_anything_s
     assert stopped.value.code == 2
     error = capsys.readouterr().err.strip()
     assert (
-        f"--max-total-sequence-length {positions + 1} is above the model's max_position_embeddings={positions}"
-        in error
+        f"--max-total-sequence-length {positions + 1} is above the model's "
+        f"max_position_embeddings={positions}" in error
     )
     assert dry_run(monkeypatch, capsys, *flags, str(positions))[0] == 0
 

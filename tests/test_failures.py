@@ -332,9 +332,10 @@ def test_a_prompt_that_the_reward_function_cannot_judge_costs_two_generations(
         assert len(said) == 2 and said[0].startswith(
             "prompt 1 failed 2 times and is set aside: samples dropped: 4 x "
         )
+        # said once
         assert (
             said[0].count("it raised ValueError: the answer cannot be parsed (bad.py line 6)") == 1
-        )  # said once
+        )
         hub.ledger.check()
     finally:
         hub.close(patience_s=0.0)
@@ -404,7 +405,10 @@ def test_a_judge_that_stays_away_stops_the_run_with_a_line_when_the_last_node_en
             text=True,
             timeout=120,
         )
-        why = "wait 'reward away': rollout node waits for the service that the reward function asks since "
+        why = (
+            "wait 'reward away': rollout node waits for the service that the reward function asks "
+            "since "
+        )
         assert node.returncode == 2 and f"error: {why}" in node.stdout.splitlines()[-1], node.stdout
         with pytest.raises(
             RuntimeError, match=f"the last rollout node, .*, ends: {why}.*nobody at judge:80"
@@ -512,9 +516,8 @@ def test_a_node_killed_between_pause_and_resume_leaves_no_process_and_loses_no_p
             before = len(hub.ledger.buffer)
             wait(lambda: len(hub.ledger.buffer) > before + 2)
             assert hub.ledger.buffer[-1].oldest_version == 1
-            assert [p.name for p in (tmp_path / "node").glob("v*/")] == [
-                "v1"
-            ]  # what the first one left is gone
+            # what the first one left is gone
+            assert [p.name for p in (tmp_path / "node").glob("v*/")] == ["v1"]
         finally:
             node.send_signal(signal.SIGTERM)
             node.wait(30)
@@ -598,9 +601,8 @@ def test_a_weight_update_is_not_taken_for_a_full_cache(hub, tmp_path, fake_vllm_
     async def scenario(node):
         await node.ready.wait()
         limit, preemptions = node.limit, lambda: node.vitals.get("preemptions", 0)
-        await node.vllm.post(
-            "/fault", {"kind": "slow", "s": 0.2}
-        )  # so that there is something in flight to preempt
+        # so that there is something in flight to preempt
+        await node.vllm.post("/fault", {"kind": "slow", "s": 0.2})
         await until(lambda: node.in_vllm >= 4)
         publish(hub, 1)
         await until(lambda: node.version == 1 and preemptions() > 0)

@@ -106,9 +106,8 @@ def hostile(rng: random.Random, held: str):
             ]
         )
         return "POST", rng.choice(["/lease", "/receipts", "/return", "/beat"]), good, body
-    if (
-        kind == 6
-    ):  # a blob that was right until bits flipped in its header, for a lease that was never granted
+    # a blob that was right until bits flipped in its header, for a lease that was never granted
+    if kind == 6:
         blob = bytearray(
             save(
                 group_tensors(),
@@ -228,9 +227,8 @@ def test_garbage_that_is_not_http_slow_clients_and_a_thousand_connections_leave_
         slow = [
             say(b"POST /groups " + head + b"Content-Length: 900\r\n\r\nabc") for _ in range(100)
         ]
-        silent = [
-            say(b"GET /sta") for _ in range(100)
-        ]  # never a whole request: the connection is closed
+        # never a whole request: the connection is closed
+        silent = [say(b"GET /sta") for _ in range(100)]
         many = [
             say(b"GET /status " + head.replace(TOKEN.encode(), b"wrong") + b"\r\n")
             for _ in range(1000)

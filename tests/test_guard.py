@@ -82,9 +82,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_bit_on_any(layout,
     )
     for norms, changed, moved, stats in found:
         assert [math.isfinite(n) for n in norms] == [True, False, True]
-        assert (
-            not changed and moved
-        )  # weights, moments and the count of updates; the next one goes on
+        # weights, moments and the count of updates; the next one goes on
+        assert not changed and moved
         sums = [x for n, x in stats.items() if not n.endswith(("_min", "_max"))]
         assert not any(torch.tensor(x).any() for x in sums)
 

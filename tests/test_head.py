@@ -68,9 +68,8 @@ def full_logprobs(c, hidden, weight):
 
 
 def objective_of(c):
-    alg = dataclasses.replace(
-        c["alg"]
-    )  # as in train_update: another object and another function each time
+    # as in train_update: another object and another function each time
+    alg = dataclasses.replace(c["alg"])
     return lambda logprobs, *aux: policy_loss(logprobs, *aux, 1, alg)[0]
 
 
@@ -140,9 +139,8 @@ def test_odd_batches_equal_autograd_too(special):
             found = run(method, c)
             assert_same(found, wanted, 1e-6)
             if {0} & {special.get("N"), special.get("kept"), special.get("advantages")}:
-                assert (
-                    found[0] == 0 and not found[2].any() and not found[3].any()
-                )  # exactly, not nearly
+                # exactly, not nearly
+                assert found[0] == 0 and not found[2].any() and not found[3].any()
 
 
 @pytest.mark.parametrize("frozen", [("hidden",), ("weight",)])
@@ -332,9 +330,8 @@ for N in (512, 512, 2048, 8192):  # the first to warm up
 
 def test_memory_does_not_grow_with_the_number_of_tokens():
     command, repo = [sys.executable, "-c", PEAKS], Path(__file__).parent.parent
-    env = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "1000000"
-    }  # glibc keeps nothing of what was freed
+    # glibc keeps nothing of what was freed
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, check=True)
     _, *peaks = map(float, done.stdout.split())
     full_logits = 4 * 8192 * 10_000 / 2**20
@@ -343,9 +340,8 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
 
 def test_chunks_are_the_largest_power_of_two_in_the_budget():
     assert chunk_rows(151_936) == 256 and chunk_rows(151_936, 2**30) == 1024
-    assert (
-        chunk_rows(32) == 4096 and chunk_rows(10**9) == 16
-    )  # as many as ever help, as few as ever do
+    # as many as ever help, as few as ever do
+    assert chunk_rows(32) == 4096 and chunk_rows(10**9) == 16
 
 
 # ---- a sharded vocabulary ------------------------------------------------------------------------

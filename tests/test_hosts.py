@@ -339,10 +339,8 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(
         port = launcher.wait_for(r"\[host2\] .*vLLM is up .* port (\d+)", 200)[1]
         connect = f"import socket; socket.create_connection(('%s', {port}), 5)"
         assert hosts[2].run([sys.executable, "-c", connect % "127.0.0.1"]).returncode == 0
-        for host in (
-            hosts[0],
-            hosts[2],
-        ):  # from another machine, and from its own by the address that others use
+        # from another machine, and from its own by the address that others use
+        for host in (hosts[0], hosts[2]):
             refused = host.run([sys.executable, "-c", connect % "host2"])
             assert "ConnectionRefusedError" in refused.stderr
 
@@ -393,7 +391,8 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(
         done = records()
         longest = max(r["timing/train/exposed_generation"] for r in done[killed_at:])
         print(
-            f"joiner: {groups(done[-1])} groups, killed at step {killed_at}; longest wait after that {longest:.1f} s"
+            f"joiner: {groups(done[-1])} groups, killed at step {killed_at}; longest wait after "
+            f"that {longest:.1f} s"
         )
         assert longest < 25  # its prompts are handed out again after 6 s, and not after 30
         assert [r["step"] for r in done] == list(range(110)) and killed_at < 90
@@ -404,9 +403,8 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(
             if r["train/tokens_same_version"]:
                 assert r["train/gen_kl_error_same_version"] <= 1e-5
         ordinals = [ordinal for r in done for ordinal in r["ordinals"]]
-        assert len(ordinals) == len(
-            set(ordinals)
-        )  # what the dead host held was trained once, by others
+        # what the dead host held was trained once, by others
+        assert len(ordinals) == len(set(ordinals))
         # each trainer's disk has its own rank's share, of state and of weights, and the tiny model
         # that host0 made
         shares, made_by = [set(), set()], {}

@@ -160,9 +160,8 @@ def test_garbage_oversize_and_unknown_leases_are_refused_and_the_run_goes_on(hub
         b'{"node": "n", "max": 0}',
     ):
         assert call(hub, "POST", "/lease", data=body)[0] in (400, 422)
-    assert (
-        call(hub, "POST", "/lease", json={"node": "stranger", "max": 1})[0] == 422
-    )  # without a receipt
+    # without a receipt
+    assert call(hub, "POST", "/lease", json={"node": "stranger", "max": 1})[0] == 422
     assert call(hub, "GET", "/weights/latest?after=x")[0] == 400
     for route in (
         "/weights/1/config.json",
@@ -270,9 +269,8 @@ def test_the_log_says_when_a_version_has_landed_everywhere_and_status_who_lags(h
 def test_nodes_whose_vllm_made_different_things_of_one_version_are_named(hub):
     receipt(hub, "n", checksum="a" * 64)
     receipt(hub, "m", checksum="a" * 64)
-    receipt(
-        hub, "split", checksum="c" * 64, engine="--tensor-parallel-size 2"
-    )  # others may differ from it
+    # others may differ from it
+    receipt(hub, "split", checksum="c" * 64, engine="--tensor-parallel-size 2")
     assert not hub.status()["counts"].get("checksums_differ")
     receipt(hub, "x", checksum="b" * 64)
     (news,) = [line for line in hub.take_news() if "not the same" in line]
@@ -342,9 +340,8 @@ def test_a_group_that_would_be_too_old_is_waited_for_and_one_that_is_gets_a_new_
     again = ledger.grant("n", 1, 11.0)
     assert again.ordinal == slow.ordinal
     ledger.accept(again.id, made_group(again.ordinal, 1))
-    assert (
-        ledger.take(3) is None and ledger.counts["groups_too_old"] == 1
-    )  # two steps later: dropped, and returned
+    # two steps later: dropped, and returned
+    assert ledger.take(3) is None and ledger.counts["groups_too_old"] == 1
     assert ledger.grant("n", 3, 11.0).ordinal == slow.ordinal
     ledger.check()
 
@@ -355,9 +352,8 @@ def test_under_random_delays_losses_and_retries_every_prompt_is_trained_once_and
     weights."""
     rng = random.Random(max_age)
     P, steps = 4, 50
-    ledger = Ledger(
-        P, max_age, steps, lease_timeout_s=30, max_failures=1000
-    )  # every second lease is lost
+    # every second lease is lost
+    ledger = Ledger(P, max_age, steps, lease_timeout_s=30, max_failures=1000)
     trained, now, version, node_version, held = [], 0.0, 0, 0, []
     while version < steps:
         now += 1.0

@@ -104,9 +104,8 @@ def test_the_trainer_finds_a_package_kernels_that_is_installed(packages):
 
 def test_no_module_has_the_name_of_a_package_that_what_we_import_imports():
     """Installed here or not: an optional package counts, as one day it is there."""
-    perhaps = re.compile(
-        rb"^[ \t]*(?:import|from) (?:%s)\b" % "|".join(OURS).encode(), re.M
-    )  # or a word of prose
+    # or a word of prose
+    perhaps = re.compile(rb"^[ \t]*(?:import|from) (?:%s)\b" % "|".join(OURS).encode(), re.M)
     clashes = {}
     for package in "transformers vllm torch datasets huggingface_hub tokenizers safetensors wandb tensorboard".split():
         root = Path(importlib.util.find_spec(package).origin).parent

@@ -119,9 +119,8 @@ def test_context_that_was_put_in_is_no_row_of_the_loss():
     tokens, targets = [[5, 6, 7, 8, 9, 9, 3], [5, 6, 4]], [[7, 8, 3], [4]]
     assert mb.tokens_T.tolist() == [x for i in order for x in tokens[i]]
     assert mb.targets_N.tolist() == [x for i in order for x in targets[i]]
-    assert mb.tokens_T[mb.rows_N].tolist() == [
-        x for i in order for x in [[6, 7, 9], [6]][i]
-    ]  # the 9 predicts the 3
+    # the 9 predicts the 3
+    assert mb.tokens_T[mb.rows_N].tolist() == [x for i in order for x in [[6, 7, 9], [6]][i]]
     assert mb.gen_logprobs[mb.mask].tolist() == [
         x for i in order for x in [[-1.0, -2.0, -3.0], [-4.0]][i]
     ]

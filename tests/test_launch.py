@@ -184,9 +184,8 @@ def installer(program):
     shutil.rmtree(program / ".venv")
     os.mkfifo(program.parent / "gate")
     (program.parent / "pip.log").touch()
-    gate = os.open(
-        program.parent / "gate", os.O_RDWR
-    )  # so that nobody has to wait for the other end
+    # so that nobody has to wait for the other end
+    gate = os.open(program.parent / "gate", os.O_RDWR)
     pip = PIP.format(log=program.parent / "pip.log", gate=program.parent / "gate")
     yield str(script(program.parent / "bin/python-to-be", pip)), lambda: os.write(gate, b"go\n")
     os.close(gate)

@@ -143,9 +143,8 @@ def test_cispo_gives_nemo_rls_numbers(case):
 
 def test_ppo_clip_and_dual_clip_give_nemo_rls_numbers():
     clip = dict(use_cispo=False, use_importance_sampling_correction=False, **NARROW)
-    four_decimals = dict(
-        rtol=0, atol=6e-5
-    )  # half the last printed digit, and the inputs' own rounding
+    # half the last printed digit, and the inputs' own rounding
+    four_decimals = dict(rtol=0, atol=6e-5)
     assert_close(run_case(INPUTS, Algorithm(**clip))[0].item(), -0.6333, **four_decimals)
     loss, per_token, *_ = run_case(INPUTS_E, Algorithm(**clip, ratio_clip_c=3.0))
     assert_close(loss.item(), 4.1667, **four_decimals)
@@ -163,9 +162,8 @@ def test_gradient_is_minus_advantage_times_clipped_ratio_and_never_flows_through
     assert to_prev is None
     ratio = (curr - prev).detach().exp()
     assert 0 < (ratio > 6).sum() < 200  # both sides of the clip are there
-    assert_close(
-        to_curr, -advantages * ratio.clamp(0, 6), rtol=1e-6, atol=0
-    )  # the same products: a few roundings
+    # the same products: a few roundings
+    assert_close(to_curr, -advantages * ratio.clamp(0, 6), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("advantage, ratio", [(1.0, 9.0), (-1.0, 0.1)])
@@ -178,9 +176,8 @@ def test_a_clipped_token_still_gets_gradient_under_cispo_and_none_under_ppo(adva
         gradient = run(
             inputs, torch.tensor([True]), torch.ones(1), 1, Algorithm(use_cispo=use_cispo, **NARROW)
         )[2]
-        assert_close(
-            gradient.item(), wanted, rtol=1e-6, atol=0
-        )  # a few fp32 products; PPO's zero is exact
+        # a few fp32 products; PPO's zero is exact
+        assert_close(gradient.item(), wanted, rtol=1e-6, atol=0)
 
 
 def by_hand(curr, prev, gen, advantage, alg):
@@ -235,9 +232,10 @@ def test_any_split_into_micro_batches_adds_up_to_the_whole(token_level, name):
     rows = row_weights(lengths, torch.zeros(6) if token_level else torch.arange(6))
     weights = rows.repeat_interleave(lengths)
     per_sequence = torch.stack([w.sum() for w in weights.split(lengths.tolist())])
+    # fp32 additions
     assert_close(
         per_sequence, lengths / 32 if token_level else torch.ones(6) / 6, rtol=1e-6, atol=0
-    )  # fp32 additions
+    )
     whole = run(inputs, mask, weights, 32, ALGORITHMS[name])
     for split in ([6], [1, 1, 1, 1, 1, 1], [2, 4], [1, 3, 2]):  # sequences in each micro-batch
         parts, start = [], 0
@@ -302,9 +300,8 @@ def test_a_micro_batch_with_everything_masked_has_loss_zero(num_tokens, name):
 def test_mismatch_is_accurate_for_small_differences(gen, d):
     gen = torch.tensor(gen)
     prev = gen + d
-    p, q = (
-        Decimal(x.item()) for x in (prev, gen)
-    )  # 28 digits: the textbook formulas cost nothing there
+    # 28 digits: the textbook formulas cost nothing there
+    p, q = (Decimal(x.item()) for x in (prev, gen))
     k3 = lambda x: x.exp() - x - 1
     log_mix = ((p.exp() + q.exp()) / 2).ln()
     wanted = abs(p - q).exp(), k3(p - q), k3(q - p), (k3(p - log_mix) + k3(q - log_mix)) / 2
@@ -353,9 +350,8 @@ def advantages_of(*rewards, valid=None, leave_one_out=True, normalize=True):
 
 
 def test_group_advantages_give_nemo_rls_numbers():
-    close = lambda found, wanted: assert_close(
-        found, wanted, rtol=0, atol=6e-5
-    )  # four printed decimals
+    # four printed decimals
+    close = lambda found, wanted: assert_close(found, wanted, rtol=0, atol=6e-5)
     close(advantages_of(*[1.0] + [0.0] * 15), [1.0] + [-0.2582] * 15)
     close(advantages_of(*[0.0] + [1.0] * 15), [-1.0] + [0.2582] * 15)
     close(advantages_of(*[1.0] * 8 + [0.0] * 8), [1.0328] * 8 + [-1.0328] * 8)
@@ -366,9 +362,8 @@ def test_group_advantages_give_nemo_rls_numbers():
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
-@pytest.mark.parametrize(
-    "reward", [0.0, 1.0, 0.3]
-)  # 0.3: in fp32 the rounding of the mean would leave a spread
+# 0.3: in fp32 the rounding of the mean would leave a spread
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.3])
 def test_a_group_without_spread_has_advantage_exactly_zero(reward, leave_one_out):
     assert advantages_of(*[reward] * 16, leave_one_out=leave_one_out) == [0.0] * 16
 
@@ -416,9 +411,8 @@ def run_head(logprobs_of, num_tokens, temperature):
 
 
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK]
-NEAR = dict(
-    rtol=1e-5, atol=1e-5
-)  # logits of size 10 in fp32 are known to 1e-6, and sums of V = 50 of them
+# logits of size 10 in fp32 are known to 1e-6, and sums of V = 50 of them
+NEAR = dict(rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

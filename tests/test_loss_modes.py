@@ -117,9 +117,8 @@ def test_gspo_gives_nemo_rls_numbers():
     )
     assert_close(value, -0.4912, **FOUR)
     assert_close(tokens, torch.tensor([-0.9086, 0.9086, -1.8171, -1.2, 2.4697, -2.4]), **FOUR)
-    assert_close(
-        gradient[3:], torch.full((3,), 2.4697 / 18), **FOUR
-    )  # of the second, the middle loss is unclipped
+    # of the second, the middle loss is unclipped
+    assert_close(gradient[3:], torch.full((3,), 2.4697 / 18), **FOUR)
     corrected = dataclasses.replace(alg, use_importance_sampling_correction=True)
     value, metrics, *_ = evaluate(CURR, PREV, GEN, ADV, corrected)
     assert_close([value, metrics["sampling_importance_ratio"].item()], [-0.4959, 0.8187], **FOUR)
@@ -133,9 +132,8 @@ def test_corrected_ppo_and_truncation_give_nemo_rls_numbers():
     tis = dict(truncated_importance_sampling_type="tis", truncated_importance_sampling_ratio=0.8)
     value, metrics, *_ = evaluate(CURR, PREV, GEN, ADV, dataclasses.replace(CORRECTED, **tis))
     assert_close(value, -0.4744, **FOUR)
-    assert_close(
-        metrics["sampling_importance_ratio"].item(), 1.024661, **PRINTED
-    )  # before truncation
+    # before truncation
+    assert_close(metrics["sampling_importance_ratio"].item(), 1.024661, **PRINTED)
     whole = dataclasses.replace(CORRECTED, sequence_level_importance_ratios=True, **tis)
     assert_close(evaluate(CURR, PREV, GEN, ADV, whole)[0], -0.4846, **FOUR)
 
@@ -228,9 +226,8 @@ def test_kl_term_gives_nemo_rls_number_and_its_whole_gradient():
     value, metrics, gradient, _ = evaluate(curr, curr, curr, [0.0] * 3, alg, ref=[-1.0] * 3)
     assert_close([value, metrics["kl_penalty"].item()], [0.0362, 0.362069], **FOUR)
     k3 = torch.expm1(d) - d
-    assert_close(
-        gradient, 0.1 / 3 * (k3 + 1 - d.exp()), **PRINTED
-    )  # score function, and the estimator's own
+    # score function, and the estimator's own
+    assert_close(gradient, 0.1 / 3 * (k3 + 1 - d.exp()), **PRINTED)
     in_reward = dataclasses.replace(alg, use_kl_in_reward=True)
     value, metrics, gradient, _ = evaluate(curr, curr, curr, [0.0] * 3, in_reward, ref=[-1.0] * 3)
     assert value == 0 and (gradient == 0).all() and metrics["kl_penalty"] > 0.3
@@ -438,9 +435,8 @@ def test_ratio_quantiles_are_within_one_percent_and_add_up_over_micro_batches():
     assert torch.equal(histogram, count(curr)["ratio_histogram"])
     for q in (0.5, 0.95, 0.99):
         exact = log_ratio.sort().values[math.ceil(q * 4000) - 1].exp().item()
-        assert ratio_quantile(histogram.tolist(), q) == pytest.approx(
-            exact, rel=0.0101
-        )  # half of a 0.02 nat bin
+        # half of a 0.02 nat bin
+        assert ratio_quantile(histogram.tolist(), q) == pytest.approx(exact, rel=0.0101)
     assert ratio_quantile([0.0] * BINS, 0.5) is None
 
 
@@ -469,9 +465,8 @@ def test_row_weights_are_the_three_means():
     of = lambda units: row_weights(lengths, units)
     assert_close(of(torch.zeros(4)), torch.full((4,), 1 / 16))  # token mean
     assert_close(of(torch.arange(4)), 1 / (4 * lengths))  # mean over sequences of their token mean
-    assert_close(
-        of(prompts), torch.tensor([1 / 12, 1 / 12, 1 / 20, 1 / 20])
-    )  # over prompts: 2 of 6 and 10 tokens
+    # over prompts: 2 of 6 and 10 tokens
+    assert_close(of(prompts), torch.tensor([1 / 12, 1 / 12, 1 / 20, 1 / 20]))
     for units in (torch.zeros(4), torch.arange(4), prompts):
         assert (of(units) * lengths).sum().item() == pytest.approx(1.0)
 
@@ -483,9 +478,8 @@ def test_batch_std_divides_all_advantages_by_one_number():
     )
     valid[2, 2] = False
     centred = group_advantages(rewards, valid, True, None)
-    spread = (
-        centred[valid].double().std()
-    )  # over the step's valid samples, n-1, groups without spread included
+    # over the step's valid samples, n-1, groups without spread included
+    spread = centred[valid].double().std()
     assert_close(
         group_advantages(rewards, valid, True, "batch"),
         (centred / spread).float(),

@@ -57,7 +57,8 @@ def write_tokenizer(path):
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     text = [
-        f"system\n{SYSTEM}\n user\n{TEMPLATE.replace('{problem}', p['problem'])}\n assistant\n hm hm \n\n"
+        f"system\n{SYSTEM}\n user\n{TEMPLATE.replace('{problem}', p['problem'])}\n assistant\n hm "
+        "hm \n\n"
         for p in problems()
     ]
     trainer = trainers.BpeTrainer(
@@ -134,9 +135,8 @@ def half_taught(path, until, seed=0):
         if accuracy >= until:
             break
         optimizer.zero_grad()
-        F.cross_entropy(
-            logits, tokens[rows], label_smoothing=0.1
-        ).backward()  # unsure, as in task.warm_start
+        # unsure, as in task.warm_start
+        F.cross_entropy(logits, tokens[rows], label_smoothing=0.1).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     assert accuracy >= until, accuracy

@@ -101,9 +101,8 @@ def reference(transformers, cfg: ModelConfig, attention: str):
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     fields["mlp_only_layers"] = list(cfg.mlp_only_layers)
     kind = "Qwen3Moe" if cfg.num_experts else "Qwen3"
-    plain = dict(
-        attn_implementation=attention, experts_implementation="eager"
-    )  # experts: a loop, not our GEMM
+    # experts: a loop, not our GEMM
+    plain = dict(attn_implementation=attention, experts_implementation="eager")
     hf_config = getattr(transformers, kind + "Config")(**fields, **plain)
     return getattr(transformers, kind + "ForCausalLM")(hf_config)
 
@@ -116,9 +115,8 @@ def test_logits_and_every_gradient_match_transformers(case, attention, transform
     cfg = ModelConfig.from_dir(tmp_path / "weights")  # transformers' own spelling of the config
     assert dataclasses.replace(cfg, initializer_range=0.02) == PARITY[case]
     ours = Qwen3MoE(cfg)
-    load_hf(
-        ours, tmp_path / "weights"
-    )  # refuses any name or shape that differs from what transformers wrote
+    # refuses any name or shape that differs from what transformers wrote
+    load_hf(ours, tmp_path / "weights")
 
     sequences = random_sequences([7, 1, 12, 7, 4])
     tokens_T, cu_seqlens = pack(sequences)
@@ -286,12 +284,10 @@ def test_positions_start_again_at_every_sequence():
     # Attention sees differences of positions only, so no other test notices; but fp32 angles lose
     # digits far out.
     cos_TC, sin_TC = rope_tables(torch.tensor([0, 3, 4, 8]), 8, head_dim=4, theta=100.0)
-    angles = [
-        [p, p / 10, p, p / 10] for p in (0, 1, 2, 0, 0, 1, 2, 3)
-    ]  # 1 and 100 ** -(2/4), both halves alike
-    torch.testing.assert_close(
-        cos_TC, torch.tensor(angles).cos()
-    )  # its default, 1.3e-6: single fp32 operations
+    # 1 and 100 ** -(2/4), both halves alike
+    angles = [[p, p / 10, p, p / 10] for p in (0, 1, 2, 0, 0, 1, 2, 3)]
+    # its default, 1.3e-6: single fp32 operations
+    torch.testing.assert_close(cos_TC, torch.tensor(angles).cos())
     torch.testing.assert_close(sin_TC, torch.tensor(angles).sin())
 
 
@@ -307,9 +303,8 @@ def test_a_sequence_does_not_see_its_neighbours(cfg, lengths):
             [lengths[i] for i in order]
         )
         for i, hidden_TD in zip(order, packed):
-            assert_same(
-                hidden_TD, alone[i], f"sequence {i} of {order}"
-            )  # 1e-5: a GEMM of another height
+            # 1e-5: a GEMM of another height
+            assert_same(hidden_TD, alone[i], f"sequence {i} of {order}")
             gradient_VD = torch.autograd.grad(
                 hidden_TD.sum(), model.model["embed_tokens"].weight, retain_graph=True
             )[0]
@@ -407,9 +402,8 @@ def test_a_tied_head_that_is_another_than_the_embedding_is_refused_by_name(trans
         ) as e:
             logits_of(tmp_path)
         assert "\n" not in str(e.value)
-    resaved(
-        tmp_path, {**plain, HEAD: plain[EMBEDDING] + 1}, tie_word_embeddings=False
-    )  # then it is a head of its own
+    # then it is a head of its own
+    resaved(tmp_path, {**plain, HEAD: plain[EMBEDDING] + 1}, tie_word_embeddings=False)
     assert logits_of(tmp_path).isfinite().all()
 
 

@@ -94,9 +94,8 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(
             file.write_bytes(whole)
             tasks.append(asyncio.create_task(nodes["second"].follow_weights()))
             await until(lambda: "second" in hub.nodes and hub.nodes["second"].version == 1)
-            await until(
-                lambda: hub.manifest != given
-            )  # the second may have met the mended file a moment earlier
+            # the second may have met the mended file a moment earlier
+            await until(lambda: hub.manifest != given)
             go_on.set()
             await until(lambda: hub.nodes["first"].version == 1 or not fine())
             found = [task.exception() for task in tasks if task.done()]
@@ -107,9 +106,8 @@ def test_a_node_that_loads_while_another_refuses_the_same_version_stays(
 
     try:
         assert asyncio.run(run()) == []
-        assert (
-            hub.ledger.counts["updates_refused"] >= 1
-        )  # it may ask again before the version is mended
+        # it may ask again before the version is mended
+        assert hub.ledger.counts["updates_refused"] >= 1
         assert hub.nodes["first"].digest != weights.digest(hub.manifest)
     finally:
         publisher.close()
@@ -216,7 +214,10 @@ ENGINE = """
 def first_starts(tmp_path, output, count):
     """What each of the first starts of a vLLM that says this and ends is answered by."""
     (tmp_path / "output").write_text(output)
-    command = f"{sys.executable} -c 'import sys; sys.exit(open(sys.argv[1]).read())' {tmp_path / 'output'}"
+    command = (
+        f"{sys.executable} -c 'import sys; sys.exit(open(sys.argv[1]).read())' "
+        f"{tmp_path / 'output'}"
+    )
     run = {"dtype": "float32", "max_model_len": 64, "seed": 0}
     server, found = VLLM(RolloutConfig("", vllm_command=command), run, tmp_path / "vllm.log"), []
     for _ in range(count):

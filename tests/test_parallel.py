@@ -62,11 +62,8 @@ RUN = dataclasses.replace(
     max_grad_norm=0.1,
     lr=1e-2,
 )
-GSPO = {
-    "use_cispo": False,
-    "token_level_loss": False,
-    "sequence_level_importance_ratios": True,
-}  # the two-pass loss
+# the two-pass loss
+GSPO = {"use_cispo": False, "token_level_loss": False, "sequence_level_importance_ratios": True}
 CASES = {
     "random": {},
     "all tokens to two experts": {"steered": True},  # the ranks of the other six get no row
@@ -87,9 +84,8 @@ def write_checkpoint(path, case):
     model, g = Qwen3MoE(model_config(case)).double(), torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.normal_(0.0, 0.3, generator=g) if p.dim() > 1 else p.uniform_(0.5, 1.5, generator=g)
-    if case.get(
-        "steered"
-    ):  # feature 0 is the same in every token and layer, and the routers look at nothing else
+    # feature 0 is the same in every token and layer, and the routers look at nothing else
+    if case.get("steered"):
         for name, p in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 p.select(-2, 0).zero_()
@@ -352,9 +348,8 @@ def test_every_layout_computes_what_one_process_computes(world, layouts, oracle)
         assert len(found) == len(layouts) * len(metrics)
         for (tp, ep, case, dtype_name), errors in found.items():
             for what, error in errors.items():
-                limit = (
-                    1e-5 if what == "metrics" else TOLERANCE[getattr(torch, dtype_name)]
-                )  # those are fp32 sums
+                # those are fp32 sums
+                limit = 1e-5 if what == "metrics" else TOLERANCE[getattr(torch, dtype_name)]
                 if what in ("weights after 3 steps", "published"):
                     limit = 1e-9
                 assert error <= limit, (
@@ -430,9 +425,8 @@ def test_every_layout_matches_transformers(world, tmp_path):
             else torch.rand(p.shape, generator=g) + 0.5
         )
     hf.save_pretrained(tmp_path / "weights")
-    sequences = [
-        torch.randint(32, (n,), generator=g) for n in (7, 1, 12, 4)
-    ]  # 24 tokens: a multiple of every tp
+    # 24 tokens: a multiple of every tp
+    sequences = [torch.randint(32, (n,), generator=g) for n in (7, 1, 12, 4)]
     logits = torch.cat([hf(s[None]).logits[0] for s in sequences])
     probe = torch.randn(logits.shape, generator=g)
     (logits * probe).sum().backward()

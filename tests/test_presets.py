@@ -102,12 +102,8 @@ def test_the_30b_preset_is_nemo_rl_s_recipe_number_by_number():
         "--use-cispo",
         "--dry-run",
     ]
-    env = {
-        **os.environ,
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-    }  # what torchrun sets for one
+    # what torchrun sets for one
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     done = subprocess.run(
         command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120, check=True
     )
@@ -170,9 +166,8 @@ def test_every_preset_is_valid_named_and_fits(name, capsys):
     )
     assert not cfg.warnings()
     if cfg.model:
-        plan.print_report(
-            prepare.known_config(cfg), cfg, cfg.dry_run_ranks
-        )  # raises where it does not fit
+        # raises where it does not fit
+        plan.print_report(prepare.known_config(cfg), cfg, cfg.dry_run_ranks)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "scalerl"])
@@ -190,9 +185,8 @@ def test_help_shows_every_flag_once_on_one_line_with_its_value(preset, capsys):
         if isinstance(value, int | float) and not isinstance(value, bool):
             assert line.split()[1] == str(value), line
     value = lambda flag: next(line.split()[1] for line in lines if line.split()[:1] == [flag])
-    assert (
-        value("--ratio-clip-max") == {"tiny": "5.0", "scalerl": "4.0"}[preset]
-    )  # unset in tiny: resolved
+    # unset in tiny: resolved
+    assert value("--ratio-clip-max") == {"tiny": "5.0", "scalerl": "4.0"}[preset]
     assert value("--max-input-seq-length") == {"tiny": "56", "scalerl": "2048"}[preset]
     groups = [line for line in lines if line and not line.startswith(" ")]
     assert {"the run", "data", "rewards", "rollouts", "loss", "training"} <= set(groups)

@@ -167,9 +167,8 @@ def test_age_0_equals_a_plain_synchronous_loop_bit_for_bit(
     assert same(final(tmp_path, 20), expected)
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(20)]
     before = dict(weights.read_tensors(tiny_checkpoint))
-    assert not torch.equal(
-        before["lm_head.weight"], expected["lm_head.weight"]
-    )  # it has been trained at all
+    # it has been trained at all
+    assert not torch.equal(before["lm_head.weight"], expected["lm_head.weight"])
 
 
 @pytest.mark.slow
@@ -515,9 +514,8 @@ def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_sav
     wait_for(tmp_path, run, lambda out: "step    2 " in out)
     run.send_signal(signal.SIGSTOP)
     while not all((version / "manifest.json").exists() for version in directory.glob("v*")):
-        run.send_signal(
-            signal.SIGCONT
-        )  # a version half written would lose its directory, and not its room
+        # a version half written would lose its directory, and not its room
+        run.send_signal(signal.SIGCONT)
         time.sleep(0.05)
         run.send_signal(signal.SIGSTOP)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], check=True)
@@ -570,8 +568,8 @@ def test_a_second_run_of_a_name_is_refused_until_the_first_has_ended_however(
     for more in ([], ["--resume", "auto"], ["--name", "tiny", "--seed", "3"]):
         said = refused(tmp_path, tiny_checkpoint, *more)
         assert (
-            f"--name tiny: {tmp_path}/runs/tiny is in use by pid {run.pid} on {socket.gethostname()}"
-            in said
+            f"--name tiny: {tmp_path}/runs/tiny is in use by pid {run.pid} on "
+            f"{socket.gethostname()}" in said
         )
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [".tiny.lock", "tiny", "tiny.1"]
     run.send_signal(signal.SIGKILL)
@@ -699,9 +697,8 @@ def test_what_another_attempt_left_is_in_no_checkpoint_and_in_no_export(tmp_path
         name: torch.zeros_like(t) for name, t in load_file(path / "state-00000.safetensors").items()
     }
     save_file(zeros, path / "state-00001.safetensors")
-    (path / "state-00001.safetensors").rename(
-        path / "state-.safetensors"
-    )  # sorts before the true one
+    # sorts before the true one
+    (path / "state-00001.safetensors").rename(path / "state-.safetensors")
     twin, fresh = small()
     checkpoint.load_state_tensors(path, twin, fresh, updates=0)
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters()))

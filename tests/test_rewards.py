@@ -495,8 +495,8 @@ def test_a_reward_that_cannot_read_the_answers_is_found_at_the_start():
             rewards.check_answers(spec, rows(answer, answer, answer), "--data x")
         found = rewards.check_answers(spec, rows("5", answer, "6"), "--data x")
         assert (
-            f"--reward {spec} cannot be 1 for 1 of 3 answers that were tried; --data x row 1: the answer"
-            in found
+            f"--reward {spec} cannot be 1 for 1 of 3 answers that were tried; --data x row 1: the "
+            "answer" in found
         )
     for spec in ("numeric", "math", "exact"):
         assert (

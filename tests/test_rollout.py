@@ -208,9 +208,8 @@ def test_each_version_is_loaded_once_reported_and_used_as_the_salt_of_later_requ
         await next_batch(hub, 1)
         return sorted(p.name for p in node.root.iterdir() if p.is_dir())
 
-    assert run_node(hub, tmp_path, stand_in, scenario) == [
-        "v2"
-    ]  # what is not needed any more is gone
+    # what is not needed any more is gone
+    assert run_node(hub, tmp_path, stand_in, scenario) == ["v2"]
     assert [c for c in stand_in.calls if c[0] != "generate"] == [
         ("start", "v0"),
         ("load", 0),

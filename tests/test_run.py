@@ -70,13 +70,11 @@ class Run:
             states = ("taken", "buffered", "leased", "returned", "set_aside", "skipped")
             assert hub["handed_out"] == sum(hub[state] for state in states)
             assert r["train/max_trajectory_age"] <= 1
-            for node in hub[
-                "nodes"
-            ].values():  # vLLM's cache is never full here, so nothing holds prompts back
+            # vLLM's cache is never full here, so nothing holds prompts back
+            for node in hub["nodes"].values():
                 assert node.get("vllm", {}).get("limit", 16) >= 16
-            if r[
-                "train/tokens_same_version"
-            ]:  # two fp32 implementations of the same policy: rounding, no more
+            # two fp32 implementations of the same policy: rounding, no more
+            if r["train/tokens_same_version"]:
                 assert r["train/gen_kl_error_same_version"] <= 1e-5
                 assert r["train/token_mult_prob_error_same_version"] <= 1.002
         return records
@@ -183,7 +181,10 @@ def test_the_preset_qwen3_0_6b_trains_a_tied_checkpoint_that_stores_its_head_too
     tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>"])
     tokenizer.save(str(path / "tokenizer.json"))
     turn = "'<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n'"
-    template = f"{{% for m in messages %}}{{{{ {turn} }}}}{{% endfor %}}{{{{ '<|im_start|>assistant\\n' }}}}"
+    template = (
+        f"{{% for m in messages %}}{{{{ {turn} }}}}{{% endfor %}}{{{{ '<|im_start|>assistant\\n' "
+        "}}"
+    )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
@@ -201,9 +202,12 @@ def test_the_preset_qwen3_0_6b_trains_a_tied_checkpoint_that_stores_its_head_too
         "def score(completion, example):\n    return len(completion) % 7 / 7\n"
     )
     flags = (
-        f"--preset qwen3-0.6b --name tiny --model {path} --data {tmp_path}/rows.jsonl --data-split train "
-        f"--reward {tmp_path}/my.py:score --val-every-steps 0 --max-num-steps 2 --num-prompts-per-step 4 "
-        "--num-generations-per-prompt 4 --train-global-batch-size 8 --max-total-sequence-length 256 "
+        f"--preset qwen3-0.6b --name tiny --model {path} --data {tmp_path}/rows.jsonl "
+        "--data-split train "
+        f"--reward {tmp_path}/my.py:score --val-every-steps 0 --max-num-steps 2 "
+        "--num-prompts-per-step 4 "
+        "--num-generations-per-prompt 4 --train-global-batch-size 8 --max-total-sequence-length "
+        "256 "
         "--max-input-seq-length 224 --max-new-tokens 16 --no-compile"
     )
     with Run(tmp_path, ["bash", str(REPO / "launch.sh"), *flags.split()]) as run:

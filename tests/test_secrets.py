@@ -70,9 +70,8 @@ def test_a_run_shows_its_token_nowhere_and_vllm_only_to_this_machine(
             if c.status == psutil.CONN_LISTEN
         ]
         assert int(port) in {address.port for address in listening}
-        assert {address.ip for address in listening} == {
-            "127.0.0.1"
-        }  # the hub, too, unless --hub-host says otherwise
+        # the hub, too, unless --hub-host says otherwise
+        assert {address.ip for address in listening} == {"127.0.0.1"}
         for address in {
             a.address
             for found in psutil.net_if_addrs().values()

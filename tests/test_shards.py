@@ -80,9 +80,8 @@ class CountingSlice:
 
     def __getitem__(self, index):
         part = self.stored[index]
-        CountingFile.materialised += (
-            part.numel() * part.element_size()
-        )  # a view of the mapped file, yet unread
+        # a view of the mapped file, yet unread
+        CountingFile.materialised += part.numel() * part.element_size()
         return part
 
 
@@ -105,10 +104,8 @@ def test_each_rank_reads_the_bytes_of_its_own_slices_and_no_others(
         assert (
             read[-1] == CountingFile.materialised == 4 * sum(p.numel() for p in model.parameters())
         )
-        for (
-            name,
-            view,
-        ) in model.hf_tensors():  # by the rule of model.split_of, in one line a kind, written again
+        # by the rule of model.split_of, in one line a kind, written again
+        for name, view in model.hf_tensors():
             t = whole[name]
             if (
                 ".experts." not in name
@@ -198,9 +195,8 @@ def test_a_rank_holds_12_bytes_per_parameter_over_replicas_and_what_the_dry_run_
                 held["predicted"]["optimizer state"], rel=1e-12
             ), where
             for kind in ("parameters", "gradients", "optimizer state"):
-                assert held[kind] == pytest.approx(held["predicted"][kind], rel=0.01), (
-                    where
-                )  # 5 % are promised
+                # 5 % are promised
+                assert held[kind] == pytest.approx(held["predicted"][kind], rel=0.01), where
             assert held["left"] == 0, where
 
 
@@ -214,9 +210,8 @@ def test_optimizer_state_is_exactly_12_bytes_per_parameter_where_the_replicas_di
     ):
         optimizer = ShardedAdamW(model, 1.0, lr=1e-3)
     (bucket,) = optimizer.buckets
-    assert (
-        bucket.master.untyped_storage().nbytes() == 4 * 160 // 8
-    )  # exp_avg and exp_avg_sq are made of its size
+    # exp_avg and exp_avg_sq are made of its size
+    assert bucket.master.untyped_storage().nbytes() == 4 * 160 // 8
     assert torch.equal(bucket.master, p.detach().flatten()[60:80])
 
 
@@ -308,9 +303,8 @@ def test_bf16_micro_batches_add_up_in_fp32():
         errors["bf16"] = max(
             errors["bf16"], ((coarse[name] - exact[name]).abs().max() / scale).item()
         )
-    assert errors["ours"] < 2e-6 and errors["bf16"] > 2e-3, (
-        errors
-    )  # 16 roundings of 6e-8; a rounding of bf16
+    # 16 roundings of 6e-8; a rounding of bf16
+    assert errors["ours"] < 2e-6 and errors["bf16"] > 2e-3, errors
 
 
 # ---- router replay -------------------------------------------------------------------------------
@@ -330,9 +324,8 @@ def replayed_by_hand(moe, x_TD, ids_TK):
 
 def close(found, wanted, what):
     error, scale = (found - wanted).abs().max().item(), wanted.abs().max().item()
-    assert error <= 1e-5 * scale, (
-        f"{what}: off by {error:.2e} on a scale of {scale:.2e}"
-    )  # fp32 sums, reordered
+    # fp32 sums, reordered
+    assert error <= 1e-5 * scale, f"{what}: off by {error:.2e} on a scale of {scale:.2e}"
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
@@ -348,9 +341,8 @@ def test_given_experts_are_used_with_weights_from_the_full_softmax(norm_topk_pro
     given_TD, used_TK = moe(x_TD, chosen_TK)
     assert torch.equal(free_TD, given_TD) and torch.equal(used_TK, chosen_TK)
 
-    ids_TK = torch.stack(
-        [torch.randperm(8, generator=g)[:2] for _ in range(16)]
-    )  # the likeliest experts or not
+    # the likeliest experts or not
+    ids_TK = torch.stack([torch.randperm(8, generator=g)[:2] for _ in range(16)])
     assert (ids_TK.sort(1).values != chosen_TK.sort(1).values).any(1).sum() > 8
     ids_TK[ids_TK == 5] = 4  # nobody gets expert 5; a token may have one expert twice
     replayed_TD, used_TK = moe(x_TD, ids_TK)

@@ -190,13 +190,13 @@ def test_the_tokenizer_opens_in_transformers_and_chats_go_through_its_template(t
     assert hf("abc>").input_ids == task.Codec(tmp_path).encode({"prompt": "abc>"})
     assert hf.eos_token_id == 1 and task.eos_token_ids(tmp_path) == [1]
     (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% "
+        "endif %}"
     )
     chat = {"prompt": [{"role": "user", "content": "abc"}]}
     assert task.Codec(tmp_path).encode(chat) == hf("abc>").input_ids
-    assert (
-        task.Codec(tmp_path).encode({"prompt": "abc"}) == hf("abc>").input_ids
-    )  # text is a user's message
+    # text is a user's message
+    assert task.Codec(tmp_path).encode({"prompt": "abc"}) == hf("abc>").input_ids
     assert task.Codec(tmp_path, chat=False).encode({"prompt": "abc"}) == hf("abc").input_ids
     assert task.Codec(tmp_path, template="x{}y").encode({"prompt": "abc"}) == hf("xabcy>").input_ids
     assert (

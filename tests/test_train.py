@@ -165,7 +165,8 @@ TIS, HIGH, LOW = (
         (["--lr", "abc"], "Error parsing --lr: could not convert string to float: 'abc'"),
         (
             ["--name"],
-            "Missing value for argument '--name'. Expected 1 values; one that begins with - is given as --FLAG=",
+            "Missing value for argument '--name'. Expected 1 values; one that begins with - is "
+            "given as --FLAG=",
         ),
         (
             ["--rollout-args", "--max-groups x"],
@@ -305,9 +306,8 @@ def test_a_path_that_the_compiler_cannot_take_is_named_at_the_start(of, tmp_path
     minutes."""
     (bad := tmp_path / "a path").mkdir()
     (bad / "venv").symlink_to(sys.prefix)
-    env = {
-        n: v for n, v in os.environ.items() if n != "TORCHINDUCTOR_CACHE_DIR"
-    }  # torch sets it in this process
+    # torch sets it in this process
+    env = {n: v for n, v in os.environ.items() if n != "TORCHINDUCTOR_CACHE_DIR"}
     env, python = env | ({} if of == ".venv" else {of: str(bad)}), sys.executable
     python = str(bad / "venv/bin/python") if of == ".venv" else python
     command = [python, str(REPO / "train_cispo.py")]
@@ -339,8 +339,8 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
     assert load() == {1, 3}
     said = capsys.readouterr().out
     assert (
-        "2 of 5 prompts are left out: they have more than 56 tokens, --max-total-sequence-length 64 less"
-        in said
+        "2 of 5 prompts are left out: they have more than 56 tokens, --max-total-sequence-length "
+        "64 less" in said
     )
     assert load(max_input_seq_length=2) == {0, 1, 2, 3}
     assert (
@@ -505,9 +505,8 @@ def test_every_sampled_token_is_packed_once_with_its_own_values(world_size, drop
         for update, micro_batches in enumerate(updates):
             for mb in micro_batches:
                 assert len(mb.tokens_T) <= 64 and len(mb.mask) % 16 == 0
-                assert torch.equal(
-                    mb.tokens_T[mb.rows_N + 1], mb.targets_N
-                )  # row t predicts token t + 1
+                # row t predicts token t + 1
+                assert torch.equal(mb.tokens_T[mb.rows_N + 1], mb.targets_N)
                 values = [
                     x[mb.mask].split(mb.lengths_B.tolist())
                     for x in (mb.gen_logprobs, mb.versions, mb.advantages)
@@ -570,9 +569,8 @@ def first_update(cfg, mesh=Mesh()):  # noqa: B008
                 1 - mb.versions,
             )
     stats, norm = train_update(model, optimizer, updates[0], counts[0], cfg, loss.policy_loss)
-    one_number = lambda v: (
-        (v.flatten() * torch.arange(1, v.numel() + 1)).sum().item()
-    )  # of the histogram too
+    # of the histogram too
+    one_number = lambda v: (v.flatten() * torch.arange(1, v.numel() + 1)).sum().item()
     return (
         {n: one_number(v) for n, v in reduce_metrics(stats, mesh.dp_group).items()},
         norm.item(),
@@ -605,9 +603,8 @@ def test_micro_batches_are_invisible_in_the_update(algorithm):
         SMALL, max_tokens_per_micro_batch=32, logprob_chunk_size=5, **algorithm
     )
     (m1, n1, p1), (m2, n2, p2) = first_update(whole), first_update(split)
-    assert m1 == pytest.approx(m2, rel=1e-5, abs=1e-6) and n1 == pytest.approx(
-        n2, rel=1e-5
-    )  # fp32 sums, reordered
+    # fp32 sums, reordered
+    assert m1 == pytest.approx(m2, rel=1e-5, abs=1e-6) and n1 == pytest.approx(n2, rel=1e-5)
     assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(p1, p2))
 
 
@@ -689,9 +686,8 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
         4 if cfg.drop_zero_variance else 0
     ] * 3
     if cfg.reference_policy_kl_penalty:
-        assert (
-            records[0]["train/kl_penalty"] < records[2]["train/kl_penalty"]
-        )  # it starts as its own reference
+        # it starts as its own reference
+        assert records[0]["train/kl_penalty"] < records[2]["train/kl_penalty"]
 
 
 def on_one_of_two(algorithm, skip_reduce):

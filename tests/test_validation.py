@@ -80,9 +80,8 @@ def test_a_reward_of_a_tenth_solves_nothing():
     done.groups[0] = answer(0, 0, [0.1, 1.1, 0.0])
     assert score(done, num_samples=3)["validation/pass@3"] == 0.25
     done = Round(0, [], 0.0, groups={0: answer(0, 0, [0.7, 0.7, 0.7])})
-    assert (
-        score(done, num_samples=3, pass_threshold=0.7)["validation/pass@3"] == 1.0
-    )  # in float32 it is below 0.7
+    # in float32 it is below 0.7
+    assert score(done, num_samples=3, pass_threshold=0.7)["validation/pass@3"] == 1.0
 
 
 def test_under_random_delays_and_losses_every_prompt_of_every_round_is_answered_once():
@@ -108,9 +107,8 @@ def test_under_random_delays_and_losses_every_prompt_of_every_round_is_answered_
                 books.give_back(lease.id, "leases_returned", failure="it never works")
             elif lease.id in books.leases:
                 books.accept(lease.id, answer(lease.ordinal, lease.version, [1.0]))
-        held = [
-            lease for lease in held[4:] if rng.random() < 0.95
-        ]  # the others are lost with their node
+        # the others are lost with their node
+        held = [lease for lease in held[4:] if rng.random() < 0.95]
         done += books.finished
         books.finished = []
         assert now < 5000, "the simulated rounds got stuck"
@@ -204,9 +202,8 @@ def test_the_hub_hands_out_validation_and_training_in_turn_once_a_node_has_the_v
             one = tensors_of(rewards=[1.0])
             for i, x in enumerate(mine):
                 refused = await post("/groups", data=pack(tensors_of([1.0], version=0), x["lease"]))
-                assert (
-                    "versions 0..0 outside 1..1" in refused["error"]
-                )  # of older weights than the round's
+                # of older weights than the round's
+                assert "versions 0..0 outside 1..1" in refused["error"]
                 if i < 2:
                     assert "accepted" in await post("/groups", data=pack(one, x["lease"]))
             assert (
@@ -226,11 +223,8 @@ def test_the_hub_hands_out_validation_and_training_in_turn_once_a_node_has_the_v
         "answered": 3,
         "counts": {"leases_returned": 1, "samples_dropped": 2},
     }
-    assert (status["leased"], status["handed_out"], status["buffered"]) == (
-        6,
-        6,
-        0,
-    )  # the ledger knows of none of it
+    # the ledger knows of none of it
+    assert (status["leased"], status["handed_out"], status["buffered"]) == (6, 6, 0)
     hub.ledger.check()
 
 
@@ -274,9 +268,8 @@ def test_the_validations_of_an_interrupted_run_are_those_of_an_uninterrupted_one
         hub, scores, saved = Books(), {}, None
         hub.validation.begin(0)
         for step in range(1, kill + 1):
-            scores |= {
-                v: 1.0 for v in hub.validation.begun if v < step - 1
-            }  # each takes more than a step
+            # each takes more than a step
+            scores |= {v: 1.0 for v in hub.validation.begun if v < step - 1}
             if cfg.validates(step):
                 hub.validation.begin(step)
             if step % 3 == 0 or cfg.validates(step):
@@ -289,9 +282,8 @@ def test_the_validations_of_an_interrupted_run_are_those_of_an_uninterrupted_one
         )
         asked += [v for v in range(start + 1, 13) if cfg.validates(v)]
         assert sorted(finished + asked) == [0, 4, 8, 12], (kill, written)
-    assert due_at_start(3, False, True, [0], {}) == [
-        3
-    ]  # another run's checkpoint: this one is scored at its start
+    # another run's checkpoint: this one is scored at its start
+    assert due_at_start(3, False, True, [0], {}) == [3]
 
 
 @pytest.mark.slow
@@ -386,9 +378,8 @@ def test_a_node_killed_and_a_trainer_killed_in_mid_validation_lose_no_score(
         first.send_signal(signal.SIGKILL)
         first.wait()
         start(node)
-        wait_for(
-            tmp_path, (run / "validation.jsonl").exists, trainer
-        )  # the score of v0, written with a step's record
+        # the score of v0, written with a step's record
+        wait_for(tmp_path, (run / "validation.jsonl").exists, trainer)
         wait_for(tmp_path, lambda: answered(4) >= 5, trainer)
         trainer.send_signal(signal.SIGKILL)
         trainer.wait()
@@ -418,9 +409,8 @@ def test_a_node_killed_and_a_trainer_killed_in_mid_validation_lose_no_score(
         assert r["versions"][0] >= version
     trained = records(run / "metrics.jsonl")
     assert [r["step"] for r in trained] == list(range(12))
-    assert sorted(o for r in trained for o in r["ordinals"]) == list(
-        range(96)
-    )  # exactly once, validation or not
+    # exactly once, validation or not
+    assert sorted(o for r in trained for o in r["ordinals"]) == list(range(96))
     scores = {v: r["validation/avg@1"] for v, r in found.items() if v}
     best = max(scores, key=lambda v: (scores[v], v))
     kept = {int(p.name[5:]) for p in (run / "checkpoints").iterdir()}

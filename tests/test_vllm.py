@@ -113,9 +113,8 @@ def test_after_loading_other_weights_greedy_tokens_and_logprobs_match_transforme
                 {"version": str(version), "start": 0, "end": len(tokens)}
             ]
         if version == 1:
-            assert (
-                loop.run_until_complete(server.checksums()) != first
-            )  # the checksums can tell weights apart
+            # the checksums can tell weights apart
+            assert loop.run_until_complete(server.checksums()) != first
     assert loop.run_until_complete(server.checksums()) == first
 
 
@@ -123,12 +122,8 @@ def test_requests_in_flight_at_an_update_carry_both_versions(
     loop, server, tiny_checkpoint, other_checkpoint
 ):
     """And each token's log-prob is the one of the weights that its version names."""
-    sampling = {
-        **GREEDY,
-        "n": 32,
-        "temperature": 1.0,
-        "max_tokens": 500,
-    }  # some seconds, even of a busy machine
+    # some seconds, even of a busy machine
+    sampling = {**GREEDY, "n": 32, "temperature": 1.0, "max_tokens": 500}
     prompt = PROMPTS[0]
 
     async def scenario():
@@ -309,9 +304,8 @@ def test_60_updates_end_bit_for_bit_where_a_fresh_server_starts_which_dies_with_
     hub.close(patience_s=0.0)
     middle = {name: sorted(t[name] for t in timings)[30] for name in timings[0]}
     print("medians of 61 updates:", {name: round(value, 4) for name, value in middle.items()})
-    assert (
-        sum(t["fetch_bytes"] < 300_000 for t in timings) == 60
-    )  # of 2 MB: deltas, but for the first
+    # of 2 MB: deltas, but for the first
+    assert sum(t["fetch_bytes"] < 300_000 for t in timings) == 60
     assert middle["stopped_s"] <= 0.3
     sums = loop.run_until_complete(server.checksums())
 

@@ -136,7 +136,10 @@ def test_a_save_after_sigterm_ends_before_torchrun_kills(monkeypatch):
 
 
 def test_rollout_end(capfd):
-    deaf = "import signal, sys; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+    deaf = (
+        "import signal, sys; signal.signal(15, signal.SIG_IGN); print('up', flush=True); "
+        "signal.pause()"
+    )
     rollout = LocalRollout.__new__(LocalRollout)
     rollout.process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
     assert rollout.process.stdout.readline() == b"up\n"

@@ -123,10 +123,8 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_sends_nothing_twice(tmp
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     (tmp_path / "runs/tiny").mkdir(parents=True)
-    for start, end in (
-        (0, 4),
-        (2, 6),
-    ):  # the first was killed after step 3, its last checkpoint is that of step 2
+    # the first was killed after step 3, its last checkpoint is that of step 2
+    for start, end in ((0, 4), (2, 6)):
         trackers = Trackers(Config(wandb_project="p"), start)
         for step in range(start, end):
             trackers.log({"step": step, "train/reward": reward(step)}, "step")
@@ -135,9 +133,8 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_sends_nothing_twice(tmp
     files = [
         p.read_bytes() for p in sorted((tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb"))
     ]
-    (name,) = {
-        p.name for p in (tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb")
-    }  # run-ID.wandb
+    # run-ID.wandb
+    (name,) = {p.name for p in (tmp_path / "runs/tiny/wandb").glob("offline-run-*/*.wandb")}
     assert json.loads((tmp_path / "runs/tiny/wandb.json").read_text())["id"] in name
     steps = [[s for s in range(6) if str(reward(s)).encode() in held] for held in files]
     assert sorted(steps) == [[0, 1, 2, 3], [4, 5]]
@@ -171,7 +168,10 @@ def test_a_missing_login_is_found_before_anything_starts(mode, tmp_path):
         "HOME": str(tmp_path),
         "WANDB_MODE": mode,
     }
-    code = "from presets import parse_config\nimport sys\ntry: parse_config(['--wandb-project', 'p'])\n"
+    code = (
+        "from presets import parse_config\nimport sys\ntry: parse_config(['--wandb-project', "
+        "'p'])\n"
+    )
     code += "except ValueError as e: print(e); sys.exit(2)"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -454,7 +454,10 @@ def test_the_bottleneck_is_named_right_in_a_run_that_it_holds_back(
     }
     started = []
     if bytes_per_s is not None:
-        code = f"import asyncio, test_watch; asyncio.run(test_watch.throttle({link_port}, {hub_port}, {bytes_per_s}))"
+        code = (
+            f"import asyncio, test_watch; asyncio.run(test_watch.throttle({link_port}, "
+            f"{hub_port}, {bytes_per_s}))"
+        )
         path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
         started.append(
             subprocess.Popen([sys.executable, "-c", code], env={**env, "PYTHONPATH": path})

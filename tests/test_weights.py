@@ -106,9 +106,8 @@ def test_a_whole_version_opens_in_transformers_as_it_is(tmp_path, model, tiny_ch
     )
     with torch.no_grad():
         difference = hf(tokens).logits[0] - hidden @ model.head_weight.t()
-    assert (
-        hf.dtype == torch.float32 and difference.abs().max() < 1e-4
-    )  # fp32 rounding on logits of about 10
+    # fp32 rounding on logits of about 10
+    assert hf.dtype == torch.float32 and difference.abs().max() < 1e-4
     assert tokenizer.decode(tokens[0]) == "abcde>" and tokenizer.eos_token == "<eos>"
 
 
@@ -231,11 +230,8 @@ def test_versions_are_deltas_between_whole_ones_and_every_digest_is_of_the_full_
         and p.stats["weights/delta_bytes"] * 5 < p.stats["weights/full_bytes"]
     )
     assert p.stats["weights/full_bytes"] == sum(t.nbytes for _, t in model.hf_tensors())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "v4",
-        "v5",
-        "v6",
-    ]  # two, and the whole one before v5
+    # two, and the whole one before v5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v4", "v5", "v6"]
     assert json.loads((tmp_path / "v6/config.json").read_text())["dtype"] == "float32"
 
 
@@ -244,9 +240,8 @@ def test_a_version_whose_delta_would_be_larger_is_written_whole(tmp_path, tiny_c
     p = publisher(model, tmp_path, tiny_checkpoint, listener, dtype=torch.bfloat16)
     p.publish(1)
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # any bit pattern: nothing of it can be said in fewer bits
+        # any bit pattern: nothing of it can be said in fewer bits
+        for parameter in model.parameters():
             parameter.copy_(
                 torch.randint(-(2**15), 2**15, parameter.shape).to(torch.int16).view(torch.bfloat16)
             )
@@ -591,9 +586,8 @@ def test_damage_on_the_way_is_found_and_nothing_is_kept(
         fetch_from(hub, 1, tmp_path / "node", have)
     assert [p.name for p in (tmp_path / "node").iterdir()] == (["v0"] if have else [])
     assert have is None or same(have, hub.versions[0])
-    if (
-        damage is not None and version == "v1"
-    ):  # a full copy from elsewhere would still do; here there is none
+    # a full copy from elsewhere would still do; here there is none
+    if damage is not None and version == "v1":
         source.write_bytes(whole)
         assert same(fetch_from(hub, 1, tmp_path / "node", have)[0], hub.versions[1])
 
@@ -691,9 +685,8 @@ def test_a_refused_version_is_written_again_whole_and_taken(tmp_path, tiny_check
         }
         assert asyncio.run(call(hub, "POST", "/receipts", json=word))[0] == 200
         until(lambda: hub.manifest != before)
-        assert (
-            "step 1\n" in (hub.weights_dir / "v1/README.md").read_text()
-        )  # the model card, as of any whole version
+        # the model card, as of any whole version
+        assert "step 1\n" in (hub.weights_dir / "v1/README.md").read_text()
         assert (
             "n stays on v0: v1 refused: damaged" in hub.take_news()
             and hub.status()["counts"]["updates_refused"] == 1
@@ -793,17 +786,15 @@ def test_a_manifest_with_one_bit_flipped_or_replayed_is_not_taken(hub, tmp_path,
 def test_a_directory_that_is_too_small_is_said_before_a_byte_is_fetched_or_when_it_fills(
     hub, tmp_path, monkeypatch
 ):
-    with mounted(
-        tmp_path / "small", "3m"
-    ) as small:  # the weights take 2: one copy fits, and the next beside it not
+    # the weights take 2: one copy fits, and the next beside it not
+    with mounted(tmp_path / "small", "3m") as small:
         with pytest.raises(
             NoRoom,
             match=r"has 0.00 GiB free, and two versions.*choose another directory with --dir",
         ):
             fetch_from(hub, 0, small)
-        monkeypatch.setattr(
-            receive, "check_room", lambda *a: None
-        )  # what is free may go to others meanwhile
+        # what is free may go to others meanwhile
+        monkeypatch.setattr(receive, "check_room", lambda *a: None)
         first, _ = fetch_from(hub, 0, small)
         with pytest.raises(
             WeightsError, match=f"cannot write weights to .*{os.strerror(errno.ENOSPC)}"

@@ -151,9 +151,8 @@ class ModelInputs:
     states."""
 
     def __init__(self, args, rand, g, device):
-        shares = (
-            torch.empty(args.T // 128).exponential_(generator=g) + 0.05
-        )  # mean length 128, long-tailed
+        # mean length 128, long-tailed
+        shares = torch.empty(args.T // 128).exponential_(generator=g) + 0.05
         lengths = (args.T * shares / shares.sum()).int()
         lengths[0] += args.T - lengths.sum()
         self.lengths, self.cfg = (
@@ -178,9 +177,8 @@ class ModelInputs:
         self.probe, self.ours = rand(args.T, 256), Qwen3MoE(self.cfg)
         self.ours.init_weights(g)
         named = self.ours.to(device, self.probe.dtype).named_parameters()
-        self.leaves = {
-            name: p for name, p in named if name != "lm_head.weight"
-        }  # the loss has a bench of its own
+        # the loss has a bench of its own
+        self.leaves = {name: p for name, p in named if name != "lm_head.weight"}
 
 
 class MoEInputs:
@@ -414,9 +412,8 @@ def peer_python() -> str:
             ).returncode
             == 0
         )
-        packages = PEERS + (
-            [] if has_triton else ["triton==3.6.0"]
-        )  # which the peers import on a CPU, too
+        # which the peers import on a CPU, too
+        packages = PEERS + ([] if has_triton else ["triton==3.6.0"])
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *packages], check=True)
         (env / "ready").write_text(str(PEERS))
     return str(python)
@@ -431,10 +428,8 @@ def compare(args, what):
     shape = {k: getattr(args, k) for k in (*flags, "dtype", "threads", "runs")}
     names = [n for n in contenders if not args.only or n in args.only.split("/")]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    procs, errors = (
-        {},
-        None if args.verbose else subprocess.DEVNULL,
-    )  # transformers' graph breaks fill pages
+    # transformers' graph breaks fill pages
+    procs, errors = ({}, None if args.verbose else subprocess.DEVNULL)
     for name in names:
         command = [
             python,
@@ -462,12 +457,10 @@ def compare(args, what):
         )
         return json.loads(line)
 
-    checks = {
-        name: turn(name)["check"] for name in names
-    }  # also the warm-up: compilation, page faults
-    tolerance = (
-        1e-4 if args.dtype == "float32" else 5e-2
-    )  # bf16: torch rounds its log-probs to that
+    # also the warm-up: compilation, page faults
+    checks = {name: turn(name)["check"] for name in names}
+    # bf16: torch rounds its log-probs to that
+    tolerance = 1e-4 if args.dtype == "float32" else 5e-2
     wanted = checks[names[0]]
     for name, check in checks.items():
         assert check.keys() == wanted.keys(), f"{name}: {check.keys() ^ wanted.keys()}"
@@ -506,7 +499,8 @@ def show(result, what, args):
         + f", load {result['load']:.1f}"
     )
     print(
-        f"{'':33} {'s':>7} {'x ours':>7} {'CPU s':>7} {'x ours':>7} {'MiB':>7} {'x ours':>7} {'tokens/s':>9}"
+        f"{'':33} {'s':>7} {'x ours':>7} {'CPU s':>7} {'x ours':>7} {'MiB':>7} {'x ours':>7} "
+        f"{'tokens/s':>9}"
     )
     for name in seconds:
         columns = (seconds, result["cpu_seconds"], mib)
@@ -522,7 +516,8 @@ def show(result, what, args):
             ]:
                 best, name = min(peers)
                 print(
-                    f"{unit}: the best {kind} peer, {name}, takes {best / max(values[first], 1e-9):.2f}x ours"
+                    f"{unit}: the best {kind} peer, {name}, takes "
+                    f"{best / max(values[first], 1e-9):.2f}x ours"
                 )
 
 

@@ -32,11 +32,8 @@ from config import Config
 from model import ModelConfig, Qwen3MoE
 
 REPO = Path(__file__).resolve().parent.parent
-UPDATES, GENERATIONS, CLIP_HIGH = (
-    4,
-    16,
-    5.0,
-)  # TRL's epsilon_high is the bound itself, ours an offset from 1
+# TRL's epsilon_high is the bound itself, ours an offset from 1
+UPDATES, GENERATIONS, CLIP_HIGH = (4, 16, 5.0)
 HALF = """
 def score(completion, example):
     letters = [c for c in completion if c.isalpha()]
@@ -285,7 +282,8 @@ def main(args, python) -> None:
         print(json.dumps({"size": args.size, "load": os.getloadavg()[0], **found}))
         return
     print(
-        f"rl, {args.size}: {SIZES[args.size][0] * GENERATIONS} samples a step, {UPDATES} updates; seconds a step"
+        f"rl, {args.size}: {SIZES[args.size][0] * GENERATIONS} samples a step, {UPDATES} updates; "
+        "seconds a step"
     )
     print(
         f"{'':14}{'whole':>8}{'waiting for samples':>21}{'trainer':>9}{'samples/s':>11}{'to 0.9':>9}  last reward"

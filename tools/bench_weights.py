@@ -76,9 +76,8 @@ def last_step(lr: float, steps: int) -> dict[str, tuple[torch.Tensor, torch.Tens
             [p], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True
         )
         for _ in range(steps):
-            at = int(
-                torch.randint(len(noise) - p.numel(), (), generator=g)
-            )  # a gradient is a window of the noise
+            # a gradient is a window of the noise
+            at = int(torch.randint(len(noise) - p.numel(), (), generator=g))
             p.grad = noise[at : at + p.numel()].view(shape)
             if "embed" in name:
                 p.grad = p.grad * (torch.rand(shape[0], 1, generator=g) < 0.3)
@@ -205,8 +204,10 @@ def show(result) -> None:
     for where, found in result["write"].items():
         ours, theirs = found["ours"], found["save_file"]
         print(
-            f"write to {where}, with fsync, GB/s (per CPU second): ours {ours[0]:.2f} ({ours[1]:.2f}), save_file "
-            f"{theirs[0]:.2f} ({theirs[1]:.2f}), {ours[0] / theirs[0]:.2f}x ({ours[1] / theirs[1]:.2f}x)"
+            f"write to {where}, with fsync, GB/s (per CPU second): ours {ours[0]:.2f} "
+            f"({ours[1]:.2f}), save_file "
+            f"{theirs[0]:.2f} ({theirs[1]:.2f}), {ours[0] / theirs[0]:.2f}x "
+            f"({ours[1] / theirs[1]:.2f}x)"
         )
 
 
@@ -283,9 +284,8 @@ def landed(args) -> dict:
         publisher = publish.Publisher(
             model, torch.bfloat16, hub.weights_dir, static, 100, 2, HashStore(), 600.0, hub
         )
-        node = LocalRollout(
-            hub, Path(there), "--vllm-args='--dtype float32'", log
-        )  # few CPUs multiply in bf16
+        # few CPUs multiply in bf16
+        node = LocalRollout(hub, Path(there), "--vllm-args='--dtype float32'", log)
         try:
             for version in range(args.runs + 1):  # the first is whole, and vLLM starts on it
                 if version:

@@ -311,7 +311,8 @@ def chaos(
                     run.process.wait(90)
     worst = max(rows, key=lambda row: row[2])
     print(
-        f"{len(rows)} faults in {len(verdicts)} runs; slowest recovery {worst[2]:.1f} s ({worst[1]})"
+        f"{len(rows)} faults in {len(verdicts)} runs; slowest recovery {worst[2]:.1f} s "
+        f"({worst[1]})"
     )
     return rows, verdicts
 

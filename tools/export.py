@@ -32,7 +32,8 @@ def export(path: Path, out: Path, base: Path | None = None) -> None:
     base = next((p for p in bases if (p / "config.json").exists()), None)
     if base is None:
         raise ValueError(
-            f"no config.json in {run_dir / 'weights'}/v*: name the directory of the model it started from"
+            f"no config.json in {run_dir / 'weights'}/v*: name the directory of the model it "
+            "started from"
         )
     if out.exists():
         raise ValueError(f"{out} exists")
@@ -66,7 +67,8 @@ def check(path: Path) -> str:
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
             raise WeightsError(
-                f"{path} has no {name}; a version without it is a delta, the whole ones open by themselves"
+                f"{path} has no {name}; a version without it is a delta, the whole ones open by "
+                "themselves"
             )
     with torch.device("meta"):
         shapes = Qwen3MoE(ModelConfig.from_dir(path)).checkpoint_shapes()
@@ -93,7 +95,10 @@ def check(path: Path) -> str:
         if manifest
         else "without a manifest to compare digests with"
     )
-    return f"{path}: whole, {len(shapes)} tensors, {elements:,} parameters in {', '.join(sorted(dtypes))}, {said}"
+    return (
+        f"{path}: whole, {len(shapes)} tensors, {elements:,} parameters in "
+        f"{', '.join(sorted(dtypes))}, {said}"
+    )
 
 
 if __name__ == "__main__":

@@ -117,12 +117,16 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1000)
     if (steps := parser.parse_args().steps) < 2 * WARM_UP_STEPS:
         parser.error(
-            f"--steps {steps}: the first {WARM_UP_STEPS} are warm-up, so at least {2 * WARM_UP_STEPS}"
+            f"--steps {steps}: the first {WARM_UP_STEPS} are warm-up, so at least "
+            f"{2 * WARM_UP_STEPS}"
         )
     grown = growth(soak(steps))
     print(
         {
-            part: f"{percent:+.1f} % memory, {fds:+d} handles, {threads:+d} threads, {tcp} TCP sockets at most"
+            part: (
+                f"{percent:+.1f} % memory, {fds:+d} handles, {threads:+d} threads, {tcp} TCP "
+                "sockets at most"
+            )
             for part, (percent, fds, threads, tcp) in grown.items()
         }
     )

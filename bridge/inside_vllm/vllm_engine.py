@@ -44,9 +44,8 @@ def tensors_by_layer(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         if index.exists()
         else {"model.safetensors"}
     )
-    files = [
-        safe_open(path / file, framework="pt") for file in named
-    ]  # one that is missing is an error
+    # one that is missing is an error
+    files = [safe_open(path / file, framework="pt") for file in named]
     where = {name: file for file in files for name in file.keys()}
     for name in sorted(
         where, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
@@ -81,9 +80,8 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def update_weights(self, update_info: dict) -> None:
         self.receive_weights(self.parse_update_info(update_info))
-        if (
-            self.device.type != "cpu"
-        ):  # the base class would synchronize an accelerator that a CPU does not have
+        # the base class would synchronize an accelerator that a CPU does not have
+        if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
