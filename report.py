@@ -2,7 +2,7 @@
 the end.
  Metrics stay tensors on the device until a step is over; names ending in _min or _max reduce by
 that over updates, micro-batches and ranks, all others by sum. Their meaning and healthy ranges are
-in the README.
+in docs/metrics.md.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Twelve programs call twelve things CISPO. Each one's weight as a formula, the flags that make
-ours equal to it, and the README's table of both. What a peer does was read in its source at the
-commits of 2026-08 (README, Conformance).
+ours equal to it, and the table of both in docs/conformance.md. What a peer does was read in its
+source at the commits of 2026-08 (docs/beside-others.md).
  A weight is what -A * grad log pi is multiplied with. p, q, g: the token's probability under the
 weights being trained, under the trainer's at the start of the step (the "old" policy), and under
 the sampler.
@@ -181,8 +181,8 @@ def test_trl_with_the_loss_type_alone_cannot_be_had_here():
 
 
 def table_rows():
-    """The README's rows: weights where the trainer agrees with the sampler, so that all anchors are
-    the same."""
+    """The rows of docs/conformance.md: weights where the trainer agrees with the sampler, so that
+    all anchors are the same."""
     show = lambda x: f"{x:.3f}".rstrip("0").rstrip(".")
     rows = {
         name: [formula(r * 1e-3, 1e-3, 1e-3) for r in RATIOS]
@@ -204,7 +204,7 @@ def table_rows():
 
 
 def as_flags(flags):
-    """With the three short names that the README explains."""
+    """With the three short names that docs/conformance.md explains."""
     short = (
         "sampler"
         if SAMPLER.items() <= flags.items()
@@ -227,9 +227,9 @@ def as_flags(flags):
     return ", ".join(filter(None, [short, clips, *dashed])) or "none: the default"
 
 
-def test_the_readmes_table_is_what_is_tested_here():
-    text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    section = re.search(r"## Conformance\n(.*?)\n## ", text, re.S).group(1)
+def test_the_documented_table_is_what_is_tested_here():
+    text = (Path(__file__).resolve().parent.parent / "docs/conformance.md").read_text()
+    section = re.search(r"## Weights by program\n(.*?)\n## ", text, re.S).group(1)
     found = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line][
         1:
     ]

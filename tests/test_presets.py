@@ -203,8 +203,8 @@ def test_the_local_vllm_has_the_gpus_that_no_rank_has(visible, ranks, left):
 def test_flags_that_hold_flags_reach_vllm_as_they_are_written():
     """tyro by itself takes the value of --vllm-args "--tensor-parallel-size 8" for a flag of its
     own."""
-    readme = (REPO / "README.md").read_text()
-    (example,) = re.findall(r'^ROLLOUT_ARGS="(.*?)" bash launch', readme, re.M)
+    page = (REPO / "docs/nodes.md").read_text()
+    (example,) = re.findall(r'^ROLLOUT_ARGS="(.*?)" bash launch', page, re.M)
     given = {
         example: "--tensor-parallel-size 8",
         PRESETS["qwen3-0.6b"].rollout_args: "--gpu-memory-utilization 0.4",
