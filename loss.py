@@ -1,12 +1,15 @@
 """The policy-gradient losses, their advantages, and the log-probs they are made of.
- CISPO (MiniMax-M1, arXiv:2506.13585) is one line. With ratio = pi_theta / pi_prev of a sampled
+
+CISPO (MiniMax-M1, arXiv:2506.13585) is one line. With ratio = pi_theta / pi_prev of a sampled
 token,
 
     L = -A * sg(clip(ratio, 1 - ratio_clip_min, 1 + ratio_clip_max)) * log pi_theta
- where sg stops the gradient. PPO's clip takes the gradient away from every token whose ratio left
+
+where sg stops the gradient. PPO's clip takes the gradient away from every token whose ratio left
 the band; here a clipped token keeps gradient, only its weight is bounded. Off-policy tokens that
 matter most (rare words such as "wait" or "however", whose ratio jumps first) go on learning.
- Everything below is a function of log-probs. `Algorithm` holds the numbers, `policy_loss` puts the
+
+Everything below is a function of log-probs. `Algorithm` holds the numbers, `policy_loss` puts the
 parts together; a fork that wants another loss writes another function like `cispo_loss`.
 """
 

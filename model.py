@@ -1,15 +1,19 @@
 """Qwen3 and Qwen3-MoE, written out by hand, from token ids to hidden states, on any grid of ranks
 (parallel.Mesh).
- A batch is one packed row: the sequences lie end to end in `tokens_T`, and `cu_seqlens` (length
+
+A batch is one packed row: the sequences lie end to end in `tokens_T`, and `cu_seqlens` (length
 sequences+1, starting at 0) says where each begins. No padding token enters any GEMM and no token
 attends across a boundary.
- A layer, on a rank of a tp group that holds t = T/tp of the row's tokens (sequence parallelism) and
+
+A layer, on a rank of a tp group that holds t = T/tp of the row's tokens (sequence parallelism) and
 e = E/ep experts:
 
-    x_tD -> norm -> all-gather -> q, k, v of h heads -> attention -> o_proj's partial sums -> reduce-scatter -> + x_tD
+    x_tD -> norm -> all-gather -> q, k, v of h heads -> attention -> o_proj's partial sums
+         -> reduce-scatter -> + x_tD
     x_tD -> norm -> router -> dispatch (all-to-all) -> e experts -> combine (all-to-all) -> + x_tD
     a dense MLP instead:     all-gather -> gate, up, down on F/tp columns -> reduce-scatter
- The modules are named so that `named_parameters()` gives the Hugging Face names, with one
+
+The modules are named so that `named_parameters()` gives the Hugging Face names, with one
 exception: the experts of a layer are stacked in one tensor per projection, since one grouped GEMM
 then serves them all. `hf_tensors()` gives the names and shapes of the files on disk, where each
 expert has its own.
@@ -17,10 +21,11 @@ expert has its own.
 Shapes, for the whole repo (UPPER is the full size, lower is a rank's shard):
     B rows   T tokens in a row   D model dim    V vocab
     H query heads   G kv heads   C head dim     F expert hidden
-    E experts   K experts per token   N = t*K copies   R rows received after all-to-all   L MoE layers
+    E experts   K experts per token   N = t*K copies   R rows received by all-to-all   L MoE layers
     P prompts in a step   S samples per prompt
     t = T/tp, h = H/tp, g = G/tp, v = V/tp, f = F/tp of a dense MLP, e = E/ep
- Source of the architecture: Qwen3 technical report (arXiv:2505.09388); RoPE arXiv:2104.09864,
+
+Source of the architecture: Qwen3 technical report (arXiv:2505.09388); RoPE arXiv:2104.09864,
 SwiGLU 2002.05202.
 """
 

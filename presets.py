@@ -48,8 +48,8 @@ NIGHTLY = Config(
     lr=3e-7, lr_warmup_steps=10, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8,
     max_grad_norm=1.0, freeze_moe_router=True,
     # From here on ours; the loss does not know of it. There: TP 2, EP 8, no recompute,
-    # micro-batches of 4096 tokens, gradients added up in bfloat16 (here in float32). EP 8 stays on a node's
-    # NVLink. Nodes: `python rollout.py HUB --vllm-args "--tensor-parallel-size 4
+    # micro-batches of 4096 tokens, gradients added up in bfloat16 (here in float32). EP 8 stays on
+    # a node's NVLink. Nodes: `python rollout.py HUB --vllm-args "--tensor-parallel-size 4
     # --data-parallel-size 2 --gpu-memory-utilization 0.7"`, as it has two engines of 4 GPUs.
     tp=1, ep=8, activation_checkpointing=True, max_tokens_per_micro_batch=16384,
     logprob_chunk_size=0, local_rollout=False, hub_port=8790, dry_run_ranks=16,

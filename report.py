@@ -1,6 +1,7 @@
 """What a run says of itself: lines on the console, a record a step in metrics.jsonl, the picture at
 the end.
- Metrics stay tensors on the device until a step is over; names ending in _min or _max reduce by
+
+Metrics stay tensors on the device until a step is over; names ending in _min or _max reduce by
 that over updates, micro-batches and ranks, all others by sum. Their meaning and healthy ranges are
 in docs/metrics.md.
 """

@@ -10,10 +10,12 @@ than the node's --reward-timeout-s costs that sample: it is left out, counted by
 `reward_*`) and named in the node's log. A prompt all of whose samples are lost so is tried once
 more and then set aside. An error of the network, or an HTTP status 429 or 5xx, is no verdict: the
 sample is asked for again, for the node's --reward-away-timeout-s.
- Samples of a plain function are scored one after the other in each of --reward-workers processes;
+
+Samples of a plain function are scored one after the other in each of --reward-workers processes;
 those of an async one together. The file and those beside it that it imports are read once: a run
 goes on with what it has started with.
- The built-in ones judge the final answer: what follows the last </think>. A thought that is begun
+
+The built-in ones judge the final answer: what follows the last </think>. A thought that is begun
 and not ended has none, and is worth 0. (Where the chat template begins it, the sample's text does
 not show that.) `numeric` and `math` take what is marked as the answer: in <answer>...</answer>, in
 it or else in all the last \\boxed{...}, or a line "#### 72". Without a mark `numeric` takes the

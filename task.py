@@ -1,14 +1,16 @@
 """What is trained on: prompts and answers. FORK HERE: this is the file that every project replaces.
 
 Three ways in, none of which needs an edit:
-    --data NAME          a JSONL, JSON, CSV or Parquet file, a data set saved by `datasets`, or one on the Hub
+    --data NAME          a JSONL, JSON, CSV or Parquet file, a saved data set, or one on the Hub
     --reward NAME        exact, numeric, math, or FILE.py:FUNCTION (the contract is in rewards.py)
-    --task reverse | add the built-in character tasks, small enough to be learned on a laptop in two minutes
- A row's prompt is a text or a list of chat messages. Both go through the chat template of the
+    --task reverse | add the built-in character tasks, learned on a laptop in two minutes
+
+A row's prompt is a text or a list of chat messages. Both go through the chat template of the
 model's tokenizer; where it has none, or with --no-chat-template, a text is given to the model as it
 is. What would be lost on the way, as a message of an unknown form or half of a character, is
 refused with its row when the data is read.
- The built-in tasks come with a tokenizer of single characters and a supervised warm start, since
+
+The built-in tasks come with a tokenizer of single characters and a supervised warm start, since
 from random weights no sample is ever right and a policy gradient has nothing to reinforce.
 """
 

@@ -1,8 +1,8 @@
 """Train a Qwen3-MoE with CISPO, asynchronously, against vLLM.
 
-    python train_cispo.py --use-cispo                            # this machine: a tiny model, two minutes
-    torchrun --nproc-per-node 2 train_cispo.py --use-cispo       # the same on two ranks
-    python train_cispo.py --no-use-cispo                         # the same with PPO's clip, for an A/B
+    python train_cispo.py --use-cispo                         # a tiny model, two minutes
+    torchrun --nproc-per-node 2 train_cispo.py --use-cispo    # the same on two ranks
+    python train_cispo.py --no-use-cispo                      # the same with PPO's clip, for an A/B
     python train_cispo.py --no-local-rollout --hub-host HOST --hub-port 8790    # vLLM elsewhere:
     CISPO_TOKEN=... python rollout.py http://HOST:8790                          # run this there
 

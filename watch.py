@@ -1,8 +1,8 @@
 """Look at a run, while it goes or afterwards, from the files in its directory.
 
-    python watch.py runs/NAME            one screen for trainer and rollouts, drawn again every 2 s until Ctrl-C
-    python watch.py runs/NAME --once     the same, once
-    python watch.py runs/NAME --png      its curves, to runs/NAME/curves.png
+    python watch.py runs/NAME          one screen for trainer and rollouts, until Ctrl-C
+    python watch.py runs/NAME --once   the same, once
+    python watch.py runs/NAME --png    its curves, to runs/NAME/curves.png
 
 The first line under the title says what holds the run back, and which flag would help.
 """

@@ -1,5 +1,5 @@
-"""What keeps the layout: which folder may import which, no circle, no file too long to be read, no hand-made formatting
-but for real tables. Fails with a line for each breach."""
+"""What keeps the layout: which folder may import which, no circle, no file too long to be read, no
+formatting by hand but for real tables. Fails with a line for each breach."""
 
 import ast
 import sys

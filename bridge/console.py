@@ -20,7 +20,7 @@ def say(message: str, who: str = "") -> None:
 
 
 def last_line(path: Path, within_s: float) -> str:
-    """The last line of a log, without its time, if it was written in the last `within_s` seconds."""
+    """The last line of a log, without its time, if it was written in the last within_s seconds."""
     if not path.exists() or time.time() - path.stat().st_mtime >= within_s:
         return ""
     lines = path.read_text(errors="replace").strip().splitlines()

@@ -1,5 +1,6 @@
 """What changed in a tensor from one version to the next, bit for bit, in few bytes.
- A bf16 weight moves only when its fp32 master crosses a rounding boundary, so a step at RL learning
+
+A bf16 weight moves only when its fp32 master crosses a rounding boundary, so a step at RL learning
 rates changes a few per cent of them, and most of those by one unit in the last place. A code says
 where and by how much:
 
@@ -10,10 +11,12 @@ that many unchanged
 two's complement it
   counts through the floats in order, -0.0 just below 0.0, so a small step is a small number across
   zero, too, and any pattern (NaN payloads) to any other is some number.
- Either is cut into planes, the low bytes of all entries, then the next higher, each compressed by
+
+Either is cut into planes, the low bytes of all entries, then the next higher, each compressed by
 itself: the low bytes are skewed, the higher ones nearly all zero, so rare long gaps and large steps
 need no other escape.
- Applying a code twice steps twice: the base must be the very bytes the code was made from, and the
+
+Applying a code twice steps twice: the base must be the very bytes the code was made from, and the
 result is proven by its digest (receive.py patches a copy of a verified version and starts again
 from that).
 """

@@ -1,11 +1,13 @@
 """New weights on a rollout node: pull what leads from the version at hand to the new one, patch a
 copy, prove it.
- A version is a directory `v{N}` that opens in vLLM, beside the manifest it was proven against. Per
+
+A version is a directory `v{N}` that opens in vLLM, beside the manifest it was proven against. Per
 shard (a trainer rank's share) the cheapest way by bytes is taken: the chain of deltas from the
 shard at hand, or the newest whole copy and the chain from there. A directory has its name only when
 every tensor's digest is right; whatever is found wrong refuses the update, and the old directory
 was not touched.
- All of it runs in threads at a low priority, so that vLLM keeps generating; sockets, files, hashes
+
+All of it runs in threads at a low priority, so that vLLM keeps generating; sockets, files, hashes
 and codecs leave Python's lock alone.
 """
 

@@ -1,8 +1,8 @@
 """The trainer's end of the rollouts: prompts go out, groups and scores come in, weights go out.
 
-Rank 0 has the hub, which the rollout nodes call, and the rollout node on this machine. Every rank has a
-publisher, for its share of the weights. `Rollouts` is made on every rank and has the same methods
-there; what is rank 0's does nothing on the others.
+Rank 0 has the hub, which the rollout nodes call, and the rollout node on this machine. Every rank
+has a publisher, for its share of the weights. `Rollouts` is made on every rank and has the same
+methods there; what is rank 0's does nothing on the others.
 """
 
 import contextlib

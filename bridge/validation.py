@@ -1,11 +1,13 @@
 """Validation: prompts that are never trained on, answered by the rollout nodes beside the training
 prompts.
- A round begins under a version of the weights and hands out every held-out prompt once, to nodes
+
+A round begins under a version of the weights and hands out every held-out prompt once, to nodes
 that hold this version or a newer one; how far the versions of its tokens reach is in its record. It
 has books of its own, so the ledger's account, each prompt trained once, does not know of it. While
 both have prompts the hub grants them in turn, and all of them from the one that still has some:
 training never waits for more than its own half of vLLM.
- What has no reward in the end (a sample whose reward function failed, a prompt that no node could
+
+What has no reward in the end (a sample whose reward function failed, a prompt that no node could
 answer) scores 0 and is counted: a score never flatters.
 """
 

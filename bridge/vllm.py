@@ -1,6 +1,7 @@
 """The processes that others start, watch and end: vLLM and the reward workers of a rollout node,
 and the rollout node that the trainer keeps on its own machine.
- Each is ended with whoever started it, even by kill -9 (`with_parent`, and `guarded` for vLLM), and
+
+Each is ended with whoever started it, even by kill -9 (`with_parent`, and `guarded` for vLLM), and
 none gets the hub's token but the node.
 """
 

@@ -1,6 +1,7 @@
 """Every wait of a run: who waits for whom, and how long at most. A wait that nobody named is a
 hang.
- `WAITS` is the whole list. Where one of them is entered a `Wait` is made; when its deadline passes,
+
+`WAITS` is the whole list. Where one of them is entered a `Wait` is made; when its deadline passes,
 `check` raises (or `message` is logged, where the waiter can mend it) one line that says who waits
 for whom, since when, and what is known of the other side.
 """
@@ -188,7 +189,8 @@ class Signals:
         if number == signal.SIGINT:
             os.write(
                 2,
-                b"\ninterrupted: the run stops after this step, its state saved; once more ends it at once\n"
+                b"\ninterrupted: the run stops after this step, its state saved; "
+                b"once more ends it at once\n"
                 if first
                 else b"\ninterrupted: ending what was started\n",
             )

@@ -1,16 +1,19 @@
 """Weights on their way: from a Hugging Face checkpoint into the trainer, and out again to the
 rollout nodes, whose end is receive.py.
- Every rank owns a share of the checkpoint's tensors (`own_hf`), copies it to host memory between
+
+Every rank owns a share of the checkpoint's tensors (`own_hf`), copies it to host memory between
 two steps, and encodes, writes and serves it in the background. A version is a directory `v{N}` on
 the disk of each trainer node:
 
-    model-00001-of-00004.delta          rank 0's share as what changed since version N-1 (delta.py); of each rank one
-    model-00001-of-00004.safetensors    the same share whole: every K-th version, the first of a run and the last, and
-                                        where the delta would be larger
-    model.safetensors.index.json, config.json, tokenizer.json, ...      where all shares are whole: v{N} opens in
-                                        transformers and vLLM as it is
-    manifest.json                       on rank 0's node, written last: without it there is no version
- The manifest says what every tensor of the version must be (digests taken from the trainer's
+    model-00001-of-00004.delta        rank 0's share, as what changed since version N-1 (delta.py);
+                                      each rank writes one
+    model-00001-of-00004.safetensors  the same share whole: every K-th version, the first and last
+                                      of a run, and where the delta would be larger
+    model.safetensors.index.json, config.json, tokenizer.json, ...
+                                      where all shares are whole; transformers and vLLM open v{N}
+    manifest.json                     on rank 0's node, written last: without it there is no version
+
+The manifest says what every tensor of the version must be (digests taken from the trainer's
 memory, so a match on the far side covers codec, disks and wire), and which files of this and
 earlier versions lead there, of what size and where:
 

@@ -1,5 +1,6 @@
 """From the groups of a step to packed micro-batches: what lies between the hub and the model.
- Rank 0 turns the groups into one safetensors blob (`pack_batch`) that every rank gets; each rank
+
+Rank 0 turns the groups into one safetensors blob (`pack_batch`) that every rank gets; each rank
 cuts its own micro-batches from it (`unpack_batch`). All ranks compute the same assignment, so none
 of it needs a message.
 """

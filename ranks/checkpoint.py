@@ -1,13 +1,15 @@
 """Checkpoints: all that a run needs to go on as if nothing had happened.
 
     runs/NAME/checkpoints/step-000040/
-        state-00000.safetensors    rank 0's share of weights and AdamW's moments; one such file for each rank
-        checkpoint.json            step, ledger, size and digest of each file; written last
- It is written as `step-N.tmp` and renamed, so a directory without `.tmp` is whole, and `verify`
+        state-00000.safetensors  rank 0's share of weights and AdamW's moments; each rank has a file
+        checkpoint.json          step, ledger, size and digest of each file; written last
+
+It is written as `step-N.tmp` and renamed, so a directory without `.tmp` is whole, and `verify`
 proves it. The tensors are copied to host memory between two steps; the rest happens in a thread
 while training goes on. What is in flight at the rollout nodes is not saved: the ledger's frontier
 is, and the rest is generated again.
- Nodes need not share a disk: each then keeps its own ranks' files and the manifest, so that a run
+
+Nodes need not share a disk: each then keeps its own ranks' files and the manifest, so that a run
 goes on where the same nodes come in the same order, and stops with the name of the file that is
 missing where they do not.
 """
@@ -267,9 +269,8 @@ def differences(cfg, origin: dict, saved: dict) -> list[str]:
     for name in (name for name in now if name in was and name not in ("name", "resume")):
         flag = f"--{'no-' if now[name] is False else ''}{name.replace('_', '-')}"
         if was[name] != now[name]:
-            found.append(
-                f"{flag}{'' if isinstance(now[name], bool) else f' {now[name]!r}, was {was[name]!r}'}"
-            )
+            change = "" if isinstance(now[name], bool) else f" {now[name]!r}, was {was[name]!r}"
+            found.append(f"{flag}{change}")
         elif origin.get(name) != made_from.get(name):
             found.append(f"{flag} {now[name]!r}, which has another content now")
     if origin["tokenizer"] != made_from["tokenizer"]:

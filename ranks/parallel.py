@@ -3,21 +3,22 @@
 The grid, for 16 ranks with tp = 2, ep = 4 (so dp = 8); rank = dp_rank * tp + tp_rank:
 
     rank       0  1   2  3   4  5   6  7   8  9  10 11  12 13  14 15
-    tp_group  [0  1] [2  3] [4  5] [6  7] [8  9] ...                    one packed row of tokens, cut in tp slices
-    ep_group  [0  1   2  3] [4  5   6  7] [8  9  10 11] [12 13 14 15]   all experts once; tokens travel inside
-    dp_group   0 2 4 6 8 10 12 14 and 1 3 5 ... 15                      the same slice of every dense matrix
+    tp_group  [0  1] [2  3] [4  5] [6  7] [8  9] ...                    a row of tokens, in slices
+    ep_group  [0  1   2  3] [4  5   6  7] [8  9  10 11] [12 13 14 15]   all experts once
+    dp_group   0 2 4 6 8 10 12 14 and 1 3 5 ... 15                      the same slice of a matrix
     replicas of an expert: 0 4 8 12 and 1 5 9 13 and ...                the same experts
- Tokens are sharded over all ranks: over dp by sequence, inside a tp group by position (sequence
+
+Tokens are sharded over all ranks: over dp by sequence, inside a tp group by position (sequence
 parallelism). So one rule covers every parameter: its gradient is the SUM over the ranks that hold
 the same slice of it (`Split.replicas`), and AdamW's state is sharded over those same ranks
 (ZeRO-1). Losses are divided by global counts beforehand; nothing is ever averaged. A group of one
 rank is None, and its collectives are the identity.
 
 Bytes that a rank sends, with b bytes per value and n ranks in the group:
-    a layer, forward:   attention   all-gather and reduce-scatter of (T, D)    2 * (n-1)/n * T*D*b        (tp)
-                        MoE         dispatch and combine of T/tp * K rows      2 * (n-1)/n * T/tp*K*D*b   (ep)
+    a layer, forward:  attention (tp)  all-gather, reduce-scatter of (T, D)  2 * (n-1)/n * T*D*b
+                       MoE (ep)        dispatch, combine of T/tp * K rows    2 * (n-1)/n * T/tp*K*D*b
     backward the same, and once more forward with activation recompute;
-    an update:          reduce-scatter of the gradients, all-gather of the parameters, over the replicas.
+    an update:         reduce-scatter of the gradients, all-gather of the parameters (replicas)
 
 Sources: Megatron-LM arXiv:1909.08053, sequence parallelism arXiv:2205.05198, ZeRO arXiv:1910.02054.
 """

@@ -1,11 +1,13 @@
 """What a layout costs, by arithmetic alone: no GPU, no weights, no process group.
 
     python train_cispo.py --preset qwen3-30b-a3b --dry-run
- All is per rank. Letters as in model.py, and: T tokens of a micro-batch, t = T/tp those that a rank
+
+All is per rank. Letters as in model.py, and: T tokens of a micro-batch, t = T/tp those that a rank
 holds between the seams (sequence parallelism), a bytes of an activation. A parameter is held by
 `replicas` ranks, which add up their gradients and share its optimizer state (ZeRO-1), so that state
 is 12 * numel / replicas bytes: fp32 master, m and v.
- Parameters, gradients, optimizer state, bytes on the wire and FLOPs are exact. Activations are what
+
+Parameters, gradients, optimizer state, bytes on the wire and FLOPs are exact. Activations are what
 autograd keeps when the model runs eagerly (a compiled block keeps less). Buffers of the optimizer
 step are not counted: they come when the activations are gone, and must fit where those were.
 """
@@ -335,11 +337,14 @@ def print_report(m, cfg, world: int) -> None:
         print(f"  {c.name:24}{c.numel / 1e6:9.1f}  {c.replicas}{'' if c.trained else ', frozen'}")
     remarks = {
         "saved activations": f"{act['inputs']:.1f} with recompute, {act['all layers']:.1f} without",
-        "live layer or loss": f"attention {act['attention']:.1f}, dense MLP {act['dense MLP']:.1f}, MoE "
-        f"{act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with {IMBALANCE:g} x the rows), loss "
+        "live layer or loss": f"attention {act['attention']:.1f}, dense MLP "
+        f"{act['dense MLP']:.1f}, MoE {act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with "
+        f"{IMBALANCE:g} x the rows), loss "
         f"{act['loss']:.1f}",
-        "vLLM on the same GPU": f"{vllm_share(cfg, world):g} of it, by --rollout-args; with a GPU more than ranks "
-        "it has that",
+        "vLLM on the same GPU": (
+            f"{vllm_share(cfg, world):g} of it, by --rollout-args; with a GPU more than ranks it has "
+            "that"
+        ),
     }
     print(f"\n{'memory of a rank':26}{'GiB':>9}")
     for name, gib in terms.items():

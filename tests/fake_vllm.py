@@ -2,7 +2,8 @@
 faults on order.
 
     python rollout.py HUB --vllm-command "python tests/fake_vllm.py"
- It computes Qwen3-MoE a second time, apart from model.py, from the published files alone, so that a
+
+It computes Qwen3-MoE a second time, apart from model.py, from the published files alone, so that a
 wrong publish shows in gen_kl_error as it does with vLLM. A request is a batch of its own with a
 random stream of its own, drawn from seed, weights' version and prompt: its samples depend on
 nothing else that is in flight, which is what lets a test compare whole runs bit for bit.

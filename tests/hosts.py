@@ -1,6 +1,7 @@
 """Hosts on one machine, for the tests: namespaces of network, processes, mounts and name, on one
 bridge.
- A host sees the machine's files read-only, with /mnt and /dev/shm of its own to write to: no two
+
+A host sees the machine's files read-only, with /mnt and /dev/shm of its own to write to: no two
 share a disk. All of it hangs on processes that end with the test, even when that is killed, and the
 kernel removes the rest.
 """

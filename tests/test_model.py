@@ -1,6 +1,7 @@
 """The model against transformers, a per-token loop, and itself: fp32, CPU, eager, gradients
 included.
- Weights are drawn at std 0.3 with norm weights in 0.5..1.5: the default init (0.02, ones) hides
+
+Weights are drawn at std 0.3 with norm weights in 0.5..1.5: the default init (0.02, ones) hides
 swapped norms, wrong scales and wrong head sizes behind a residual stream that is almost only the
 embedding.
 """

@@ -1,10 +1,12 @@
 """Every layout computes what one process computes: loss, every gradient, the clipped norm and the
 weights after AdamW.
- The oracle is the same code on one rank, which test_model.py compares with transformers and
+
+The oracle is the same code on one rank, which test_model.py compares with transformers and
 test_loss.py with closed forms. A rank compares its own ZeRO shard of every gradient and all of its
 weights with its slice of the oracle's, so between them the ranks check every element. Weights have
 the checkpoint's names; each rank reads its slice of it.
- fp32: 1e-5 of a tensor's largest value, sums in another order. fp64: 1e-10, which no forgotten
+
+fp32: 1e-5 of a tensor's largest value, sums in another order. fp64: 1e-10, which no forgotten
 factor or rank hides in.
 """
 

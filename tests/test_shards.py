@@ -1,7 +1,8 @@
 """What a rank reads, holds and keeps: bytes of the checkpoint, optimizer state, gradients,
 activations; replayed routing. Exact numbers, against counts made by other means than the code's
 own.
- A fake Mesh (rank and degrees, no groups) is enough where no rank talks to another; the rest runs
+
+A fake Mesh (rank and degrees, no groups) is enough where no rank talks to another; the rest runs
 on real gloo ranks.
 """
 

@@ -1,16 +1,19 @@
 """Our numbers beside those of others: `python tools/bench.py loss [--json]`, `... model`, `...
 weights`, `... rl` (bench_rl.py).
- `loss`: forward and backward of vocabulary projection and CISPO loss, the largest part of a step
+
+`loss`: forward and backward of vocabulary projection and CISPO loss, the largest part of a step
 outside the model. `model`: forward and backward of the whole model, token ids to final hidden
 states, and of one MoE block, against transformers with the same weights, and against the block with
 one batched GEMM in place of the loop over experts.
- One process per contender, on the same inputs; each first proves that it computes the same outputs
+
+One process per contender, on the same inputs; each first proves that it computes the same outputs
 and gradients, then they take turns, so that a noisy machine is noisy for all. Times are medians of
 --runs; CPU time, of all threads, hardly depends on the load with --threads 1. Memory is the peak of
 another run above the inputs and weights, which has to hold the gradients. The peers are installed
 at their released version into .venv-bench, which is made here when it is missing and sees this
 environment's torch.
- Bounded: memory for logits does not grow with N. Those of the others that give a token's log-prob
+
+Bounded: memory for logits does not grow with N. Those of the others that give a token's log-prob
 have to make the logits twice, 8*D*V FLOPs a token; with full logits, or in one pass as here, it is
 6*D*V.
 """
@@ -506,9 +509,8 @@ def show(result, what, args):
         columns = (seconds, result["cpu_seconds"], mib)
         cells = [cell for v in columns for cell in (v[name], v[name] / max(v[first], 1e-9))]
         row = "{:7.3f} {:7.2f} {:7.3f} {:7.2f} {:7.0f} {:7.2f}".format(*cells)
-        print(
-            f"{name:33} {row} {tokens / seconds[name]:9,.0f}  {kinds[name] if what == 'loss' else ''}".rstrip()
-        )
+        kind = kinds[name] if what == "loss" else ""
+        print(f"{name:33} {row} {tokens / seconds[name]:9,.0f}  {kind}".rstrip())
     for values, unit in ((seconds, "time"), (result["cpu_seconds"], "CPU time"), (mib, "memory")):
         for kind in dict.fromkeys(kinds.values()):
             if peers := [

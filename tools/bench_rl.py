@@ -1,12 +1,14 @@
 """Whole training runs, ours and the GRPOTrainer of TRL: `python tools/bench.py rl [--size
 tiny|100m]`. Apart, since a run has nothing in common with its contenders, which take turns at one
 function.
- The same starting weights, prompts, reward, sampling, sizes, CISPO bounds, AdamW and learning rate;
+
+The same starting weights, prompts, reward, sampling, sizes, CISPO bounds, AdamW and learning rate;
 four updates of a batch of samples. Differences that stay: ours samples with vLLM and trains
 meanwhile on the batch before, with its correction for that; TRL generates with transformers, since
 its vLLM modes need CUDA, then trains. A third run is ours at age 0 with all cores for the trainer:
 its parts do not overlap, so they compare with TRL's.
- tiny: the default run, 0.5 M parameters, 256 samples of about 7 tokens, until a sample is right 9
+
+tiny: the default run, 0.5 M parameters, 256 samples of about 7 tokens, until a sample is right 9
 times of 10. 100m: 107 M parameters from random weights, so that a sample ends by chance: 64 of
 them, 32 tokens in the mean and 128 at most. It is rewarded for letters of the alphabet's first
 half, which is quickly learned.
@@ -286,7 +288,8 @@ def main(args, python) -> None:
         "seconds a step"
     )
     print(
-        f"{'':14}{'whole':>8}{'waiting for samples':>21}{'trainer':>9}{'samples/s':>11}{'to 0.9':>9}  last reward"
+        f"{'':14}{'whole':>8}{'waiting for samples':>21}{'trainer':>9}{'samples/s':>11}"
+        f"{'to 0.9':>9}  last reward"
     )
     for what, row in found.items():
         to = f"{row['to_0.9_s']:.0f} s" if "to_0.9_s" in row else "-"

@@ -1,13 +1,15 @@
 """`python tools/bench.py weights`: what a version costs, in bytes and seconds; `--landed`: by part,
 until vLLM has it.
- The state dict is one layer of Qwen3-30B-A3B at full width with a 48th of its embedding and head:
+
+The state dict is one layer of Qwen3-30B-A3B at full width with a 48th of its embedding and head:
 1.27 GB in bf16, in the whole model's proportions. fp32 master weights start on the bf16 grid
 (normal, std 0.02; norms at 1) and take --steps real steps of torch.optim.AdamW with the trainer's
 betas, epsilon and weight decay; the last step is what is coded, when the moments are those of a
 run. Gradients are independent normal numbers, without drift, of the size they have when the whole
 model's norm is 1: every weight of experts, attention, router and head has one in each step (in a
 batch of 2 M tokens no expert is idle), of the embedding 30 % of the rows.
- The codecs take the tensors in turns on --threads threads; times are the best of --runs, GB/s are
+
+The codecs take the tensors in turns on --threads threads; times are the best of --runs, GB/s are
 of the full state: by the clock, and per second of CPU time, which other work on the machine changes
 little. xor + zstd is at level 1, each tensor by itself, as ours.
 """

@@ -1,8 +1,9 @@
 """Whole training runs under random faults: nothing may be lost, trained twice or trained too late.
 
-    python tools/chaos.py --seed 0 --faults 200            five runs on the fake vLLM, about half an hour
-    python tools/chaos.py --seed 0 --faults 6 --real       with the real one: only what can be done to it from outside
- Each fault strikes between two steps at random; it is over when two more steps are trained, which
+    python tools/chaos.py --seed 0 --faults 200        five runs on the stand-in vLLM, half an hour
+    python tools/chaos.py --seed 0 --faults 6 --real   the real one: only faults from outside
+
+Each fault strikes between two steps at random; it is over when two more steps are trained, which
 may take a minute. At the end of a run its log of ordinals, which is what the optimizer saw, is
 compared with the ledger.
 """

@@ -1,7 +1,8 @@
 """What fetching and proving weights costs the vLLM beside it: tokens/s with and without, in turns.
 
-    python tools/throughput.py            about four minutes on two cores; 0.2 B parameters, 0.8 GB a version
- A server process has a chain of versions, whole and as deltas. The node here is what rollout.py is:
+    python tools/throughput.py   about four minutes on two cores; 0.2 B parameters, 0.8 GB a version
+
+A server process has a chain of versions, whole and as deltas. The node here is what rollout.py is:
 one process whose event loop keeps vLLM busy while `receive.fetch` brings one version after the
 other, patched and proven, none loaded.
 """

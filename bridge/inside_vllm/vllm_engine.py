@@ -1,10 +1,12 @@
 """The part that runs inside vLLM's worker: how new weights get into a live model.
- vLLM imports this module there (`--worker-extension-cls vllm_engine.WorkerExtension`), which
+
+vLLM imports this module there (`--worker-extension-cls vllm_engine.WorkerExtension`), which
 registers the engine named in `--weight-transfer-config`. rollout.py then drives it through vLLM's
 routes: start_weight_update, update_weights {"path": directory}, finish_weight_update. Only a worker
 may import vllm; and this folder, which is on vLLM's path, holds nothing else: vLLM and what it
 loads must not find model.py or metrics.py here for modules of theirs.
- Two ways to corrupt a live model without any error, both of which happened to other trainers: 1.
+
+Two ways to corrupt a live model without any error, both of which happened to other trainers: 1.
 `model.load_weights` alone writes checkpoint layout over kernel layout. Layer-wise reload restores
 the loading
    layout first and converts afterwards, so everything here happens between initialize and finalize.
