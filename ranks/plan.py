@@ -342,8 +342,8 @@ def print_report(m, cfg, world: int) -> None:
         f"{IMBALANCE:g} x the rows), loss "
         f"{act['loss']:.1f}",
         "vLLM on the same GPU": (
-            f"{vllm_share(cfg, world):g} of it, by --rollout-args; with a GPU more than ranks it has "
-            "that"
+            f"{vllm_share(cfg, world):g} of it, by --rollout-args; with a GPU more than ranks it "
+            "has that"
         ),
     }
     print(f"\n{'memory of a rank':26}{'GiB':>9}")

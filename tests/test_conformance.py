@@ -1,7 +1,8 @@
 """Twelve programs call twelve things CISPO. Each one's weight as a formula, the flags that make
 ours equal to it, and the table of both in docs/conformance.md. What a peer does was read in its
 source at the commits of 2026-08 (docs/beside-others.md).
- A weight is what -A * grad log pi is multiplied with. p, q, g: the token's probability under the
+
+A weight is what -A * grad log pi is multiplied with. p, q, g: the token's probability under the
 weights being trained, under the trainer's at the start of the step (the "old" policy), and under
 the sampler.
 """
