@@ -63,7 +63,9 @@ def test_a_quick_run_fails_by_what_a_broken_loop_would_show(tmp_path, change, fa
     records[-1].update(change)
     if "train/reward" in change:
         records = [{**r, "train/reward": 0.4} for r in records]
-    (tmp_path / "config.json").write_text(json.dumps({"max_num_steps": STEPS}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"max_num_steps": STEPS, "publish_dtype": "auto"})
+    )
     lines = "".join(json.dumps(r) + "\n" for r in records)
     (tmp_path / "metrics.jsonl").write_text(lines)
     found = faults(tmp_path)
