@@ -567,7 +567,7 @@ class Config(*reversed(GROUPS)):  # reversed: the fields of the last base class 
 
 
 # ---- a rollout node ------------------------------------------------------------------------------
-@dataclass(frozen=True)
+@dataclass
 class RolloutConfig:
     """Flags of a rollout node."""
 

@@ -323,7 +323,8 @@ def test_reward_away(tmp_path, capsys):
 def test_every_wait_of_the_table_has_its_test():
     """And "vllm progress" has its own in test_failures.py, "generation" in test_nodes.py, those of
     weights in test_weights.py."""
-    files = ("test_waits.py", "test_failures.py", "test_weights.py", "test_nodes.py")
+    files = ("test_waits.py", "test_failures.py", "test_failed_rewards.py", "test_weights.py")
+    files += ("test_receive.py", "test_checkpoint.py", "test_nodes.py")
     text = "".join((Path(__file__).parent / name).read_text() for name in files)
     assert [
         name for name in WAITS if not re.search(rf'(says\([^,]*, |wait )[\'"]{name}[\'"]', text)
