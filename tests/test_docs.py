@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bridge.flags import parse_flags
+from bridge.processes import program_files
 from config import Config, RolloutConfig
 from presets import parse_config
 
@@ -268,6 +269,20 @@ def test_the_readme_is_short_and_begins_with_a_command():
 def test_every_page_is_linked_from_the_readme():
     text = (REPO / "README.md").read_text()
     assert [page.name for page in PAGES[1:] if f"{page.relative_to(REPO)}" not in text] == []
+
+
+def unlisted(layout: str) -> list[str]:
+    """Program files that docs/layout.md does not name, nor the README's reading order."""
+    known = layout + (REPO / "README.md").read_text()
+    files = [str(path.relative_to(REPO)) for path in program_files()]
+    files += [f"tools/{path.name}" for path in (REPO / "tools").glob("*.py")]
+    return [f for f in files if f"`{f}`" not in known and not f.endswith("__init__.py")]
+
+
+def test_every_file_of_the_program_is_listed():
+    layout = (REPO / "docs/layout.md").read_text()
+    assert unlisted(layout) == []
+    assert unlisted(layout.replace("`bridge/hub.py`", "")) == ["bridge/hub.py"]
 
 
 # ---- launch.sh -----------------------------------------------------------------------------------
