@@ -1,6 +1,7 @@
 """The quick run for whoever changes the loop: tools/quick.py, as `bash launch.sh --quick`."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,17 @@ def test_the_quick_run_is_a_whole_run_and_keeps_only_its_last_results(directory)
         assert words in done.stdout
     assert {p.name for p in (directory / "runs").glob("[!.]*")} == {"quick", "mine.1"}
     assert (directory / f"runs/quick/checkpoints/step-{STEPS:06d}").is_dir()
+    records = [json.loads(line) for line in (directory / "runs/quick/metrics.jsonl").open()]
+    found, documented = set().union(*records), documented_metrics()
+    assert sorted(documented - found) == ["train/is_oob_ratio"]  # --truncated-importance-sampling-*
+    assert {n for n in found - documented if not n.startswith("train/tokens_age_")} == {"step"}
+
+
+def documented_metrics() -> set[str]:
+    """Those of a step's record, from the first column of the tables of docs/metrics.md."""
+    page = (REPO / "docs/metrics.md").read_text().partition("## All metrics")[2]
+    cells = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    return {n for n in re.findall(r"`([\w/]+)`", cells) if n != "train/tokens_age_N"}
 
 
 def test_a_quick_run_that_does_not_start_is_a_failure(directory):
