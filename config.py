@@ -355,6 +355,11 @@ class Advantages(Group):
     advantage_std: Literal["group", "batch"] = "group"  # that of the sample's group, or of the step
     drop_zero_variance: bool = False  # groups of equal rewards leave the batch (unless all are)
 
+    @property
+    def advantage_scale(self) -> str | None:
+        """Whose standard deviation advantages are divided by."""
+        return self.advantage_std if self.normalize_rewards else None
+
     def faults(self) -> Iterator[str]:
         if self.prompt_level_loss and not self.token_level_loss:
             yield (

@@ -516,7 +516,7 @@ class Log:
             "train/lr": lr,
             **gradient_metrics(norms),
             "ordinals": [g.ordinal for g in groups],
-            **{f"train/{why}": int(torch.cat(masks).sum()) for why, masks in omitted.items()},
+            **{f"train/{why}": int(mask_PS.sum()) for why, mask_PS in omitted.items()},
             **rollout_metrics(groups, self.step),
             **update_metrics(values, counts),
             **self.clock.seconds(),

@@ -51,7 +51,7 @@ from config import Config
 from model import ModelConfig, Qwen3MoE, expert_load, expert_tokens
 from prepare import known_config, model_digest, prepare, run_for_nodes, use_cpu
 from ranks import ops, plan
-from ranks.batch import MicroBatch, pack_batch, unpack_batch
+from ranks.batch import Batch, MicroBatch, micro_batches_of, pack_batch
 from ranks.checkpoint import Checkpointer, CheckpointError, begin, load_state_tensors, share_model
 from ranks.parallel import (
     Mesh,
@@ -320,17 +320,25 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
             if rollouts.stop:
                 break
             log.begin("data_processing")
-            blob = broadcast_bytes(groups and pack_batch(groups, cfg), mesh)
-            updates, counts = unpack_batch(blob, cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
+            batch = Batch.unpack(broadcast_bytes(groups and pack_batch(groups, cfg), mesh))
+            advantages_PS = loss.group_advantages(
+                batch.rewards_PS,
+                batch.valid_PS,
+                cfg.use_leave_one_out_baseline,
+                cfg.advantage_scale,
+            )
+            updates, counts = micro_batches_of(
+                batch, advantages_PS, cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp
+            )
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
             log.begin("policy_and_reference_logprobs")
             fix_for_the_step(updates, step, model, reference, cfg)
             # 3, 4 the updates: forward, loss, backward, reduce, step
             log.begin("policy_training")
             metrics, norms = {}, []
-            for micro_batches, update_counts in zip(updates, counts):
+            for of_update, counts_of_update in zip(updates, counts):
                 partial, norm = train_update(
-                    model, optimizer, micro_batches, update_counts, cfg, policy_loss
+                    model, optimizer, of_update, counts_of_update, cfg, policy_loss
                 )
                 metrics, norms = merge(metrics, partial), [*norms, norm]
             metrics = expert_load(reduce_metrics(metrics, mesh.dp_group))

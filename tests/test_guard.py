@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import unpack_batch
 from on_ranks import on_ranks
 from safetensors.torch import load_file
 from test_parallel import MODEL, RUN
@@ -20,7 +21,7 @@ import loss
 import report
 from loss import clip_diagnostics
 from model import Qwen3MoE
-from ranks.batch import pack_batch, unpack_batch
+from ranks.batch import pack_batch
 from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from report import skipped_in_a_row
 from train_cispo import fix_for_the_step, micro_batch_logprobs, train_update

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from batches import unpack_batch
 from test_batch import CFG
 from test_failures import SAMPLES, groups, make_hub, run_node
 
@@ -65,7 +66,7 @@ def test_an_interrupted_sample_has_the_model_s_own_logprobs_around_what_was_put_
     )
     model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
     weights.load_hf(model, tiny_checkpoint)
-    ((mb,),), ((num_tokens, _),) = batch.unpack_batch(
+    ((mb,),), ((num_tokens, _),) = unpack_batch(
         batch.pack_batch(found, cfg), cfg, 0, 1, torch.device("cpu")
     )
     assert (
@@ -111,9 +112,7 @@ def test_context_that_was_put_in_is_no_row_of_the_loss():
     cfg = dataclasses.replace(
         CFG, num_prompts_per_step=1, num_generations_per_prompt=2, train_global_batch_size=2
     )
-    ((mb,),), counts = batch.unpack_batch(
-        batch.pack_batch([group], cfg), cfg, 0, 1, torch.device("cpu")
-    )
+    ((mb,),), counts = unpack_batch(batch.pack_batch([group], cfg), cfg, 0, 1, torch.device("cpu"))
     assert counts == [(4, 2)] and mb.num_tokens == 10
     order = [0, 1] if mb.tokens_T[2] == 7 else [1, 0]
     tokens, targets = [[5, 6, 7, 8, 9, 9, 3], [5, 6, 4]], [[7, 8, 3], [4]]

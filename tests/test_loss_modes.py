@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from batches import rows_of
 from test_loss import INPUTS, NARROW, PRINTED
 from torch.testing import assert_close
 
@@ -509,9 +510,7 @@ def packed(rewards, **flags):
         train_global_batch_size=2,
         **flags,
     )
-    from safetensors.torch import load
-
-    return load(pack_batch(groups, cfg))
+    return rows_of(pack_batch(groups, cfg), cfg)
 
 
 def test_groups_without_variance_leave_loss_and_denominator_but_move_nobody():

@@ -20,6 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
+from batches import unpack_batch
 from on_ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from test_train import random_groups
@@ -29,7 +30,7 @@ from bridge.weights import load_hf, own_hf
 from config import Config
 from model import ModelConfig, Qwen3MoE, expert_load
 from ranks import parallel
-from ranks.batch import pack_batch, unpack_batch
+from ranks.batch import pack_batch
 from ranks.checkpoint import MANIFEST, CheckpointError, Pieces, load_state_tensors, state_tensors
 from ranks.parallel import Mesh, ShardedAdamW, Split, join_ranks, make_mesh, reduce_metrics
 from train_cispo import micro_batch_logprobs, train_update

@@ -18,6 +18,7 @@ import fake_vllm
 import psutil
 import pytest
 import torch
+from batches import unpack_batch
 from published import write_version
 
 import loss
@@ -26,7 +27,7 @@ from bridge.groups import Group, pack_group, parse_group
 from config import Config
 from model import ModelConfig
 from prepare import load_examples, load_prompts
-from ranks.batch import pack_batch, unpack_batch
+from ranks.batch import pack_batch
 from ranks.parallel import Mesh, ShardedAdamW
 from rewards import exact_match
 from task import eos_token_ids

@@ -14,6 +14,7 @@ import pytest
 import test_train
 import torch
 import torch.nn.functional as F
+from batches import unpack_batch
 from on_ranks import on_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ from bridge import weights
 from bridge.weights import load_hf
 from model import MoE, Qwen3MoE
 from ranks import parallel
-from ranks.batch import pack_batch, unpack_batch
+from ranks.batch import pack_batch
 from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh
 from ranks.plan import static_memory
 from train_cispo import build_model, micro_batch_logprobs, train_update

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from batches import unpack_batch
 from on_ranks import on_ranks
 
 import loss
@@ -18,7 +19,7 @@ from bridge.validation import Validation
 from config import Config
 from model import ModelConfig, Qwen3MoE
 from ranks import parallel
-from ranks.batch import pack_batch, unpack_batch
+from ranks.batch import pack_batch
 from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from task import Codec
 from train_cispo import micro_batch_logprobs, train_update
