@@ -106,8 +106,8 @@ def unknown_names(text: str) -> list[str]:
     """Python names in backticks, such as `token_loss` or `Node.generate`, that no source has."""
     words = {w.removesuffix("()") for w in in_backticks(text)}
     words = {w for w in words if re.fullmatch(r"[A-Za-z]\w*_\w+|[A-Z]\w+\.\w+", w)}
-    has = lambda word: re.search(rf"\b{re.escape(word)}\b", sources())
-    return sorted(w for w in words if not all(has(part) for part in w.split(".")))
+    known = set(re.findall(r"\w+", sources()))
+    return sorted(w for w in words if not known.issuperset(w.split(".")))
 
 
 def misplaced_names(text: str) -> list[str]:
