@@ -444,6 +444,8 @@ class Log:
         """start: the step to begin at, and the scores so far. data: as in `Rollouts`."""
         self.cfg, self.rollouts, self.start = cfg, rollouts, start
         self.step, self.scores, self.clock = start.step, start.scores, Clock()
+        self.metrics: dict[str, torch.Tensor] = {}  # of the updates of this step
+        self._norms: list[torch.Tensor] = []  # of their gradients
         self.speaks = data is not None
         self._rewards: list[float] = []  # of the steps since the last checkpoint
         self._skipped = self._without_signal = 0  # updates and steps, in a row
@@ -469,12 +471,17 @@ class Log:
         hide = None if self.speaks else True  # None: tqdm shows it on a terminal only
         steps = range(self.start.step, self.cfg.max_num_steps)
         for self.step in tqdm(steps, desc="steps", disable=hide, dynamic_ncols=True):
-            self.clock = Clock("exposed_generation")
+            self.clock, self.metrics, self._norms = Clock("exposed_generation"), {}, []
             yield self.step
 
     def begin(self, part: str) -> None:
         """The next part of the step, for the clock."""
         self.clock.begin(part)
+
+    def add(self, metrics: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
+        """An update's partial metrics, which come to those of the step, and its gradient's norm."""
+        self.metrics = merge(self.metrics, metrics)
+        self._norms.append(grad_norm)
 
     def _now(self) -> str:
         """What goes on."""
@@ -499,12 +506,12 @@ class Log:
                 f"{self.cfg.run_dir}"
             )
 
-    def record(self, groups, lr: float, metrics: dict[str, torch.Tensor], norms, counts) -> None:
-        """The record of a step. norms: of its updates' gradients; counts: loss tokens and samples
-        of each. Where too many updates were skipped, `rollouts` is told that the run is to end."""
+    def record(self, groups, lr: float, metrics: dict[str, torch.Tensor], counts) -> None:
+        """The record of a step. metrics: of all ranks; counts: loss tokens and samples of each
+        update. Where too many updates were skipped, `rollouts` is told that the run is to end."""
         if not self.speaks:
             return
-        values = fetch({**metrics, "grad_norms": norms})  # sync: one per step
+        values = fetch({**metrics, "grad_norms": torch.stack(self._norms)})  # sync: one per step
         norms = values.pop("grad_norms")
         self._skipped, why = skipped_in_a_row(norms, self.step, self._skipped)
         self.rollouts.fail(why)
@@ -539,13 +546,12 @@ class Log:
             self.rollouts.hub, self._decode, self.cfg.run_dir, self.trackers
         )
 
-    def scores_at(self, version: int) -> dict[int, float]:
-        """The scores for the checkpoint of a version. Without validation its own is the mean reward
-        since the checkpoint before."""
+    def score(self, version: int) -> None:
+        """The score of a version that a checkpoint is written of: without validation it is the mean
+        reward since the checkpoint before."""
         if self._rewards and not self.cfg.validates(0):
             self.scores[version] = sum(self._rewards) / len(self._rewards)
             self._rewards = []
-        return self.scores
 
     def end(self, checkpoints: Path) -> None:
         """The last validations, and why the run ends early if it does."""

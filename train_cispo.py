@@ -35,16 +35,13 @@ import socket
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 import loss
 from bridge.flags import piped
-from bridge.hub import Hub
-from bridge.rollouts import Rollouts
-from bridge.validation import due_at_start, read_scores
+from bridge.rollouts import Rollouts, Stop
 from bridge.waits import Signals, WaitOver
 from bridge.weights import WeightsError, load_hf
 from config import Config
@@ -52,7 +49,7 @@ from model import ModelConfig, Qwen3MoE, expert_load, expert_tokens
 from prepare import known_config, model_digest, prepare, run_for_nodes, use_cpu
 from ranks import ops, plan
 from ranks.batch import Batch, MicroBatch, micro_batches_of, pack_batch
-from ranks.checkpoint import Checkpointer, CheckpointError, begin, load_state_tensors, share_model
+from ranks.checkpoint import Checkpointer, CheckpointError, share_model
 from ranks.parallel import (
     Mesh,
     ShardedAdamW,
@@ -62,6 +59,7 @@ from ranks.parallel import (
     make_mesh,
     reduce_metrics,
 )
+from ranks.resume import about, checkpoint_due, start_or_resume
 from report import Log, merge, say
 
 
@@ -216,52 +214,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     )
 
 
-class Start(NamedTuple):
-    """Where a run begins."""
-
-    step: int
-    saved: dict  # the checkpoint's manifest; {} if the run starts anew
-    scores: dict[int, float]  # by version; rank 0 alone has these
-    due: list[int]  # versions to validate at once
-
-
-def start_or_resume(cfg: Config, checkpoints, mesh: Mesh, origin, model, optimizer) -> Start:
-    """Load the newest checkpoint that is whole on every rank, if the run is to go on from one."""
-    path, saved = begin(cfg, checkpoints or [], mesh, say, origin)
-    step, anew = (saved["step"], False) if path else (0, True)
-    if path:
-        load_state_tensors(path, model, optimizer, next(iter(saved["files"].values()))["updates"])
-    if mesh.rank:
-        return Start(step, saved, {}, [])
-    validating = cfg.validates(0)
-    scores = read_scores(cfg.run_dir, cfg.val_samples) if validating else {}
-    if path:
-        scores = {v: score for v, score in scores.items() if v >= origin["scored_since"]}
-        if not validating:
-            scores = {int(v): score for v, score in saved["scores"].items()}
-        taken = saved["ledger"]["taken"]
-        say(f"going on from {path}: step {step}, {taken} prompts trained")
-        of_another_run = path.parent.parent.resolve() != cfg.run_dir.resolve()
-        anew = of_another_run or step == origin["scored_since"]
-    due = due_at_start(step, cfg.validates(step), anew, saved.get("unscored", []), scores)
-    return Start(step, saved, scores, due if validating else [])
-
-
-def about(cfg: Config, hub: Hub | None, scores: dict[int, float], origin) -> dict | None:
-    """Rank 0's part of a checkpoint. The scores, of validation or else of training, say which
-    checkpoint is best."""
-    if hub is None:
-        return None
-    unscored = [version for version in hub.validation.begun if version not in scores]
-    return {
-        "ledger": hub.ledger_state(),
-        "config": dataclasses.asdict(cfg),
-        "scores": scores,
-        "unscored": unscored,
-        "origin": origin,
-    }
-
-
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up from lr / 10 over lr_warmup_steps rollout batches, then constant. It moves
     once per batch, not per update, as in NeMo RL."""
@@ -275,12 +227,6 @@ def set_lr(optimizer, lr: float) -> float:
     return lr
 
 
-def checkpoint_due(version: int, cfg: Config) -> bool:
-    every = cfg.checkpoint_every_steps
-    last = version == cfg.max_num_steps
-    return bool(every) and (version % every == 0 or cfg.validates(version) or last)
-
-
 def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) -> None:
     """The run. Rank 0 alone has data (prompts, codec, held-out examples: `load_prompts`), the
     checkpoints that it may go on from, and `origin_of`."""
@@ -292,10 +238,8 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
     torch.manual_seed(cfg.seed)
     cfg = with_chunk_size(cfg, model_cfg)
     model = build_model(cfg, model_cfg, mesh, checkpoint)
-    # The KL penalty's reference is a frozen copy of the model that the run starts from.
-    reference = (
-        build_model(cfg, model_cfg, mesh, checkpoint) if cfg.reference_policy_kl_penalty else None
-    )
+    kl = cfg.reference_policy_kl_penalty  # the reference is a frozen copy of the starting model
+    reference = build_model(cfg, model_cfg, mesh, checkpoint) if kl else None
     optimizer = build_optimizer(cfg, model)
     policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
     start = start_or_resume(cfg, checkpoints, mesh, origin, model, optimizer)
@@ -305,11 +249,16 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
     sent_as = resolve_dtype(cfg.publish_dtype, mesh.device)
     run = run_for_nodes(cfg, checkpoint, data, sent_as)
 
-    # ---- the loop
+    # ---- the loop. Rollouts and Log are on every rank; what is rank 0's does nothing elsewhere
     with (
         Rollouts(cfg, model, sent_as, checkpoint, data, run, start) as rollouts,
         Log(cfg, rollouts, data, start) as log,
     ):
+
+        def save(version: int) -> None:
+            state = about(cfg, rollouts.hub, log.scores, origin)
+            saver.save(version, model, optimizer, state)
+
         log.begin_run(model)
         rollouts.publish(start.step)
         Signals.in_loop = True  # from here on the first signal is a word, not an exception
@@ -321,81 +270,70 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
                 break
             log.begin("data_processing")
             batch = Batch.unpack(broadcast_bytes(groups and pack_batch(groups, cfg), mesh))
-            advantages_PS = loss.group_advantages(
-                batch.rewards_PS,
-                batch.valid_PS,
-                cfg.use_leave_one_out_baseline,
-                cfg.advantage_scale,
-            )
+            against = (cfg.use_leave_one_out_baseline, cfg.advantage_scale)
+            advantages_PS = loss.group_advantages(batch.rewards_PS, batch.valid_PS, *against)
             updates, counts = micro_batches_of(
                 batch, advantages_PS, cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp
             )
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
             log.begin("policy_and_reference_logprobs")
             fix_for_the_step(updates, step, model, reference, cfg)
-            # 3, 4 the updates: forward, loss, backward, reduce, step
+            # 3, 4 the updates: forward, CISPO loss, backward; sum over ranks, clip, AdamW
             log.begin("policy_training")
-            metrics, norms = {}, []
-            for of_update, counts_of_update in zip(updates, counts):
-                partial, norm = train_update(
-                    model, optimizer, of_update, counts_of_update, cfg, policy_loss
-                )
-                metrics, norms = merge(metrics, partial), [*norms, norm]
-            metrics = expert_load(reduce_metrics(metrics, mesh.dp_group))
+            for micro_batches, num in zip(updates, counts):
+                log.add(*train_update(model, optimizer, micro_batches, num, cfg, policy_loss))
+            metrics = expert_load(reduce_metrics(log.metrics, mesh.dp_group))
             # 5 publish: copies the weights; the rest goes on while the next step runs
             log.begin("publish_copy")
             rollouts.publish(step + 1)
             # 6 log and checkpoint
-            log.record(groups, lr, metrics, torch.stack(norms), counts)
+            log.record(groups, lr, metrics, counts)
             if checkpoint_due(step + 1, cfg):
-                scores = log.scores_at(step + 1)
-                saver.save(step + 1, model, optimizer, about(cfg, rollouts.hub, scores, origin))
-
-        # ---- the end: what was asked to stop saves its state before this step
-        finished = rollouts.stop is None
-        if not finished:
-            if rollouts.stop.kind == "signal":
-                saver.deadline_s = min(saver.deadline_s, Signals.save_within_s())
-            if saver.newest_step != log.step:
-                saver.save(log.step, model, optimizer, about(cfg, rollouts.hub, log.scores, origin))
-        saver.wait()
-        rollouts.finish_publishing()
-        log.begin("validation")
-        rollouts.finish_validation()
-        log.end(saver.root)
-        if finished:
-            rollouts.wait_for_rank_0(saver.deadline_s)
-        if (stop := rollouts.stop) and stop.kind == "failure":
-            raise SystemExit(
-                f"train_cispo.py: rank {mesh.rank}: stopped at step {log.step}: {stop.why}"
-            )
-    if not stop:
+                log.score(step + 1)
+                save(step + 1)
+        stop = end(log, rollouts, saver, save)
+    if stop is None:
         log.sum_up()
+    elif stop.kind == "failure":
+        raise SystemExit(
+            f"train_cispo.py: rank {mesh.rank}: stopped at step {log.step}: {stop.why}"
+        )
     dist.destroy_process_group()
+
+
+def end(log: Log, rollouts: Rollouts, saver: Checkpointer, save) -> Stop | None:
+    """The end of the loop, on every rank: what is written is waited for, and what was stopped
+    before its last step saves all that came before."""
+    finished = rollouts.stop is None
+    if not finished and rollouts.stop.kind == "signal":
+        saver.deadline_s = min(saver.deadline_s, Signals.save_within_s())
+    if not finished and saver.newest_step != log.step:
+        save(log.step)
+    saver.wait()
+    rollouts.finish_publishing()
+    log.begin("validation")
+    rollouts.finish_validation()
+    log.end(saver.root)
+    if finished:
+        rollouts.wait_for_rank_0(saver.deadline_s)
+    return rollouts.stop
 
 
 def main(cfg: Config | None = None) -> None:
     Signals.install()
-    rank, world_size, ranks_here, local_rank = (
-        int(os.environ.get(name, default))  # as torchrun sets them
-        for name, default in (
-            ("RANK", 0),
-            ("WORLD_SIZE", 1),
-            ("LOCAL_WORLD_SIZE", 1),
-            ("LOCAL_RANK", 0),
-        )
-    )
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    ranks, ranks_here = (int(os.environ.get(f"{of}WORLD_SIZE", 1)) for of in ("", "LOCAL_"))
     cfg = cfg or config_or_exit(sys.argv[1:])
     try:
         if cfg.dry_run:
             if rank == 0:  # one process plans for others
                 with piped():
-                    ranks = world_size if world_size > 1 else cfg.dry_run_ranks
-                    plan.print_report(known_config(cfg), cfg, ranks)
+                    planned = ranks if ranks > 1 else cfg.dry_run_ranks
+                    plan.print_report(known_config(cfg), cfg, planned)
             return
         if not torch.cuda.is_available():
             use_cpu(cfg, ranks_here)
-        what_to_train = prepare(cfg, rank, world_size, local_rank)
+        what_to_train = prepare(cfg, rank, ranks, local_rank)
     except (ValueError, CheckpointError, WeightsError) as e:
         refuse(e)
     if rank == 0:

@@ -133,6 +133,8 @@ def test_three_skipped_updates_in_a_row_stop_the_run_with_a_sound_state(
     tiny_checkpoint, tmp_path, fake_vllm_command
 ):
     """A learning rate of 1e30: the first update is finite, and no forward pass after it."""
+    reward = tmp_path / "of_letters.py"
+    reward.write_text("def score(text, example):\n    return sum(map(ord, text)) % 97 / 97\n")
     command = [
         sys.executable,
         str(REPO / "train_cispo.py"),
@@ -153,6 +155,9 @@ def test_three_skipped_updates_in_a_row_stop_the_run_with_a_sound_state(
         "4",
         "--train-global-batch-size",
         "4",
+        # so that every group has a signal, whichever comes first
+        "--reward",
+        f"{reward}:score",
         "--lr",
         "1e30",
         "--rollout-args",

@@ -27,8 +27,8 @@ from bridge.validation import Round, Validation, due_at_start, samples, score
 from config import Config
 from prepare import load_held_out
 from presets import parse_config
+from ranks.resume import about
 from task import held_out_examples, task_examples
-from train_cispo import about
 
 REPO = Path(__file__).resolve().parent.parent
 
