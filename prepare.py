@@ -30,7 +30,7 @@ from bridge.weights import (
 from config import Config, RolloutConfig
 from model import KNOWN_MODELS, ModelConfig, Qwen3MoE
 from ranks import plan
-from ranks.checkpoint import checkpoints_to_try, hold
+from ranks.run_dir import checkpoints_to_try, hold
 from report import say
 from rewards import check_answers
 

@@ -49,7 +49,7 @@ from model import ModelConfig, Qwen3MoE, expert_load, expert_tokens
 from prepare import known_config, model_digest, prepare, run_for_nodes, use_cpu
 from ranks import ops, plan
 from ranks.batch import Batch, MicroBatch, micro_batches_of, pack_batch
-from ranks.checkpoint import Checkpointer, CheckpointError, share_model
+from ranks.checkpoint import Checkpointer, CheckpointError
 from ranks.parallel import (
     Mesh,
     ShardedAdamW,
@@ -60,6 +60,7 @@ from ranks.parallel import (
     reduce_metrics,
 )
 from ranks.resume import about, checkpoint_due, start_or_resume
+from ranks.run_dir import share_model
 from report import Log, merge, say
 
 

@@ -6,6 +6,7 @@ hang.
 for whom, since when, and what is known of the other side.
 """
 
+import json
 import math
 import os
 import random
@@ -126,6 +127,30 @@ def await_keys(store: dist.Store, keys: list[str], wait: Wait) -> None:
     while missing := [key for key in keys if not store.check([key])]:
         wait.check(f"missing: {', '.join(missing)}")
         time.sleep(0.02)  # polling other processes; the store's own wait would hold its connection
+
+
+class RankFailed(RuntimeError):
+    """What another rank said instead of its part: that it has failed, and why."""
+
+
+def gather_json(
+    store: dist.Store, what: str, rank: int, world_size: int, mine: dict, wait: Wait
+) -> list[dict]:
+    """Every rank's `mine` on rank 0, by rank; the others get an empty list at once. A rank that has
+    failed sets {"error": why} under its key, WHAT/RANK. Raises: WaitOver; RankFailed, which names
+    the rank."""
+    store.set(f"{what}/{rank}", json.dumps(mine))
+    if rank != 0:
+        return []
+    keys = [f"{what}/{rank}" for rank in range(world_size)]
+    await_keys(store, keys, wait)
+    found = [json.loads(store.get(key)) for key in keys]
+    for key in keys:
+        store.delete_key(key)
+    for rank, said in enumerate(found):
+        if "error" in said:
+            raise RankFailed(f"rank {rank}: {said['error']}")
+    return found
 
 
 # ---- what ranks agree upon before a collective starts --------------------------------------------

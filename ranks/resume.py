@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from bridge.console import say
 from bridge.validation import due_at_start, read_scores
-from ranks.checkpoint import begin, load_state_tensors
+from ranks.checkpoint import load_state_tensors
+from ranks.run_dir import begin
 
 
 class Start(NamedTuple):

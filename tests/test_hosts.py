@@ -19,7 +19,7 @@ from on_ranks import on_ranks
 
 import prepare
 from bridge import weights
-from ranks import checkpoint
+from ranks import run_dir
 from ranks.parallel import join_ranks, make_mesh
 
 
@@ -158,7 +158,7 @@ def _share(directory, name, handed_out):
     os.chdir(Path(directory) / f"disk{os.environ['RANK']}")
     join_ranks(60)
     try:
-        checkpoint.share_model(Path(name), handed_out, prepare.model_digest)
+        run_dir.share_model(Path(name), handed_out, prepare.model_digest)
     except SystemExit as e:
         return str(e)
     return {p.name: weights.digest(p.read_bytes()) for p in Path(name).iterdir()}
@@ -196,7 +196,7 @@ def _begin(directory):
     os.chdir(Path(directory) / f"disk{os.environ['RANK']}")
     join_ranks(60)
     cfg = SimpleNamespace(run_dir=Path("runs/x"), resume="off", text="{}", reward="exact")
-    checkpoint.begin(cfg, [], make_mesh(1, 1, 2), lambda line: None)
+    run_dir.begin(cfg, [], make_mesh(1, 1, 2), lambda line: None)
     return sorted(str(p) for p in Path("runs").glob("*/checkpoints/*"))
 
 

@@ -17,7 +17,7 @@ from bridge.processes import program_files
 from bridge.vllm import VLLM
 from config import RolloutConfig
 from presets import parse_config
-from ranks import checkpoint
+from ranks import run_dir
 
 REPO = Path(__file__).resolve().parent.parent
 OURS = sorted(
@@ -120,7 +120,7 @@ def test_no_module_has_the_name_of_a_package_that_what_we_import_imports():
 
 def test_a_run_keeps_all_of_its_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoint.begin_run_dir(parse_config(["--name", "x"]), None, {}, print)
+    run_dir.begin_run_dir(parse_config(["--name", "x"]), None, {}, print)
     kept = {
         str(path.relative_to(tmp_path / "runs/x/code"))
         for path in (tmp_path / "runs/x/code").rglob("*.py")

@@ -24,7 +24,7 @@ from bridge import reward_process
 from bridge.reward_pool import RewardWorkers, check_reward
 from config import Config
 from presets import parse_config
-from ranks.checkpoint import begin_run_dir
+from ranks.run_dir import begin_run_dir
 
 REPO = Path(__file__).resolve().parent.parent
 
