@@ -33,38 +33,54 @@ def http_url(host: str, port: int) -> str:
 
 
 class FileServer:
-    """What a trainer node other than rank 0's serves, in a thread: the files of its ranks'
-    shares."""
+    """Serves the files of a trainer node's shares, in a thread, on the nodes without rank 0. A
+    context manager; without one it serves for as long as the process lives."""
 
     def __init__(self, root: Path, token: str, host: str, port: int):
-        self.root, self.token, started = root, token, threading.Event()
-        serve = lambda: asyncio.run(self._serve(host, port, started))
-        threading.Thread(target=serve, name="file server", daemon=True).start()
-        if not started.wait(30):
+        """port: where it is taken, any other is used, since the manifest names it."""
+        self.root, self.token, self._started = root, token, threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(host, port), name="file server", daemon=True
+        )
+        self._thread.start()
+        if not self._started.wait(30):
             raise WeightsError(f"no file server on {host}: its thread has failed")
 
-    async def _serve(self, host: str, port: int, started: threading.Event) -> None:
+    def __enter__(self) -> "FileServer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join()
+
+    def _run(self, host: str, port: int) -> None:
+        asyncio.run(self._serve(host, port))
+
+    async def _serve(self, host: str, port: int) -> None:
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application()
         app.router.add_get("/weights/{version}/{name}", self._file)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
             await web.TCPSite(runner, host, port).start()
-        except OSError:  # taken: any other will do, since the manifest names it
+        except OSError:  # taken
             await web.TCPSite(runner, host, 0).start()
         self.url = http_url(host, runner.addresses[0][1])
-        started.set()
-        await asyncio.Event().wait()  # for as long as the process lives
+        self._started.set()
+        await self._end.wait()
+        await runner.cleanup()
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
         if not has_token(request, self.token):
             return web.json_response({"error": "missing or wrong bearer token"}, status=401)
         path = served_file(self.root, **request.match_info)
-        return (
-            web.FileResponse(path)
-            if path
-            else web.json_response({"error": "no such file"}, status=404)
-        )
+        if path is None:
+            return web.json_response({"error": "no such file"}, status=404)
+        return web.FileResponse(path)
 
 
 def own_address() -> str:

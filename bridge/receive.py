@@ -29,7 +29,7 @@ from safetensors import safe_open
 
 from bridge import delta
 from bridge.processes import cores
-from bridge.publish import write_index
+from bridge.versions import write_index
 from bridge.waits import Wait, WaitOver, backoff_s
 from bridge.weights import (
     DTYPES,

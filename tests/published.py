@@ -5,6 +5,7 @@ from pathlib import Path
 
 import bridge.publish
 from bridge import delta, weights
+from bridge.versions import write_static
 
 SHARD = "model-00001-of-00001"
 
@@ -15,35 +16,22 @@ def write_version(
     """Write `root/v{version}`; `before`, the tensors of the version before it, adds a delta. Its
     manifest names this version's files, and with a delta those of the version before."""
     tensors, directory = dict(tensors), root / f"v{version}"
-    metadata = {"run": run, "version": str(version)}
-    shards = [
-        {
-            "name": SHARD,
-            "tensors": {name: weights.describe(t) for name, t in tensors.items()},
-            "files": [],
-        }
-    ]
-    previous = root / f"v{version - 1}" / weights.MANIFEST
-    whole = {"version": version, "files": {}}
+    metadata = {"run": run, "version": str(version), "base": str(version - 1)}
+    whole, files = {"version": version, "files": {}}, []
+
+    def write(codes):
+        entry = bridge.publish.write_share(directory, SHARD, tensors, codes, metadata)
+        files.append({**entry, "url": ""})
+
     if before is not None:
-        old = json.loads(previous.read_text())
-        shards[0]["files"], whole = old["shards"][0]["files"], old["static"]
-        codes = {
-            name: delta.encode(before[name].contiguous(), t.contiguous())
-            for name, t in tensors.items()
-        }
-        delta_file = bridge.publish.write_share(
-            directory, SHARD, tensors, codes, {**metadata, "base": str(version - 1)}
-        )
-        shards[0]["files"].append({**delta_file, "url": ""})
+        old = manifest_of(root / f"v{version - 1}")
+        files, whole = old["shards"][0]["files"], old["static"]
+        write({n: delta.encode(before[n].contiguous(), t.contiguous()) for n, t in tensors.items()})
+    described = {name: weights.describe(t) for name, t in tensors.items()}
+    shards = [{"name": SHARD, "tensors": described, "files": files}]
     if full:
-        shards[0]["files"].append(
-            {**bridge.publish.write_share(directory, SHARD, tensors, None, metadata), "url": ""}
-        )
-        whole = {
-            "version": version,
-            "files": bridge.publish.write_static(directory, static, shards),
-        }
+        write(None)
+        whole = {"version": version, "files": write_static(directory, static, shards)}
     manifest = {
         "run": run,
         "version": version,

@@ -22,6 +22,7 @@ import bridge.publish
 from bridge import files, weights
 from bridge.publish import Publisher
 from bridge.receive import fetch
+from bridge.versions import write_index
 from bridge.weights import MANIFEST, WeightsError, load_hf, read_tensors
 from model import ModelConfig, Qwen3MoE
 from ranks import parallel
@@ -109,7 +110,7 @@ def test_tensors_come_layer_by_layer_whatever_files_they_are_in(tmp_path, model,
         weights.write_safetensors(
             tmp_path / f"{shard['name']}.safetensors", list(shard["tensors"].items())
         )
-    bridge.publish.write_index(tmp_path, shards)
+    write_index(tmp_path, shards)
     names = [name for name, _ in read_tensors(tmp_path)]
     assert sorted(names) == sorted(name for name, _ in tensors)
     layers = [name.split(".")[2] if ".layers." in name else name for name in names]

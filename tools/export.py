@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program
-from bridge.publish import model_card, write_share, write_static
+from bridge.publish import write_share
+from bridge.versions import model_card, write_static
 from bridge.weights import MANIFEST, WeightsError, describe, digest, layer_order, stored_tensors
 from model import ModelConfig, Qwen3MoE
 from ranks.checkpoint import CheckpointError, Pieces, verify
@@ -24,11 +25,8 @@ def export(path: Path, out: Path, base: Path | None = None) -> None:
     ValueError."""
     path = path.resolve()  # its name is the run's, whatever link led here
     run_dir, manifest = path.parent.parent, verify(path, 0, 1)
-    bases = (
-        [base]
-        if base
-        else sorted(run_dir.glob("weights/v*"), key=lambda p: p.stat().st_mtime, reverse=True)
-    )
+    newest_first = sorted(run_dir.glob("weights/v*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    bases = [base] if base else newest_first
     base = next((p for p in bases if (p / "config.json").exists()), None)
     if base is None:
         raise ValueError(
@@ -39,23 +37,27 @@ def export(path: Path, out: Path, base: Path | None = None) -> None:
         raise ValueError(f"{out} exists")
     with torch.device("meta"):
         shapes = Qwen3MoE(ModelConfig.from_dir(base)).checkpoint_shapes()
-    pieces, dtype = (
-        Pieces(path, shapes),
-        json.loads((base / "config.json").read_text()).get("dtype", "bfloat16"),
-    )
+    config = json.loads((base / "config.json").read_text())
+    dtype = getattr(torch, config.get("dtype", "bfloat16"))
+    pieces, metadata, parts = Pieces(path, shapes), {"version": str(manifest["step"])}, []
+    groups = files_of(shapes, dtype)
+    for i, names in enumerate(groups):
+        tensors = {name: pieces.whole("weight", name).to(dtype) for name in names}
+        shard = f"model-{i + 1:05d}-of-{len(groups):05d}"
+        write_share(out, shard, tensors, None, metadata)
+        parts.append({"name": shard, "tensors": {name: describe(t) for name, t in tensors.items()}})
+    write_static(out, base, parts, model_card(run_dir, manifest["step"]))
+
+
+def files_of(shapes: dict[str, torch.Size], dtype: torch.dtype) -> list[list[str]]:
+    """The names of the tensors in each file: in layer order, 4 GB a file."""
     groups, size = [[]], 0
-    for name in sorted(shapes, key=layer_order):  # one file for each 4 GB
-        size += shapes[name].numel() * getattr(torch, dtype).itemsize
+    for name in sorted(shapes, key=layer_order):
+        size += shapes[name].numel() * dtype.itemsize
         if size > 4e9 and groups[-1]:
             groups, size = [*groups, []], 0
         groups[-1].append(name)
-    parts = []
-    for i, names in enumerate(groups):
-        tensors = {name: pieces.whole("weight", name).to(getattr(torch, dtype)) for name in names}
-        shard = f"model-{i + 1:05d}-of-{len(groups):05d}"
-        write_share(out, shard, tensors, None, {"version": str(manifest["step"])})
-        parts.append({"name": shard, "tensors": {name: describe(t) for name, t in tensors.items()}})
-    write_static(out, base, parts, model_card(run_dir, manifest["step"]))
+    return groups
 
 
 # ---- check ---------------------------------------------------------------------------------------
@@ -86,15 +88,11 @@ def check(path: Path) -> str:
             raise WeightsError(f"{path}: tensor {name} differs from the manifest")
         if not tensor.isfinite().all():
             raise WeightsError(f"{path}: {name} is not finite throughout")
-        dtypes, elements = (
-            dtypes | {str(tensor.dtype).removeprefix("torch.")},
-            elements + tensor.numel(),
-        )
-    said = (
-        f"as the manifest of v{manifest['version']} says"
-        if manifest
-        else "without a manifest to compare digests with"
-    )
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        elements += tensor.numel()
+    said = "without a manifest to compare digests with"
+    if manifest:
+        said = f"as the manifest of v{manifest['version']} says"
     return (
         f"{path}: whole, {len(shapes)} tensors, {elements:,} parameters in "
         f"{', '.join(sorted(dtypes))}, {said}"
