@@ -100,24 +100,24 @@ def correction_weight(own, gen, mask, alg: Algorithm, sequence):
 
     tis clamps it to the bounds; icepop zeroes the tokens outside; seq-mask-tis zeroes the sequences
     whose geometric mean is outside. With sequence-level ratios it is the product over the sequence,
-    as in the seed system.
+    as in NeMo RL.
     """
-    kind, low, high = (
-        getattr(alg, f"truncated_importance_sampling_{n}") for n in ("type", "ratio_min", "ratio")
-    )
-    whole = alg.sequence_level_importance_ratios
-    raw = bounded_exp(sequence_sum(own - gen, sequence) if whole else own - gen)
+    kind = alg.truncated_importance_sampling_type
+    high = alg.truncated_importance_sampling_ratio
+    low = alg.truncated_importance_sampling_ratio_min or 0.0
+    log_weight = own - gen
+    if alg.sequence_level_importance_ratios:
+        log_weight = sequence_sum(log_weight, sequence)
+    raw = bounded_exp(log_weight)
     if kind is None:
         return raw, raw, torch.zeros_like(mask)
-    judged = (
-        bounded_exp(sequence_mean(own - gen, mask, sequence)) if kind == "seq-mask-tis" else raw
-    )
-    outside = (judged < (low or 0.0)) | (judged > high)
-    return (
-        raw,
-        raw.clamp(low or 0.0, high) if kind == "tis" else torch.where(outside, 0.0, raw),
-        outside,
-    )
+    if kind == "seq-mask-tis":
+        judged = bounded_exp(sequence_mean(own - gen, mask, sequence))
+    else:
+        judged = raw
+    outside = (judged < low) | (judged > high)
+    used = raw.clamp(low, high) if kind == "tis" else torch.where(outside, 0.0, raw)
+    return raw, used, outside
 
 
 def kl_estimate(logprobs, ref_logprobs, alg: Algorithm, weight=None):
@@ -130,31 +130,31 @@ def kl_estimate(logprobs, ref_logprobs, alg: Algorithm, weight=None):
     """
     d = ref_logprobs - logprobs
     clamped = d.clamp(-alg.kl_input_clamp_value, alg.kl_input_clamp_value)
-    kind = alg.reference_policy_kl_type
-    kl = (
-        -clamped
-        if kind == "k1"
-        else clamped.square() / 2
-        if kind == "k2"
-        else torch.expm1(clamped) - clamped
-    )
+    if alg.reference_policy_kl_type == "k1":
+        kl = -clamped
+    elif alg.reference_policy_kl_type == "k2":
+        kl = clamped.square() / 2
+    else:
+        kl = torch.expm1(clamped) - clamped
     if weight is not None:
         kl = kl * torch.where(d == clamped, weight, weight.detach())
     return kl.clamp(-alg.kl_output_clamp_value, alg.kl_output_clamp_value)
 
 
-def token_loss(
-    logprobs,
-    prev,
-    gen,
-    advantages,
-    mask,
-    weights,
-    alg: Algorithm,
-    ref=None,
-    nll_weights=None,
-    sequence=None,
-):
+class Tokens(NamedTuple):
+    """What the loss reads of each sampled token, besides its log-prob under the weights being
+    trained. Shapes: all (T,)."""
+
+    prev: torch.Tensor  # log-prob under the trainer's weights at the start of the step
+    gen: torch.Tensor  # log-prob under the sampler's
+    advantages: torch.Tensor
+    mask: torch.Tensor  # False where there is no token; the rest may hold anything there
+    weights: torch.Tensor  # `row_weights`: what it counts for in the mean, 0 where masked
+    ref: torch.Tensor | None = None  # log-prob under the starting model, for the KL penalty
+    nll_weights: torch.Tensor | None = None  # what it counts for in the mean over rewarded samples
+
+
+def token_loss(logprobs, tokens: Tokens, alg: Algorithm, sequence=None):
     """The loss of every token, times what it counts for; the sum is the loss. The gradient flows to
     logprobs alone.
 
@@ -163,11 +163,12 @@ def token_loss(
     anything, inf and NaN included: they are replaced before any arithmetic, since 0 * inf would be
     NaN in value or gradient.
 
-    Shapes: all (T,). Arguments as in `policy_loss`. Returns: loss (T,) and the parts that metrics
-    are made of.
+    Shapes: logprobs (T,); sequence (T,): which sequence of the micro-batch a token is of. Returns:
+    loss (T,) and the parts that metrics are made of.
     """
+    mask = tokens.mask
     curr, prev, gen, advantages = (
-        torch.where(mask, x, 0.0) for x in (logprobs, prev, gen, advantages)
+        torch.where(mask, x, 0.0) for x in (logprobs, tokens.prev, tokens.gen, tokens.advantages)
     )
     own = prev if alg.needs_prev else curr.detach()
     anchor = token_anchor = gen if alg.ratio_anchor == "sampler" else own
@@ -176,10 +177,12 @@ def token_loss(
         # so the ratio is the sequence's, at each token
         anchor = curr - sequence_mean(curr - anchor, mask, sequence)
     # FORK HERE: another algorithm is another function of these log-probs.
-    term = (
-        cispo_loss if alg.use_cispo else reinforce_loss if alg.disable_ppo_ratio else ppo_clip_loss
-    )
-    loss_T, ratio, clamped = term(curr, anchor, advantages, alg)
+    if alg.use_cispo:
+        loss_T, ratio, clamped = cispo_loss(curr, anchor, advantages, alg)
+    elif alg.disable_ppo_ratio:
+        loss_T, ratio, clamped = reinforce_loss(curr, anchor, advantages, alg)
+    else:
+        loss_T, ratio, clamped = ppo_clip_loss(curr, anchor, advantages, alg)
     raw, used, outside = correction_weight(own, gen, mask, alg, sequence)
     if alg.use_importance_sampling_correction:
         loss_T = loss_T * used
@@ -188,12 +191,12 @@ def token_loss(
         # The samples come from the policy itself, so their probability has a gradient too, though
         # its value is 1.
         weight = bounded_exp(curr - (gen if alg.use_on_policy_kl_approximation else curr.detach()))
-        kl = kl_estimate(curr, torch.where(mask, ref, 0.0), alg, weight)
+        kl = kl_estimate(curr, torch.where(mask, tokens.ref, 0.0), alg, weight)
         if not alg.use_kl_in_reward:
             loss_T = loss_T + alg.reference_policy_kl_penalty * kl
-    loss_T = loss_T * weights
+    loss_T = loss_T * tokens.weights
     if alg.positive_example_nll_weight:
-        loss_T = loss_T - alg.positive_example_nll_weight * nll_weights * curr
+        loss_T = loss_T - alg.positive_example_nll_weight * tokens.nll_weights * curr
     parts = Parts(
         curr.detach(), own, token_anchor, gen, advantages, ratio, clamped, raw, outside, kl.detach()
     )
@@ -202,58 +205,35 @@ def token_loss(
 
 def policy_loss(
     logprobs,
-    prev_logprobs,
-    gen_logprobs,
-    advantages,
-    mask,
-    weights,
-    num_tokens,
+    tokens: Tokens,
     alg: Algorithm,
-    ref_logprobs=None,
-    nll_weights=None,
-    sequence=None,
+    num_tokens,
     num_seqs=1,
+    sequence=None,
     age=None,
     max_age=0,
 ):
     """Loss and metrics of one micro-batch, as its share of the optimizer batch.
 
-    logprobs: log pi of the sampled tokens under the weights being trained (with gradient);
-    prev_logprobs: the trainer's own at the start of the step; gen_logprobs: the sampler's;
-    ref_logprobs: the starting model's, for the KL penalty; weights: `row_weights` of each token, 0
-    where masked; nll_weights: the same for the mean over tokens of rewarded samples; sequence:
-    which sequence of the micro-batch a token is of; age: in steps, 0 is current.
+    logprobs: log pi of the sampled tokens under the weights being trained, with gradient; age: of a
+    token's weights, in steps, 0 is current.
 
     Shapes: all (T,); num_tokens, num_seqs: global counts of loss tokens and sequences, 0-D or int.
     Returns: loss (0-D) and metrics, a dict of 0-D tensors and one histogram. Names ending in _min
     or _max reduce by that, all others by sum, over micro-batches and ranks; a sum over the whole
     batch is a mean over its tokens. Source of names and definitions: NeMo RL's clipped
-    policy-gradient loss. sampling_importance_ratio is the weight before truncation, since the
-    truncated one hides what it is there to show.
+    policy-gradient loss.
     """
-    loss_T, parts = token_loss(
-        logprobs,
-        prev_logprobs,
-        gen_logprobs,
-        advantages,
-        mask,
-        weights,
-        alg,
-        ref_logprobs,
-        nll_weights,
-        sequence,
-    )
+    loss_T, parts = token_loss(logprobs, tokens, alg, sequence)
     loss = loss_T.sum()
-
     with torch.no_grad():
-        metrics = token_metrics(
-            parts, mask, weights, nll_weights, num_tokens, num_seqs, sequence, alg
-        )
+        metrics = token_metrics(parts, tokens, num_tokens, num_seqs, sequence, alg)
         if age is not None:
-            metrics.update(mismatch_by_age(parts.own, parts.gen, mask, age, max_age))
+            metrics.update(mismatch_by_age(parts.own, parts.gen, tokens.mask, age, max_age))
     return loss, {"loss": loss.detach(), **metrics}
 
 
+# ---- what the tokens say of the training ---------------------------------------------------------
 def bounded_exp(log_ratio):
     return log_ratio.clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp()
 
@@ -284,20 +264,30 @@ class Parts(NamedTuple):
     kl: torch.Tensor  # to the starting model, estimated
 
 
-def token_metrics(parts: Parts, mask, weights, nll_weights, num_tokens, num_seqs, sequence, alg):
-    """The seed system's metrics by its names and definitions, but for sampling_importance_ratio,
-    which is the weight before truncation: the truncated one hides what it is there to show. Then
-    the diagnostics of the clip.
+def token_metrics(parts: Parts, tokens: Tokens, num_tokens, num_seqs, sequence, alg):
+    """NeMo RL's metrics by its names and definitions, but for sampling_importance_ratio: it is the
+    weight before truncation, since the truncated one hides what it is there to show. Then the
+    diagnostics of the clip.
 
-    Shapes: all (T,), weights as in loss.policy_loss -> a dict of 0-D tensors and one histogram.
+    Shapes: all (T,) -> a dict of 0-D tensors and one histogram.
     """
     curr, own, anchor, gen, advantages, ratio, clamped, correction, outside, kl = parts
-    mean = lambda x: torch.where(mask, x, 0.0).sum() / max(num_tokens, 1)
-    seq_mean = lambda x: (
-        mean(x / sequence_sum(mask.float(), sequence).clamp(min=1)) * num_tokens / max(num_seqs, 1)
-    )
-    low = lambda x: torch.where(mask, x, torch.inf).amin()
-    high = lambda x: torch.where(mask, x, -torch.inf).amax()
+    mask, nll_weights = tokens.mask, tokens.nll_weights
+
+    def mean(x):
+        return torch.where(mask, x, 0.0).sum() / max(num_tokens, 1)
+
+    def seq_mean(x):
+        per_sequence = x / sequence_sum(mask.float(), sequence).clamp(min=1)
+        return mean(per_sequence) * num_tokens / max(num_seqs, 1)
+
+    def low(x):
+        return torch.where(mask, x, torch.inf).amin()
+
+    def high(x):
+        return torch.where(mask, x, -torch.inf).amax()
+
+    correction_mean = seq_mean if alg.sequence_level_importance_ratios else mean
     metrics = {
         "probs_ratio": mean(ratio),
         "probs_ratio_min": low(ratio),
@@ -305,11 +295,9 @@ def token_metrics(parts: Parts, mask, weights, nll_weights, num_tokens, num_seqs
         "probs_ratio_clamped": mean(clamped),
         "probs_ratio_clamped_min": low(clamped),
         "probs_ratio_clamped_max": high(clamped),
-        "sampling_importance_ratio": (seq_mean if alg.sequence_level_importance_ratios else mean)(
-            correction
-        ),
+        "sampling_importance_ratio": correction_mean(correction),
         "approx_entropy": -mean(bounded_exp(curr - gen) * curr),
-        "kl_penalty": (kl * weights).sum(),
+        "kl_penalty": (kl * tokens.weights).sum(),
         "positive_nll_loss": mean(kl * 0) if nll_weights is None else -(nll_weights * curr).sum(),
         **{name: mean(x) for name, x in mismatch(own, gen).items()},
         **clip_diagnostics(curr, anchor, advantages, mask, mean),

@@ -29,6 +29,7 @@ from bridge.weights import checkpoint_files
 from loss import ratio_quantile
 from ranks.batch import left_out
 from ranks.checkpoint import best_step, whole
+from ranks.parallel import SUM, merge, reduction_of
 
 
 # ---- console -------------------------------------------------------------------------------------
@@ -84,15 +85,6 @@ class Clock:
         self.begin("log")
         parts = {**self.parts, "total_step_time": self.last - self.start}
         return {f"timing/train/{name}": s for name, s in parts.items()}
-
-
-def merge(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Two sets of partial metrics as one: names ending in _min and _max by that, the others added
-    up."""
-    if not (a and b):
-        return {**a, **b}
-    ops = {"_min": torch.minimum, "_max": torch.maximum}
-    return {n: ops.get(n[-4:], torch.add)(a[n], b[n]) for n in b}
 
 
 def fetch(metrics: dict[str, torch.Tensor]) -> dict[str, float | list[float]]:
@@ -163,9 +155,8 @@ def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> d
             tokens = values["tokens_" + name.split("_error_")[1]]
             record[f"train/{name}"] = value / tokens if tokens else None
         else:
-            record[f"train/{name}"] = (
-                value if name.endswith(("_min", "_max")) else value / len(counts)
-            )
+            is_sum = reduction_of(name) is SUM
+            record[f"train/{name}"] = value / len(counts) if is_sum else value
     clipped = values["would_clip"]
     record["train/low_prob_share_of_would_clip"] = (
         values["low_prob_would_clip"] / clipped if clipped else None

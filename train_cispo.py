@@ -29,7 +29,6 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 
 import dataclasses
 import json
-import math
 import os
 import socket
 import sys
@@ -57,25 +56,22 @@ from ranks.parallel import (
     broadcast_bytes,
     join_ranks,
     make_mesh,
+    merge,
     reduce_metrics,
+    reduction_of,
 )
 from ranks.resume import about, checkpoint_due, start_or_resume
 from ranks.run_dir import share_model
-from report import Log, merge, say
+from report import Log, say
 
 
 # ---- one update ----------------------------------------------------------------------------------
 def micro_batch_logprobs(model, mb: MicroBatch, cfg: Config):
     """log pi and entropy of the sampled tokens, (N padded,), and the experts used, (L, t, K)."""
     hidden_TD, expert_ids = model(mb.tokens_T, mb.cu_seqlens, mb.max_seqlen, mb.expert_ids)
+    head = (cfg.temperature, cfg.logprob_chunk_size, cfg.compile, model.mesh.tp_group)
     logprobs, entropy = ops.token_logprobs(
-        hidden_TD[mb.rows_N],
-        model.head_weight,
-        mb.targets_N,
-        cfg.temperature,
-        cfg.logprob_chunk_size,
-        cfg.compile,
-        model.mesh.tp_group,
+        hidden_TD[mb.rows_N], model.head_weight, mb.targets_N, *head
     )
     return logprobs, entropy, expert_ids
 
@@ -103,6 +99,13 @@ def fix_for_the_step(
         mb.expert_ids = expert_ids if cfg.router_replay else None
 
 
+def tokens_of(mb: MicroBatch) -> loss.Tokens:
+    """What the loss reads of a micro-batch. Without a KL penalty `ref` is there, and not read."""
+    ref = mb.gen_logprobs if mb.ref_logprobs is None else mb.ref_logprobs
+    own = (mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, mb.weights)
+    return loss.Tokens(*own, ref, mb.nll_weights)
+
+
 def train_update(
     model, optimizer, micro_batches: list[MicroBatch], counts, cfg: Config, policy_loss
 ):
@@ -112,60 +115,41 @@ def train_update(
     Without experts nothing waits for the device."""
     num_tokens, num_seqs = counts
     metrics: dict[str, torch.Tensor] = {}
-    alg, head, tp_group = cfg.algorithm, model.head_weight, model.mesh.tp_group
-    objective = lambda logprobs, *aux: loss.token_loss(logprobs, *aux[:5], alg, *aux[5:])[0]
+    alg, weight, tp_group = cfg.algorithm, model.head_weight, model.mesh.tp_group
+
+    def objective(logprobs, *tokens):
+        return loss.token_loss(logprobs, loss.Tokens(*tokens), alg)[0]
+
     optimizer.zero_grad()
     # In fp32 the head's gradient is added to the main one chunk by chunk; else autograd hands it
     # over, as all others.
-    head_grad = (
-        head.main_grad if head.requires_grad and head.main_grad.dtype.itemsize >= 4 else None
-    )
+    added = weight.requires_grad and weight.main_grad.dtype.itemsize >= 4
+    head_grad = weight.main_grad if added else None
+    head = (cfg.temperature, cfg.logprob_chunk_size, cfg.compile, tp_group)
     for mb in micro_batches:
-        # without a penalty it is not read
-        ref = mb.gen_logprobs if mb.ref_logprobs is None else mb.ref_logprobs
-        aux = (mb.prev_logprobs, mb.gen_logprobs, mb.advantages, mb.mask, mb.weights)
-        rest = (
-            num_tokens,
-            alg,
-            ref,
-            mb.nll_weights,
-            mb.sequence,
-            num_seqs,
-            mb.age,
-            cfg.max_trajectory_age_steps,
-        )
-        # two passes: the gradient of a token waits for the log-probs of its sequence
-        if alg.needs_sequences:
+        tokens = tokens_of(mb)
+        rest = (alg, num_tokens, num_seqs, mb.sequence, mb.age, cfg.max_trajectory_age_steps)
+        if alg.needs_sequences:  # two passes: a token's gradient waits for its whole sequence
             logprobs, entropy, expert_ids = micro_batch_logprobs(model, mb, cfg)
-            value, stats = policy_loss(logprobs, *aux, *rest)
+            value, stats = policy_loss(logprobs, tokens, *rest)
             value.backward()
         else:
             hidden_TD, expert_ids = model(mb.tokens_T, mb.cu_seqlens, mb.max_seqlen, mb.expert_ids)
             value, logprobs, entropy = ops.fused_head_loss(
-                hidden_TD[mb.rows_N],
-                head,
-                mb.targets_N,
-                objective,
-                (*aux, ref, mb.nll_weights),
-                cfg.temperature,
-                cfg.logprob_chunk_size,
-                cfg.compile,
-                tp_group,
-                weight_grad=head_grad,
+                hidden_TD[mb.rows_N], weight, mb.targets_N, objective, tokens, *head, head_grad
             )
             value.backward()
-            _, stats = policy_loss(logprobs, *aux, *rest)
+            _, stats = policy_loss(logprobs, tokens, *rest)
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
         if expert_ids is not None:
             stats["expert_tokens"] = expert_tokens(expert_ids, mb.num_tokens, model)
         metrics = merge(metrics, stats)
     if "expert_tokens" in metrics:  # each rank of a tp group has routed its own slice of the tokens
         all_reduce(metrics["expert_tokens"], tp_group)
-    grad_norm, nothing = optimizer.step(), {"_min": math.inf, "_max": -math.inf}
+    grad_norm = optimizer.step()
     counted = grad_norm.isfinite()
-    return {
-        n: torch.where(counted, x, nothing.get(n[-4:], 0)) for n, x in metrics.items()
-    }, grad_norm
+    metrics = {n: torch.where(counted, x, reduction_of(n).nothing) for n, x in metrics.items()}
+    return metrics, grad_norm
 
 
 # ---- the run -------------------------------------------------------------------------------------

@@ -23,9 +23,12 @@ Bytes that a rank sends, with b bytes per value and n ranks in the group:
 Sources: Megatron-LM arXiv:1909.08053, sequence parallelism arXiv:2205.05198, ZeRO arXiv:1910.02054.
 """
 
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -252,21 +255,42 @@ def all_reduce(x: torch.Tensor, group, op=dist.ReduceOp.SUM) -> torch.Tensor:
     return x
 
 
+class Reduction(NamedTuple):
+    """How the parts of a metric become one: two of them, those of all ranks, and none."""
+
+    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    op: dist.ReduceOp
+    nothing: float
+
+
+SUM = Reduction(torch.add, dist.ReduceOp.SUM, 0.0)
+REDUCTIONS = {  # by the ending of a metric's name; all others are added up
+    "_min": Reduction(torch.minimum, dist.ReduceOp.MIN, math.inf),
+    "_max": Reduction(torch.maximum, dist.ReduceOp.MAX, -math.inf),
+}
+
+
+def reduction_of(name: str) -> Reduction:
+    return REDUCTIONS.get(name[-4:], SUM)
+
+
+def merge(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Two sets of partial metrics as one."""
+    if not (a and b):
+        return {**a, **b}
+    return {name: reduction_of(name).combine(a[name], b[name]) for name in b}
+
+
 def reduce_metrics(metrics: dict[str, torch.Tensor], group) -> dict[str, torch.Tensor]:
-    """Add up metrics over ranks; names ending in _min and _max reduce by that."""
+    """Partial metrics of all ranks as one, in one collective for each reduction."""
     reduced = {}
-    for suffix, op in (
-        ("_min", dist.ReduceOp.MIN),
-        ("_max", dist.ReduceOp.MAX),
-        ("", dist.ReduceOp.SUM),
-    ):
-        names = [n for n in metrics if n.endswith(suffix) and n not in reduced]
+    for reduction in (*REDUCTIONS.values(), SUM):
+        names = [name for name in metrics if reduction_of(name) is reduction]
         if names:
-            packed = all_reduce(
-                torch.cat([metrics[n].double().flatten() for n in names]), group, op
-            )
-            parts = packed.split([metrics[n].numel() for n in names])
-            reduced.update((n, part.view(metrics[n].shape)) for n, part in zip(names, parts))
+            flat = torch.cat([metrics[name].double().flatten() for name in names])
+            packed = all_reduce(flat, group, reduction.op)
+            parts = packed.split([metrics[name].numel() for name in names])
+            reduced |= {name: x.view(metrics[name].shape) for name, x in zip(names, parts)}
     return reduced
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import unpack_batch
+from batches import policy_loss, unpack_batch
 
 from bridge.groups import Group
 from config import Config
-from loss import policy_loss
 from ranks.batch import pack_batch
 
 torch.set_num_threads(1)

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from batches import policy_loss
 from on_ranks import on_ranks
 from torch.testing import assert_close
 
-from loss import Algorithm, policy_loss
+from loss import Algorithm
 from ranks import ops
 from ranks.ops import IGNORED, chunk_rows, fused_head_loss, token_logprobs
 from ranks.parallel import join_ranks

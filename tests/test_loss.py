@@ -8,9 +8,10 @@ from itertools import product
 
 import pytest
 import torch
+from batches import policy_loss
 from torch.testing import assert_close
 
-from loss import Algorithm, cispo_loss, group_advantages, mismatch, policy_loss
+from loss import Algorithm, cispo_loss, group_advantages, mismatch
 from ranks.batch import row_weights
 from ranks.ops import token_logprobs
 

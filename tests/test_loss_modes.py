@@ -6,21 +6,13 @@ import math
 
 import pytest
 import torch
-from batches import rows_of
+from batches import policy_loss, rows_of, token_loss
 from test_loss import INPUTS, NARROW, PRINTED
 from torch.testing import assert_close
 
 from bridge.groups import Group
 from config import Config
-from loss import (
-    BINS,
-    Algorithm,
-    group_advantages,
-    kl_estimate,
-    policy_loss,
-    ratio_quantile,
-    token_loss,
-)
+from loss import BINS, Algorithm, group_advantages, kl_estimate, ratio_quantile
 from ranks.batch import pack_batch, row_weights
 from report import fetch, update_metrics
 
