@@ -1,14 +1,14 @@
-"""New weights on a rollout node: pull what leads from the version at hand to the new one, patch a
-copy, prove it.
+"""New weights on a rollout node: fetch the files that lead from the version at hand to the new one,
+patch a copy, verify it.
 
-A version is a directory `v{N}` that opens in vLLM, beside the manifest it was proven against. Per
-shard (a trainer rank's share) the cheapest way by bytes is taken: the chain of deltas from the
-shard at hand, or the newest whole copy and the chain from there. A directory has its name only when
-every tensor's digest is right; whatever is found wrong refuses the update, and the old directory
-was not touched.
+A version is a directory `v{N}` that vLLM opens, beside the manifest it was verified against. Of
+each shard (a trainer rank's share) the way with the fewest bytes is taken: the chain of deltas from
+the shard at hand, or the newest whole copy and the chain from there. A directory gets its name only
+when every tensor's digest is right. What is found wrong refuses the update, and the old directory
+is as it was.
 
 All of it runs in threads at a low priority, so that vLLM keeps generating; sockets, files, hashes
-and codecs leave Python's lock alone.
+and codecs release Python's lock.
 """
 
 import asyncio
@@ -19,9 +19,11 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
@@ -54,37 +56,56 @@ class NoRoom(WeightsError):
     trainer could mend."""
 
 
-# ---- what to pull --------------------------------------------------------------------------------
+# ---- what to fetch -------------------------------------------------------------------------------
+class Way(NamedTuple):
+    """Files of a shard to apply in turn, and their bytes."""
+
+    bytes: int
+    files: list[dict]
+
+    def then(self, file: dict) -> "Way":
+        return Way(self.bytes + file["bytes"], [*self.files, file])
+
+
 def path_to(shard: dict, version: int, held: int | None) -> list[dict]:
-    """The files of a shard to apply in turn, the fewest bytes that lead to `version`: after `held`,
-    if that is at hand, or from a whole copy. Raises: WeightsError when none does."""
-    best: dict[int, tuple[int, list[dict]]] = {} if held is None else {held: (0, [])}
+    """The files of a shard that lead to `version` in the fewest bytes: from `held`, if that is at
+    hand, or from a whole copy. Raises: WeightsError when none do.
+
+    cheapest[v] = min(whole file of v, cheapest[v-1] + delta of v), and nothing for `held`."""
+    nothing = Way(0, [])
+    cheapest = {} if held is None else {held: nothing}
     for file in sorted(shard["files"], key=lambda f: f["version"]):
-        cost, files = (
-            (0, []) if file["kind"] == "full" else best.get(file["version"] - 1, (None, []))
-        )
-        found = best.get(file["version"])
-        if cost is not None and (found is None or cost + file["bytes"] < found[0]):
-            best[file["version"]] = (cost + file["bytes"], [*files, file])
-    if version not in best:
+        v = file["version"]
+        before = nothing if file["kind"] == "full" else cheapest.get(v - 1)
+        if before is not None:
+            ways = [cheapest[v]] if v in cheapest else []
+            cheapest[v] = min([*ways, before.then(file)], key=lambda way: way.bytes)
+    if version not in cheapest:
         raise WeightsError(
             f"no way to v{version} of {shard['name']} from v{held}: {len(shard['files'])} files"
         )
-    return best[version][1]
+    return cheapest[version].files
 
 
 def header_of(shard: dict) -> bytes:
     """What the shard's safetensors file must start with."""
-    size = lambda t: torch.Size(t["shape"]).numel() * DTYPES[t["dtype"]].itemsize
-    return safetensors_header(
-        {n: (t["dtype"], t["shape"], size(t)) for n, t in shard["tensors"].items()}, {}
-    )
+    entries = {}
+    for name, t in shard["tensors"].items():
+        size = torch.Size(t["shape"]).numel() * DTYPES[t["dtype"]].itemsize
+        entries[name] = t["dtype"], t["shape"], size
+    return safetensors_header(entries, {})
+
+
+def offsets(header: bytes) -> dict[str, tuple[int, int]]:
+    """Where in the file each tensor's bytes are."""
+    entries = json.loads(header[8:])
+    del entries["__metadata__"]
+    at = lambda entry: tuple(len(header) + offset for offset in entry["data_offsets"])
+    return {name: at(entry) for name, entry in entries.items()}
 
 
 def full_bytes(shard: dict) -> int:
-    header = header_of(shard)
-    ends = [t["data_offsets"][1] for n, t in json.loads(header[8:]).items() if n != "__metadata__"]
-    return len(header) + max(ends)
+    return max(end for _, end in offsets(header_of(shard)).values())
 
 
 def check_manifest(manifest: dict, run: str, after: int) -> None:
@@ -101,6 +122,17 @@ def check_manifest(manifest: dict, run: str, after: int) -> None:
 
 
 # ---- the network ---------------------------------------------------------------------------------
+class Range(NamedTuple):
+    """Bytes start..end of a file, and the open file here that they go to, at the same place."""
+
+    url: str  # of the server; "" is the hub
+    version: int
+    name: str
+    fd: int
+    start: int
+    end: int
+
+
 @dataclass
 class Source:
     """The hub and its fellow servers: where files come from, and when to give up."""
@@ -109,46 +141,63 @@ class Source:
     headers: dict[str, str]
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def pull(self, url: str, version: int, name: str, fd: int, start: int, end: int) -> None:
-        """Bytes start..end of a file into the same place of fd. What breaks off is resumed where it
-        was. Raises: WeightsError when it is refused or does not move for PATIENCE_S."""
-        to, attempt = urlsplit(url or self.hub), 0
-        what, buffer = f"v{version}/{name} from {to.netloc}", memoryview(bytearray(1 << 20))
+    def pull(self, part: Range) -> None:
+        """Fetch a range. What breaks off is resumed where it was. Raises: WeightsError when it is
+        refused; WaitOver when nothing comes for PATIENCE_S."""
+        at, attempt = part.start, 0
+        what = f"v{part.version}/{part.name} from {urlsplit(part.url or self.hub).netloc}"
         wait = Wait("weights fetch", PATIENCE_S, whom=what)
-        connect = (
-            http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
-        )
-        while start < end:
-            if self.stop.is_set():
-                raise WeightsError("stopped")
+        while at < part.end:
             try:
-                with contextlib.closing(connect(to.hostname, to.port, timeout=5.0)) as connection:
-                    headers = {**self.headers, "Range": f"bytes={start}-{end - 1}"}
-                    connection.request(
-                        "GET", f"{to.path.rstrip('/')}/weights/{version}/{name}", headers=headers
-                    )
-                    response = connection.getresponse()
-                    if response.status >= 500:
-                        raise ConnectionError(f"status {response.status}")
-                    if response.status != 206:
-                        raise WeightsError(
-                            f"{what}: status {response.status}, {response.read(300)!r}"
-                        )
-                    while start < end:
-                        if self.stop.is_set():
-                            raise WeightsError("stopped")
-                        if not (count := response.readinto(buffer[: end - start])):
-                            raise ConnectionError("the connection was closed")
-                        write(fd, buffer[:count], start)
-                        start, attempt, wait = (
-                            start + count,
-                            0,
-                            Wait("weights fetch", PATIENCE_S, whom=what),
-                        )
+                for data in self._chunks(part, at, what):
+                    write(part.fd, data, at)
+                    at, attempt = at + len(data), 0
+                    wait = Wait("weights fetch", PATIENCE_S, whom=what)
             except (OSError, http.client.HTTPException) as e:
-                wait.check(f"at byte {start} of {end}; {e!r}")
+                wait.check(f"at byte {at} of {part.end}; {e!r}")
                 self.stop.wait(backoff_s(attempt, most=2.0))
                 attempt += 1
+
+    def _chunks(self, part: Range, start: int, what: str) -> Iterator[memoryview]:
+        """Bytes of a range from `start` on, from one connection; a chunk holds until the next."""
+        to, buffer = urlsplit(part.url or self.hub), memoryview(bytearray(1 << 20))
+        https = to.scheme == "https"
+        connect = http.client.HTTPSConnection if https else http.client.HTTPConnection
+        self._check()
+        with contextlib.closing(connect(to.hostname, to.port, timeout=5.0)) as connection:
+            headers = {**self.headers, "Range": f"bytes={start}-{part.end - 1}"}
+            path = f"{to.path.rstrip('/')}/weights/{part.version}/{part.name}"
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            if response.status >= 500:
+                raise ConnectionError(f"status {response.status}")
+            if response.status != 206:
+                raise WeightsError(f"{what}: status {response.status}, {response.read(300)!r}")
+            while start < part.end:
+                self._check()
+                if not (count := response.readinto(buffer[: part.end - start])):
+                    raise ConnectionError("the connection was closed")
+                yield buffer[:count]
+                start += count
+
+    def _check(self) -> None:
+        if self.stop.is_set():
+            raise WeightsError("stopped")
+
+
+def ranges(
+    path: Path, url: str, version: int, name: str, size: int, opened: contextlib.ExitStack
+) -> list[Range]:
+    """The ranges of a file that `path` is to hold. It is opened until `opened` ends, and its room
+    is taken, so that a full disk shows now."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    opened.callback(os.close, fd)
+    if size:
+        os.posix_fallocate(fd, 0, size)
+    return [
+        Range(url, version, name, fd, at, min(at + RANGE_BYTES, size))
+        for at in range(0, size, RANGE_BYTES)
+    ]
 
 
 def write(fd: int, data, at: int) -> None:
@@ -161,75 +210,43 @@ def write(fd: int, data, at: int) -> None:
 
 
 # ---- one update ----------------------------------------------------------------------------------
+NOTHING = {"run": "", "version": None, "shards": [], "static": {"files": {}}}  # no version at hand
+
+
 def receive(
     manifest: dict, root: Path, have: Path | None, source: Source
 ) -> tuple[Path, dict[str, float]]:
-    """Bring a version to `root/v{N}`, proven; `have`, an older one, is left as it is. Returns it
+    """Bring a version to `root/v{N}`, verified; `have`, an older one, is left as it is. Returns it
     and the seconds and bytes of its parts.
 
-    Raises: WeightsError when what arrived is not what the manifest says; WaitOver for the network.
+    Raises: WeightsError when what arrived is not what the manifest says; WaitOver for the network;
+    NoRoom.
     """
-    # Of this thread, on Linux, and those it starts: a tenth of a core where all are busy, for lower
-    # than that a small machine would never be done.
+    # Of this thread and those it starts, on Linux: a tenth of a core where all are busy. Any lower,
+    # and a small machine would never be done.
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
     version, start = manifest["version"], time.perf_counter()
     final, tmp = root / f"v{version}", root / f"v{version}.tmp"
-    old = (
-        json.loads((have / MANIFEST).read_text())
-        if have
-        else {"run": "", "shards": [], "static": {"files": {}}}
-    )
-    kind = lambda shard: [(n, t["dtype"], t["shape"]) for n, t in shard["tensors"].items()]
-    known = {shard["name"]: kind(shard) for shard in old["shards"] if old["run"] == manifest["run"]}
-    paths = {
-        shard["name"]: path_to(
-            shard, version, old["version"] if known.get(shard["name"]) == kind(shard) else None
-        )
-        for shard in manifest["shards"]
-    }
-    pulled = [(name, file) for name, path in paths.items() for file in path]
-    need = sum(map(full_bytes, manifest["shards"])) + sum(
-        f["bytes"] for _, f in pulled if f["kind"] == "delta"
-    )
+    old = json.loads((have / MANIFEST).read_text()) if have else NOTHING
+    paths = paths_to(manifest, old)
+    sizes = {"full": 0, "delta": 0}
+    for file in (file for path in paths.values() for file in path):
+        sizes[file["kind"]] += file["bytes"]
+    need = sum(map(full_bytes, manifest["shards"])) + sizes["delta"]
     check_room(root, need, need if have is None else 0)
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
-        with ThreadPoolExecutor(STREAMS) as streams:
-            jobs, fds = [], []
-            static = manifest["static"]
-            for name, want in static["files"].items():
-                if old["static"]["files"].get(name) == want:
-                    os.link(have / name, tmp / name)
-                else:
-                    jobs += ranges(tmp / name, "", static["version"], name, want["bytes"], fds)
-            for name, file in pulled:
-                there = name + SUFFIX[file["kind"]]
-                here = tmp / (
-                    there if file["kind"] == "full" else f"{name}.{file['version']}.delta"
-                )
-                jobs += ranges(here, file["url"], file["version"], there, file["bytes"], fds)
-            # the first range of every file first, so that all nodes send at once
-            jobs.sort(key=lambda job: job[4])
-            try:
-                for done in [streams.submit(source.pull, *job) for job in jobs]:
-                    done.result()
-            except BaseException:
-                source.stop.set()  # the others end at their next chunk
-                raise
-            finally:
-                streams.shutdown(cancel_futures=True)
-                for fd in fds:
-                    os.close(fd)
+        pull_all(manifest, old, have, paths, tmp, source)
         fetched = time.perf_counter()
         threads = max(1, min(8, cores() // 8))  # vLLM's share of the machine is the larger one
         with ThreadPoolExecutor(threads) as workers:
-            list(
-                workers.map(
-                    lambda shard: patch(shard, paths[shard["name"]], manifest, tmp, have),
-                    manifest["shards"],
-                )
-            )
+            jobs = [
+                workers.submit(patch, shard, paths[shard["name"]], manifest, tmp, have)
+                for shard in manifest["shards"]
+            ]
+            for job in jobs:
+                job.result()
             write_index(tmp, manifest["shards"])
             patched = time.perf_counter()
             prove(tmp, manifest, workers, source.stop)
@@ -244,8 +261,58 @@ def receive(
         "fetch_s": fetched - start,
         "patch_s": patched - fetched,
         "verify_s": time.perf_counter() - patched,
-        "fetch_bytes": sum(file["bytes"] for _, file in pulled),
+        "fetch_bytes": sum(sizes.values()),
     }
+
+
+def paths_to(manifest: dict, old: dict) -> dict[str, list[dict]]:
+    """For each shard the files to apply; after the old version's, where that is of this run and
+    holds the same tensors under this name."""
+
+    def tensors(shard: dict) -> list[tuple]:
+        return [(name, t["dtype"], t["shape"]) for name, t in shard["tensors"].items()]
+
+    same_run = old["run"] == manifest["run"]
+    held = {shard["name"]: tensors(shard) for shard in old["shards"] if same_run}
+    return {
+        shard["name"]: path_to(
+            shard,
+            manifest["version"],
+            old["version"] if held.get(shard["name"]) == tensors(shard) else None,
+        )
+        for shard in manifest["shards"]
+    }
+
+
+def pull_all(
+    manifest: dict, old: dict, have: Path | None, paths: dict, tmp: Path, source: Source
+) -> None:
+    """All files of a version to `tmp`: those of the paths, and config and tokenizer, which are
+    linked where the old version has the same."""
+    static = manifest["static"]
+    with contextlib.ExitStack() as opened:
+        jobs: list[Range] = []
+        for name, want in static["files"].items():
+            if old["static"]["files"].get(name) == want:
+                os.link(have / name, tmp / name)
+            else:
+                size = want["bytes"]
+                jobs += ranges(tmp / name, "", static["version"], name, size, opened)
+        for name, file in ((name, file) for name, path in paths.items() for file in path):
+            v, there = file["version"], name + SUFFIX[file["kind"]]
+            here = there if file["kind"] == "full" else f"{name}.{v}.delta"
+            jobs += ranges(tmp / here, file["url"], v, there, file["bytes"], opened)
+        # the first range of every file first, so that all nodes send at once
+        jobs.sort(key=lambda job: job.start)
+        with ThreadPoolExecutor(STREAMS) as streams:
+            try:
+                for done in [streams.submit(source.pull, job) for job in jobs]:
+                    done.result()
+            except BaseException:
+                source.stop.set()  # the others end at their next chunk
+                raise
+            finally:
+                streams.shutdown(cancel_futures=True)
 
 
 def check_room(root: Path, need: int, later: int) -> None:
@@ -253,40 +320,26 @@ def check_room(root: Path, need: int, later: int) -> None:
     take beside it."""
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
-    if free < need + later:
-        what = (
-            "two versions, of which one replaces the other"
-            if later
-            else "the new version beside the old"
-        )
-        raise NoRoom(
-            f"{root} has {free / 2**30:.2f} GiB free, and {what} need "
-            f"{(need + later) / 2**30:.2f}: "
-            "choose another directory with --dir"
-        )
-
-
-def ranges(path: Path, url: str, version: int, name: str, size: int, fds: list[int]) -> list[tuple]:
-    """Source.pull's arguments for the ranges of a file, whose room is taken here: a full disk shows
-    now."""
-    fds.append(fd := os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
-    if size:
-        os.posix_fallocate(fd, 0, size)
-    return [
-        (url, version, name, fd, at, min(at + RANGE_BYTES, size))
-        for at in range(0, size, RANGE_BYTES)
-    ]
+    if free >= need + later:
+        return
+    what = "the new version beside the old"
+    if later:
+        what = "two versions, of which one replaces the other"
+    raise NoRoom(
+        f"{root} has {free / 2**30:.2f} GiB free, and {what} need "
+        f"{(need + later) / 2**30:.2f}: choose another directory with --dir"
+    )
 
 
 def patch(shard: dict, path: list[dict], manifest: dict, tmp: Path, have: Path | None) -> None:
-    """The shard's whole file in `tmp`: the one pulled, or a copy of the one at hand, and the deltas
-    on it."""
+    """The shard's whole file in `tmp`: the one that was fetched, or a copy of the one at hand, and
+    the deltas on it. Raises: WeightsError."""
     file = tmp / (shard["name"] + SUFFIX["full"])
-    if not file.exists():
+    if path[0]["kind"] == "full":
+        base, deltas = path[0]["version"], path[1:]
+    else:
+        base, deltas = json.loads((have / MANIFEST).read_text())["version"], path
         shutil.copyfile(have / file.name, file)
-    base = next((f["version"] for f in path if f["kind"] == "full"), None)
-    if base is None:
-        base = json.loads((have / MANIFEST).read_text())["version"]
     if file.stat().st_size != (size := full_bytes(shard)):
         raise WeightsError(f"{file}: {file.stat().st_size} bytes, not {size}")
     # writing to it writes the file
@@ -294,54 +347,54 @@ def patch(shard: dict, path: list[dict], manifest: dict, tmp: Path, have: Path |
     header = header_of(shard)
     if whole[: len(header)].numpy().tobytes() != header:
         raise WeightsError(f"{file}: header differs from the manifest")
-    where = {n: t["data_offsets"] for n, t in json.loads(header[8:]).items() if n != "__metadata__"}
-    for entry in (f for f in path if f["kind"] == "delta"):
+    where = offsets(header)
+
+    def tensor(name: str) -> torch.Tensor:
+        low, high = where[name]
+        return whole[low:high].view(DTYPES[shard["tensors"][name]["dtype"]])
+
+    for entry in deltas:
         code_file = tmp / f"{shard['name']}.{entry['version']}.delta"
+        what = f"v{entry['version']}/{shard['name']}.delta"
+        wanted = {"run": manifest["run"], "version": str(entry["version"]), "base": str(base)}
         if digest(code_file.read_bytes()) != entry["blake3"]:
-            raise WeightsError(
-                f"v{entry['version']}/{shard['name']}.delta: digest differs from the manifest"
-            )
-        with safe_open(code_file, framework="pt") as f:
-            found, wanted = (
-                f.metadata(),
-                {"run": manifest["run"], "version": str(entry["version"]), "base": str(base)},
-            )
-            if {key: found.get(key) for key in wanted} != wanted:
-                raise WeightsError(
-                    f"v{entry['version']}/{shard['name']}.delta is of {found}, not of {wanted}"
-                )
-            for name in f.keys():
-                low, high = where[name]
-                tensor = whole[len(header) + low : len(header) + high].view(
-                    DTYPES[shard["tensors"][name]["dtype"]]
-                )
-                try:
-                    delta.apply(f.get_tensor(name).numpy().tobytes(), tensor)
-                except ValueError as e:
-                    raise WeightsError(
-                        f"v{entry['version']}/{shard['name']}.delta, {name}: {e}"
-                    ) from None
+            raise WeightsError(f"{what}: digest differs from the manifest")
+        apply_codes(code_file, what, wanted, tensor)
         base = entry["version"]
         code_file.unlink()
 
 
+def apply_codes(
+    file: Path, what: str, wanted: dict[str, str], tensor: Callable[[str], torch.Tensor]
+) -> None:
+    """Apply a delta file to the tensors that `tensor` gives by name. Raises: WeightsError where its
+    metadata is not as wanted, or a code is malformed."""
+    with safe_open(file, framework="pt") as f:
+        found = f.metadata()
+        if {key: found.get(key) for key in wanted} != wanted:
+            raise WeightsError(f"{what} is of {found}, not of {wanted}")
+        for name in f.keys():
+            try:
+                delta.apply(f.get_tensor(name).numpy().tobytes(), tensor(name))
+            except ValueError as e:
+                raise WeightsError(f"{what}, {name}: {e}") from None
+
+
 def prove(path: Path, manifest: dict, workers: ThreadPoolExecutor, stop: threading.Event) -> None:
     """Check a directory against its manifest: every static file's digest, every tensor's dtype,
-    shape and digest.
-
-    Raises: WeightsError naming the first file or tensor that differs.
-    """
+    shape and digest. Raises: WeightsError naming the first file or tensor that differs."""
     for name, want in manifest["static"]["files"].items():
         if digest((path / name).read_bytes()) != want["blake3"]:
             raise WeightsError(f"{path / name}: digest differs from the manifest")
     left = {name: want for shard in manifest["shards"] for name, want in shard["tensors"].items()}
 
-    def check(named):
+    def check(named: tuple[str, torch.Tensor]) -> None:
         if stop.is_set():
             raise WeightsError("stopped")
-        if (found := describe(named[1])) != (want := left.pop(named[0], None)):
+        name, tensor = named
+        if (found := describe(tensor)) != (want := left.pop(name, None)):
             raise WeightsError(
-                f"{path}: tensor {named[0]} differs from the manifest: {found} instead of {want}"
+                f"{path}: tensor {name} differs from the manifest: {found} instead of {want}"
             )
 
     list(workers.map(check, read_tensors(path)))
