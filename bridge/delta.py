@@ -1,24 +1,23 @@
 """What changed in a tensor from one version to the next, bit for bit, in few bytes.
 
-A bf16 weight moves only when its fp32 master crosses a rounding boundary, so a step at RL learning
-rates changes a few per cent of them, and most of those by one unit in the last place. A code says
+A bf16 weight moves only when its fp32 master crosses a rounding boundary. A step at RL learning
+rates changes a few per cent of the weights, most of them by one unit in the last place. A code says
 where and by how much:
 
-- where: for each changed element the number of unchanged ones before it, in 16 bits; 65535 means
-that many unchanged
-  ones and no change after them, so that a longer gap takes several entries;
-- by how much: as a difference of integers. A float's bit pattern is a sign and a magnitude; as
-two's complement it
-  counts through the floats in order, -0.0 just below 0.0, so a small step is a small number across
-  zero, too, and any pattern (NaN payloads) to any other is some number.
+- where: for each changed element the number of unchanged ones before it, in 16 bits. 65535 stands
+  for that many unchanged elements and no change after them, so a longer gap takes several entries;
+- by how much: a difference of integers. A float's bit pattern is a sign and a magnitude. Written as
+  two's complement it counts through the floats in order, with -0.0 just below 0.0. So a small step
+  is a small number, across zero too, and the step between any two patterns (NaN payloads) is some
+  number.
 
-Either is cut into planes, the low bytes of all entries, then the next higher, each compressed by
-itself: the low bytes are skewed, the higher ones nearly all zero, so rare long gaps and large steps
-need no other escape.
+Both are cut into planes: the low bytes of all entries, then the next higher ones. Each plane is
+compressed by itself. The low bytes are skewed and the higher ones nearly all zero, so rare long
+gaps and large steps need no other escape.
 
-Applying a code twice steps twice: the base must be the very bytes the code was made from, and the
-result is proven by its digest (receive.py patches a copy of a verified version and starts again
-from that).
+Applying a code twice steps twice. The base must be the very bytes that the code was made from, and
+the result is verified by its digest: receive.py patches a copy of a verified version, and starts
+again from that version if the digest is wrong.
 """
 
 import struct
@@ -31,11 +30,9 @@ import zstandard
 _HEADER = struct.Struct("<BQQQ")
 _SKIP = 65535  # a gap entry: so many unchanged elements, and no changed one
 _BIAS = 127  # steps from -127 to 128 have zeros in all bytes but the lowest
-
-
-# The low bytes are as good as independent, which Huffman coding takes and matches spoil: the fewest
-# possible are looked for, 64 places long ones. Against plain level 1 the steps shrink by a tenth,
-# and it is no slower.
+# The low bytes are nearly independent: Huffman coding suits them, and matches only cost bytes. So
+# zstd is told to look for as few matches as it can. Against its plain level 1 the steps shrink by a
+# tenth, at the same speed.
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
 
 
@@ -58,8 +55,8 @@ def _planes(numbers: np.ndarray) -> list[np.ndarray]:
 
 
 def encode(old: torch.Tensor, new: torch.Tensor) -> bytes:
-    """What turns `old` into `new`, two tensors of one dtype and shape; b"" when they are equal, bit
-    for bit."""
+    """The code that turns `old` into `new`, of the same dtype and shape; b"" when they are equal,
+    bit for bit."""
     assert old.dtype == new.dtype and old.shape == new.shape, (
         f"{old.dtype} {old.shape}, {new.dtype} {new.shape}"
     )
@@ -84,11 +81,8 @@ def changed(code: bytes) -> int:
 
 
 def apply(code: bytes, tensor: torch.Tensor) -> None:
-    """Turn the tensor that was `old` into `new`, in place.
-
-    Raises: ValueError when the code is malformed or for a tensor of another size; the tensor is
-    then as it was.
-    """
+    """Turn a tensor that equals `old` into `new`, in place. Raises: ValueError when the code is
+    malformed or the tensor has another size; the tensor is then unchanged."""
     if not code:
         return
     bits = _bits(tensor)

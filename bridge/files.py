@@ -14,7 +14,7 @@ from bridge.weights import STATIC_FILES, WeightsError
 
 
 def served_file(root: Path, version: str, name: str) -> Path | None:
-    """The file of a version that a node may fetch under this name, if it is there. Whatever is
+    """The file of a version that a node may fetch under this name, or None. A file that is still
     being written has another name."""
     path = root / f"v{version}" / name
     known = name in STATIC_FILES or re.fullmatch(r"model-\d{5}-of-\d{5}\.(safetensors|delta)", name)
@@ -22,8 +22,7 @@ def served_file(root: Path, version: str, name: str) -> Path | None:
 
 
 def has_token(request: web.Request, token: str) -> bool:
-    """Whether the request carries the run's bearer token; compared in a time that does not depend
-    on it."""
+    """Whether the request carries the run's bearer token, compared in constant time."""
     given = request.headers.get("Authorization", "").removeprefix("Bearer ")
     return hmac.compare_digest(given.encode(errors="surrogateescape"), token.encode())
 
@@ -84,7 +83,8 @@ class FileServer:
 
 
 def own_address() -> str:
-    """Where other hosts reach this one: the address of the connection to torchrun's store."""
+    """The address at which other hosts reach this one: that of the connection to torchrun's
+    store."""
     with socket.create_connection(
         (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=30
     ) as s:

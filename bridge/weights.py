@@ -1,9 +1,9 @@
-"""Weights on their way: from a Hugging Face checkpoint into the trainer, and out again to the
-rollout nodes, whose end is receive.py.
+"""Files of weights: a Hugging Face checkpoint into the model, and out again to the rollout nodes.
+The two ends are publish.py and receive.py.
 
-Every rank owns a share of the checkpoint's tensors (`own_hf`), copies it to host memory between
-two steps, and encodes, writes and serves it in the background. A version is a directory `v{N}` on
-the disk of each trainer node:
+Every rank owns a share of the checkpoint's tensors (`own_hf`). It copies the share to host memory
+between two steps, and encodes, writes and serves it in the background. A version is a directory
+`v{N}` on the disk of each trainer node:
 
     model-00001-of-00004.delta        rank 0's share, as what changed since version N-1 (delta.py);
                                       each rank writes one
@@ -13,9 +13,9 @@ the disk of each trainer node:
                                       where all shares are whole; transformers and vLLM open v{N}
     manifest.json                     on rank 0's node, written last: without it there is no version
 
-The manifest says what every tensor of the version must be (digests taken from the trainer's
-memory, so a match on the far side covers codec, disks and wire), and which files of this and
-earlier versions lead there, of what size and where:
+The manifest has the digest of every tensor of the version, taken from the trainer's memory: a match
+at the node covers codec, disks and network. It names the files of this and earlier versions that
+lead there, with their sizes and servers:
 
     {"run": id, "version": 12, "base": 11, "full": false,
      "static": {"version": 0, "files": {name: {"bytes", "blake3"}}},
@@ -36,10 +36,7 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 MANIFEST, INDEX = "manifest.json", "model.safetensors.index.json"
-
-
-# What makes a checkpoint directory complete besides its weights; copied to every version that is
-# whole.
+# What a checkpoint directory has besides its weights; copied to every whole version.
 STATIC_FILES = (
     "config.json",
     "generation_config.json",
@@ -106,11 +103,11 @@ def write_safetensors(
     metadata: dict | None = None,
     hasher: blake3 | None = None,
 ) -> None:
-    """Write CPU tensors: header, then buffers, then fsync; what is written the safetensors library
-    reads. The room is taken first, so a full disk shows before anything is written, and ext4 needs
-    less time per byte.
+    """Write CPU tensors as a file that the safetensors library reads: header, buffers, fsync. The
+    room is taken first, so a full disk shows before anything is written, and ext4 needs less time
+    per byte.
 
-    hasher: is given what the file is given, and takes as long again.
+    hasher: gets the file's bytes; hashing takes as long again.
     """
     entries = {
         n: (_NAMES[t.dtype], list(t.shape), t.numel() * t.element_size()) for n, t in tensors
@@ -126,8 +123,8 @@ def write_safetensors(
             if hasher is not None:
                 hasher.update(data)
             if f.tell() - started >= 32 << 20:
-                # "Not needed" makes the disk start on these while the next are copied, and not at
-                # the fsync.
+                # "Not needed": the disk starts to write these while the next are copied, and not
+                # only at the fsync.
                 os.posix_fadvise(f.fileno(), started, f.tell() - started, os.POSIX_FADV_DONTNEED)
                 started = f.tell()
         f.flush()
@@ -155,8 +152,8 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 class Expert:
-    """One expert's projection in a tensor that holds a layer's experts; to be read like a
-    safetensors slice."""
+    """One expert's projection in a tensor that holds a layer's experts; read like a safetensors
+    slice."""
 
     def __init__(self, fused, expert: int, rows: slice):
         self.fused, self.expert, self.rows, self.get_dtype = fused, expert, rows, fused.get_dtype
@@ -170,56 +167,23 @@ class Expert:
 
 def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
     """What a checkpoint directory has for each tensor of a model (`checkpoint_shapes`), in layer
-    order, as safetensors slices: only headers have been read. It may hold what a model has no
-    parameter for: rotary tables, and beside tied embeddings the head, if it is the same, or the
-    head alone. A layer's experts may lie in one tensor, as transformers has them in memory: gate
-    and up (E, 2F, D), down (E, D, F).
+    order, as safetensors slices: only headers are read, but for a head that may be the embedding.
+
+    It may hold what a model has no parameter for: rotary tables, and with tied embeddings a head of
+    the same values, or the head alone. A layer's experts may lie in one tensor, as transformers has
+    them in memory: gate and up (E, 2F, D), down (E, D, F).
 
     Raises: WeightsError when a tensor is missing, left over, quantized or of another shape; the
     message names it.
     """
-    found, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
-    for file in checkpoint_files(path):
-        if not file.exists():
-            raise WeightsError(
-                f"{file}: no such file; weights are read from it or from the files that {INDEX} "
-                "names"
-            )
-        try:
-            f = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as e:
-            raise WeightsError(f"{file}: not a safetensors file: {e}") from None
-        for name in f.keys():
-            if name in found:
-                raise WeightsError(f"{path}: tensor {name} is in two files")
-            found[name] = f.get_slice(name)
+    found = open_slices(path)
     for name in list(found):
-        if name.endswith(
-            (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
-        ):
+        if name.endswith(ROTARY):
             del found[name]  # computed here, as everywhere
         elif name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            fused, (prefix, projection) = found.pop(name), name.rsplit(".", 1)
-            experts, rows, _ = fused.get_shape()
-            parts = {"down_proj": slice(0, rows)}
-            if projection == "gate_up_proj":
-                parts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
-            for part, where in parts.items():
-                found |= {
-                    f"{prefix}.{e}.{part}.weight": Expert(fused, e, where) for e in range(experts)
-                }
-    if head in found and head not in shapes:  # tied: the head is the embedding
-        stored = found.pop(head)
-        whole = found.setdefault(embedding, stored)
-        if stored.get_shape() != whole.get_shape() or any(
-            not torch.equal(stored[at : at + 4096].float(), whole[at : at + 4096].float())
-            for at in range(0, stored.get_shape()[0], 4096)
-        ):
-            raise WeightsError(
-                f"{path}: {head} differs from {embedding}, and config.json says "
-                "tie_word_embeddings: "
-                "true; if the head is one of its own, it must say false"
-            )
+            found |= experts_of(name, found.pop(name))
+    if HEAD in found and HEAD not in shapes:
+        tie(found, path)
     for name, stored in found.items():
         shape, wanted = tuple(stored.get_shape()), shapes.get(name)
         if wanted is None:
@@ -238,9 +202,64 @@ def stored_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict:
     return {name: found[name] for name in sorted(found, key=layer_order)}
 
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROTARY = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+
+
+def open_slices(path: Path) -> dict:
+    """A slice of each tensor in a checkpoint directory, by name. Raises: WeightsError for a file
+    that cannot be read, and for a tensor that is in two."""
+    found = {}
+    for file in checkpoint_files(path):
+        if not file.exists():
+            raise WeightsError(
+                f"{file}: no such file; weights are read from it or from the files that {INDEX} "
+                "names"
+            )
+        try:
+            f = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as e:
+            raise WeightsError(f"{file}: not a safetensors file: {e}") from None
+        for name in f.keys():
+            if name in found:
+                raise WeightsError(f"{path}: tensor {name} is in two files")
+            found[name] = f.get_slice(name)
+    return found
+
+
+def experts_of(name: str, fused) -> dict[str, Expert]:
+    """Each expert's projections in a tensor that holds a layer's experts."""
+    prefix, projection = name.rsplit(".", 1)
+    experts, rows, _ = fused.get_shape()
+    parts = {"down_proj": slice(0, rows)}
+    if projection == "gate_up_proj":
+        parts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
+    return {
+        f"{prefix}.{e}.{part}.weight": Expert(fused, e, where)
+        for part, where in parts.items()
+        for e in range(experts)
+    }
+
+
+def tie(found: dict, path: Path) -> None:
+    """Where the head is the embedding, a checkpoint may hold either or both. Leaves the embedding
+    alone. Raises: WeightsError when the two differ."""
+    head = found.pop(HEAD)
+    embedding = found.setdefault(EMBEDDING, head)
+    same = head.get_shape() == embedding.get_shape() and all(
+        torch.equal(head[at : at + 4096].float(), embedding[at : at + 4096].float())
+        for at in range(0, head.get_shape()[0], 4096)
+    )
+    if not same:
+        raise WeightsError(
+            f"{path}: {HEAD} differs from {EMBEDDING}, and config.json says tie_word_embeddings: "
+            "true; if the head is one of its own, it must say false"
+        )
+
+
 def read_tensors(path: Path) -> Iterable[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a whole checkpoint directory, one mapped tensor at a time, layer by layer:
-    vLLM converts a layer when all of it has come, and holds back what has come of the others."""
+    """(name, tensor) of a whole checkpoint directory, mapped one at a time, layer by layer: vLLM
+    converts a layer when all its tensors have come, and keeps those of other layers in memory."""
     files = [safe_open(file, framework="pt") for file in checkpoint_files(path)]
     where = {name: file for file in files for name in file.keys()}
     for name in sorted(where, key=layer_order):
@@ -311,7 +330,7 @@ def fsync(path: Path) -> None:
 
 
 def put_in_place(tmp: Path) -> None:
-    """Give a file that is written and synced its name, `tmp` without ".tmp": what has its name is
+    """Rename a written and synced file from NAME.tmp to NAME: a file with its final name is
     whole."""
     tmp.rename(tmp.with_suffix(""))
     fsync(tmp.parent)

@@ -3,18 +3,18 @@
 vLLM imports this module there (`--worker-extension-cls vllm_engine.WorkerExtension`), which
 registers the engine named in `--weight-transfer-config`. rollout.py then drives it through vLLM's
 routes: start_weight_update, update_weights {"path": directory}, finish_weight_update. Only a worker
-may import vllm; and this folder, which is on vLLM's path, holds nothing else: vLLM and what it
-loads must not find model.py or metrics.py here for modules of theirs.
+may import vllm. This folder is on vLLM's path and holds nothing else: otherwise vLLM and what it
+loads could take our model.py or report.py for a module of theirs.
 
-Two ways to corrupt a live model without any error, both of which happened to other trainers: 1.
-`model.load_weights` alone writes checkpoint layout over kernel layout. Layer-wise reload restores
-the loading
-   layout first and converts afterwards, so everything here happens between initialize and finalize.
+Two ways to corrupt a live model without any error, both of which happened to other trainers:
+1. `model.load_weights` alone writes checkpoint layout over kernel layout. Layer-wise reload
+   restores the loading layout first and converts afterwards, so everything here happens between
+   initialize and finalize.
 2. On CPU the MoE method packs its expert weights only when its kernel is built, which it does once.
-Dropping the
-   kernel makes finalize build it again; without that the experts stay unpacked after a reload.
-rollout.py proves at start, and tests/test_vllm.py for good, that reloading the same weights changes
-no checksum.
+   Dropping the kernel makes finalize build it again; without that the experts stay unpacked after a
+   reload.
+At its start rollout.py proves that reloading the same weights changes no checksum, and so does
+tests/test_vllm.py.
 """
 
 import json
@@ -38,21 +38,22 @@ from vllm.model_executor.model_loader.reload import (
 
 
 def tensors_by_layer(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a verified directory, in the order of the numbers in the names: vLLM
-    converts a layer when all of it has come, and holds back what has come of the others."""
+    """(name, tensor) of a verified directory, by the numbers in the names: vLLM converts a layer
+    when all its tensors have come, and keeps those of other layers in memory."""
     index = path / "model.safetensors.index.json"
-    named = (
-        set(json.loads(index.read_text())["weight_map"].values())
-        if index.exists()
-        else {"model.safetensors"}
-    )
+    named = {"model.safetensors"}
+    if index.exists():
+        named = set(json.loads(index.read_text())["weight_map"].values())
     # one that is missing is an error
     files = [safe_open(path / file, framework="pt") for file in named]
     where = {name: file for file in files for name in file.keys()}
-    for name in sorted(
-        where, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
-    ):
+    for name in sorted(where, key=by_numbers):
         yield name, where[name].get_tensor(name)
+
+
+def by_numbers(name: str) -> list[str | int]:
+    """Sorts layer 10 behind layer 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 @dataclass
@@ -100,5 +101,4 @@ WeightTransferEngineFactory.register_engine("safetensors", SafetensorsEngine)
 
 
 class WorkerExtension:
-    """Empty: vLLM wants a class to mix into its worker; what counts is that importing it ran the
-    line above."""
+    """Empty: vLLM wants a class to mix into its worker; importing it has run the line above."""
