@@ -140,138 +140,155 @@ def show(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+# ---- the screen ----------------------------------------------------------------------------------
+BUSY = {  # parts of a step, as the screen calls them
+    "waits for a batch": "exposed_generation",
+    "prev log-probs": "policy_and_reference_logprobs",
+    "updates": "policy_training",
+    "packing": "data_processing",
+    "copying weights": "publish_copy",
+}
+
+
 def frame(run_dir: Path, width: int = 100) -> str:
     """The screen of a run as text with ANSI colours."""
-    config, records = json.loads((run_dir / "config.json").read_text()), read_metrics(run_dir)
-    log = run_dir / "rollout.log"
+    records = read_metrics(run_dir)
     if not records:
+        log = run_dir / "rollout.log"
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-        return (
-            f"{BOLD}{run_dir}{OFF}   no step yet; "
-            f"{last[0] if last else 'no word from a rollout node'}\n"
-        )
-    now, hub, train = records[-1], records[-1]["hub"], lambda name: mean(records, f"train/{name}")
-    t = lambda name: mean(records, f"timing/{name}") or 0.0
-    steps, step_s = config["max_num_steps"], t("train/total_step_time")
-    ago, left = time.time() - (run_dir / "metrics.jsonl").stat().st_mtime, steps - now["step"] - 1
-    state = (
-        f"{left * step_s / 60:.1f} min left, last step {ago:.0f} s ago" if left > 0 else "finished"
-    )
-    loss = "CISPO" if config["use_cispo"] else "PPO clip"
-    lines = [
-        f"{BOLD}{run_dir}{OFF}  {loss}  step {now['step'] + 1} of {steps} "
-        f"{GREEN}{bar((now['step'] + 1) / steps)}"
-        f"{OFF}  {step_s:.2f} s a step, {state}"
-    ]
-    _, sentence = bottleneck(records, config)
-    lines += [f"{YELLOW}{line}{OFF}" for line in textwrap.wrap(sentence, width)]
+        word = last[0] if last else "no word from a rollout node"
+        return f"{BOLD}{run_dir}{OFF}   no step yet; {word}\n"
+    screen = Screen(run_dir, records, width)
+    blocks = (screen.head, screen.learning, screen.mismatch, screen.speed, screen.books)
+    return "\n".join(line for block in blocks for line in block()) + "\n"
 
-    def row(label: str, value: str, name: str = "") -> None:
-        course = spark([r.get(f"train/{name}") for r in records]) if name else ""
-        lines.append(f"  {label:34}{value:>22}   {CYAN}{course}{OFF}")
 
-    lines += ["", f"{BOLD}LEARNING{OFF}{DIM}{f'mean of {WINDOW} steps':>50}   whole run{OFF}"]
-    row("reward", show(train("reward"), ".3f"), "reward")
-    validations = read_jsonl(run_dir / "validation.jsonl")
-    if validations:
-        v = validations[-1]
-        names = [name.split("/")[1] for name in v if "@" in name]
-        scores = [[r.get(f"validation/{name}") for r in validations] for name in names]
-        for name, course in zip(names, scores):
-            label = f"validation {name}, v{v['version']}"
-            lines.append(f"  {label:34}{show(course[-1], '.3f'):>22}   {GREEN}{spark(course)}{OFF}")
-    row(
-        "groups without signal",
-        show(train("groups_without_signal"), ".0%"),
-        "groups_without_signal",
-    )
-    row("entropy, nats", show(train("entropy"), ".3f"), "entropy")
-    row(
-        "tokens a sample",
-        show(train("mean_gen_tokens_per_sample"), ".1f"),
-        "mean_gen_tokens_per_sample",
-    )
-    row("samples cut off", show(train("truncation_rate"), ".1%"), "truncation_rate")
-    row("gradient norm", show(train("grad_norm"), ".2f"), "grad_norm")
-    lines += ["", f"{BOLD}TRAINER AGAINST SAMPLER{OFF}"]
-    row("tokens PPO would clip", show(train("would_clip"), ".2%"), "would_clip")
-    row(
-        "ratio, median and largest",
-        f"{show(train('ratio_p50'), '.2f')} {show(train('probs_ratio_max'), '.2f')}",
-        "probs_ratio_max",
-    )
-    row(
-        "KL, same weights",
-        show(train("gen_kl_error_same_version"), ".1e"),
-        "gen_kl_error_same_version",
-    )
-    row(
-        "KL, older weights",
-        show(train("gen_kl_error_older_version"), ".1e"),
-        "gen_kl_error_older_version",
-    )
-    row(
-        "age in steps, mean and largest",
-        f"{train('avg_trajectory_age'):.2f} {now['train/max_trajectory_age']:.0f}",
-        "avg_trajectory_age",
-    )
+class Screen:
+    """A run at a moment; each method gives the lines of a block."""
 
-    busy = {
-        "waits for a batch": "exposed_generation",
-        "prev log-probs": "policy_and_reference_logprobs",
-        "updates": "policy_training",
-        "packing": "data_processing",
-        "copying weights": "publish_copy",
-    }
-    left = [
-        f"{n:17} {t(f'train/{p}'):7.2f} s {bar(t(f'train/{p}') / step_s)}" for n, p in busy.items()
-    ]
-    (idle, node_tokens_per_s), nodes = load(records), hub["nodes"].values()
-    vllm = [node["vllm"] for node in nodes if "vllm" in node]
-    largest = lambda name: max((v.get(name, 0) for v in vllm), default=0)
-    right = [
-        f"{'waits for prompts':17} {idle:7.0%}   {bar(idle)}",
-        f"{'samples in flight':17} {hub['in_flight']:7.0f}   and {hub['waiting']:.0f} queued",
-        f"{'KV cache':17} {largest('kv'):7.0%}",
-        f"{'a group in vLLM':17} {t('rollout/generate_group_s'):7.2f} s",
-        f"{'stopped to load':17} {t('rollout/stopped_s'):7.2f} s an update",
-    ]
-    tokens_per_s = config["num_prompts_per_step"] * config["num_generations_per_prompt"] / step_s
-    tokens_per_s *= train("mean_gen_tokens_per_sample")
-    made = (
-        f"{node_tokens_per_s * len(nodes):,.0f} tokens/s on {len(nodes)} "
-        f"node{'s' * (len(nodes) != 1)}"
-    )
-    lines += [
-        "",
-        f"{BOLD}{'TRAINER':14}{OFF}{f'{tokens_per_s:,.0f} tokens/s':<34}{BOLD}ROLLOUTS{OFF}      "
-        f"{made}",
-    ]
-    lines += [f"  {a:46}{b}" for a, b in zip(left, right)]
-    landed = sum(node["version"] == hub["published"] for node in nodes)
-    lines += [
-        "",
-        f"{BOLD}BROADCAST{OFF}  v{hub['published']} is on {landed} of {len(nodes)} nodes: "
-        f"copy {t('train/publish_copy'):.2f}, encode {t('train/publish_encode'):.2f}, "
-        f"write {t('train/publish_write'):.2f}, fetch {t('rollout/fetch_s'):.2f}, "
-        f"patch {t('rollout/patch_s'):.2f}, load {t('rollout/load_s'):.2f} s",
-        f"{BOLD}LEDGER{OFF}     {hub['handed_out']:,} prompts handed out = {hub['taken']:,} taken "
-        f"+ {hub['buffered']} "
-        f"buffered + {hub['leased']} leased + {hub['returned']} returned + {hub['set_aside']} set "
-        "aside" + (f" + {hub['skipped']} skipped" if hub.get("skipped") else ""),
-    ]
-    counts = {
-        **hub["counts"],
-        **{f"validation {k}": n for k, n in hub.get("validation", {}).get("counts", {}).items()},
-    }
-    if trouble := ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n):
-        lines += [f"{RED}{line}{OFF}" for line in textwrap.wrap(trouble, width)]
-    for r in hub.get("validation", {}).get("rounds", ()):
-        lines.append(
-            f"{BOLD}VALIDATION{OFF} of v{r['version']}: {r['answered']} of {r['of']} prompts "
-            "answered"
-        )
-    return "\n".join(lines) + "\n"
+    def __init__(self, run_dir: Path, records: list[dict], width: int):
+        self.run_dir, self.records, self.width = run_dir, records, width
+        self.config = json.loads((run_dir / "config.json").read_text())
+        self.now, self.hub = records[-1], records[-1]["hub"]
+        self.nodes = self.hub["nodes"].values()
+
+    def train(self, name: str) -> float | None:
+        return mean(self.records, f"train/{name}")
+
+    def seconds(self, name: str) -> float:
+        return mean(self.records, f"timing/{name}") or 0.0
+
+    def row(self, label: str, value: str, name: str) -> str:
+        """A value and its course over the run."""
+        course = spark([r.get(f"train/{name}") for r in self.records])
+        return f"  {label:34}{value:>22}   {CYAN}{course}{OFF}"
+
+    def metric(self, label: str, name: str, form: str) -> str:
+        return self.row(label, show(self.train(name), form), name)
+
+    def wrapped(self, text: str, colour: str) -> list[str]:
+        return [f"{colour}{line}{OFF}" for line in textwrap.wrap(text, self.width)]
+
+    def head(self) -> list[str]:
+        steps, step_s = self.config["max_num_steps"], self.seconds("train/total_step_time")
+        done = self.now["step"] + 1
+        ago = time.time() - (self.run_dir / "metrics.jsonl").stat().st_mtime
+        minutes = (steps - done) * step_s / 60
+        state = f"{minutes:.1f} min left, last step {ago:.0f} s ago" if done < steps else "finished"
+        loss = "CISPO" if self.config["use_cispo"] else "PPO clip"
+        title = f"{BOLD}{self.run_dir}{OFF}  {loss}  step {done} of {steps} "
+        progress = f"{GREEN}{bar(done / steps)}{OFF}  {step_s:.2f} s a step, {state}"
+        _, sentence = bottleneck(self.records, self.config)
+        return [title + progress, *self.wrapped(sentence, YELLOW)]
+
+    def learning(self) -> list[str]:
+        return [
+            "",
+            f"{BOLD}LEARNING{OFF}{DIM}{f'mean of {WINDOW} steps':>50}   whole run{OFF}",
+            self.metric("reward", "reward", ".3f"),
+            *self.validation(),
+            self.metric("groups without signal", "groups_without_signal", ".0%"),
+            self.metric("entropy, nats", "entropy", ".3f"),
+            self.metric("tokens a sample", "mean_gen_tokens_per_sample", ".1f"),
+            self.metric("samples cut off", "truncation_rate", ".1%"),
+            self.metric("gradient norm", "grad_norm", ".2f"),
+        ]
+
+    def validation(self) -> list[str]:
+        """The newest scores and their course."""
+        rounds = read_jsonl(self.run_dir / "validation.jsonl")
+        newest, lines = rounds[-1] if rounds else {}, []
+        for metric in (name for name in newest if "@" in name):
+            label = f"validation {metric.split('/')[1]}, v{newest['version']}"
+            score, course = show(newest[metric], ".3f"), spark([r.get(metric) for r in rounds])
+            lines.append(f"  {label:34}{score:>22}   {GREEN}{course}{OFF}")
+        return lines
+
+    def mismatch(self) -> list[str]:
+        median, largest = self.train("ratio_p50"), self.train("probs_ratio_max")
+        ratio = f"{show(median, '.2f')} {show(largest, '.2f')}"
+        oldest = self.now["train/max_trajectory_age"]
+        age = f"{self.train('avg_trajectory_age'):.2f} {oldest:.0f}"
+        return [
+            "",
+            f"{BOLD}TRAINER AGAINST SAMPLER{OFF}",
+            self.metric("tokens PPO would clip", "would_clip", ".2%"),
+            self.row("ratio, median and largest", ratio, "probs_ratio_max"),
+            self.metric("KL, same weights", "gen_kl_error_same_version", ".1e"),
+            self.metric("KL, older weights", "gen_kl_error_older_version", ".1e"),
+            self.row("age in steps, mean and largest", age, "avg_trajectory_age"),
+        ]
+
+    def speed(self) -> list[str]:
+        """What trainer and rollout nodes do with their time, side by side."""
+        config, hub, step_s = self.config, self.hub, self.seconds("train/total_step_time")
+        left = []
+        for name, part in BUSY.items():
+            part_s = self.seconds(f"train/{part}")
+            left.append(f"{name:17} {part_s:7.2f} s {bar(part_s / step_s)}")
+        idle, node_tokens_per_s = load(self.records)
+        cache = max((node.get("vllm", {}).get("kv", 0) for node in self.nodes), default=0)
+        right = [
+            f"{'waits for prompts':17} {idle:7.0%}   {bar(idle)}",
+            f"{'samples in flight':17} {hub['in_flight']:7.0f}   and {hub['waiting']:.0f} queued",
+            f"{'KV cache':17} {cache:7.0%}",
+            f"{'a group in vLLM':17} {self.seconds('rollout/generate_group_s'):7.2f} s",
+            f"{'stopped to load':17} {self.seconds('rollout/stopped_s'):7.2f} s an update",
+        ]
+        samples = config["num_prompts_per_step"] * config["num_generations_per_prompt"]
+        tokens_per_s = samples / step_s * self.train("mean_gen_tokens_per_sample")
+        count = len(self.nodes)
+        trained = f"{tokens_per_s:,.0f} tokens/s"
+        made = f"{node_tokens_per_s * count:,.0f} tokens/s on {count} node{'s' * (count != 1)}"
+        title = f"{BOLD}{'TRAINER':14}{OFF}{trained:<34}{BOLD}ROLLOUTS{OFF}      {made}"
+        return ["", title, *(f"  {a:46}{b}" for a, b in zip(left, right))]
+
+    def books(self) -> list[str]:
+        """Weights and prompts: where they are, and what did not go straight through."""
+        hub, seconds = self.hub, self.seconds
+        landed = sum(node["version"] == hub["published"] for node in self.nodes)
+        skipped = f" + {hub['skipped']} skipped" if hub.get("skipped") else ""
+        validation = hub.get("validation", {})
+        of_validation = validation.get("counts", {}).items()
+        counts = {**hub["counts"], **{f"validation {name}": n for name, n in of_validation}}
+        trouble = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
+        return [
+            "",
+            f"{BOLD}BROADCAST{OFF}  v{hub['published']} is on {landed} of {len(self.nodes)} nodes: "
+            f"copy {seconds('train/publish_copy'):.2f}, "
+            f"encode {seconds('train/publish_encode'):.2f}, "
+            f"write {seconds('train/publish_write'):.2f}, fetch {seconds('rollout/fetch_s'):.2f}, "
+            f"patch {seconds('rollout/patch_s'):.2f}, load {seconds('rollout/load_s'):.2f} s",
+            f"{BOLD}LEDGER{OFF}     {hub['handed_out']:,} prompts handed out = {hub['taken']:,} "
+            f"taken + {hub['buffered']} buffered + {hub['leased']} leased + {hub['returned']} "
+            f"returned + {hub['set_aside']} set aside{skipped}",
+            *self.wrapped(trouble, RED),
+            *(
+                f"{BOLD}VALIDATION{OFF} of v{r['version']}: {r['answered']} of {r['of']} prompts "
+                "answered"
+                for r in validation.get("rounds", ())
+            ),
+        ]
 
 
 # ---- curves --------------------------------------------------------------------------------------
