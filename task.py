@@ -279,6 +279,26 @@ def check_alphabet(task: str, seed: int) -> None:
             )
 
 
+def supervised(model, examples: list[dict], vocab: dict[str, int]):
+    """The model's logits for the answers' tokens, those tokens, and the mean probability that a
+    sample drawn from it is the answer. Shapes: (N, V), (N,)."""
+    import torch
+    import torch.nn.functional as F
+
+    prompts = [[vocab[c] for c in e["prompt"]] for e in examples]
+    answers = [[*(vocab[c] for c in e["answer"]), vocab[EOS]] for e in examples]
+    tokens = torch.tensor([t for p, a in zip(prompts, answers) for t in p + a])
+    lengths = torch.tensor([len(a) for a in answers])
+    ends = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)]).cumsum(0)
+    cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
+    rows = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, lengths)])
+    hidden, _ = model(tokens, cu_seqlens, max_seqlen=int(cu_seqlens.diff().max()))
+    logits = hidden[rows - 1] @ model.head_weight.t()  # the state before a token predicts it
+    logprobs = -F.cross_entropy(logits.detach(), tokens[rows], reduction="none")
+    of_answers = torch.stack([x.sum() for x in logprobs.split(lengths.tolist())])
+    return logits, tokens[rows], of_answers.exp().mean().item()
+
+
 def warm_start(
     path: Path, task: str, seed: int, until: float, progress: Callable[[str], None]
 ) -> None:
@@ -309,50 +329,29 @@ def warm_start(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
-    accuracy, max_steps = 0.0, MAX_WARM_STEPS
-    for step in range(max_steps):
-        examples = [make(rng) for _ in range(128)]
-        prompts = [[vocab[c] for c in e["prompt"]] for e in examples]
-        answers = [[*(vocab[c] for c in e["answer"]), vocab[EOS]] for e in examples]
-        tokens = torch.tensor([t for p, a in zip(prompts, answers) for t in p + a])
-        answer_lengths = torch.tensor([len(a) for a in answers])
-        ends = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)]).cumsum(0)
-        cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
-        rows = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, answer_lengths)])
-        hidden, _ = model(tokens, cu_seqlens, max_seqlen=int(cu_seqlens.diff().max()))
-        logits = hidden[rows - 1] @ model.head_weight.t()  # the state before a token predicts it
-        logprobs = -F.cross_entropy(logits.detach(), tokens[rows], reduction="none")
-        right = (
-            torch.stack([x.sum() for x in logprobs.split(answer_lengths.tolist())])
-            .exp()
-            .mean()
-            .item()
-        )
+    accuracy = 0.0
+    for step in range(MAX_WARM_STEPS):
+        logits, targets, right = supervised(model, [make(rng) for _ in range(128)], vocab)
         accuracy = 0.9 * accuracy + 0.1 * right
+        so_far = f"a sample is right with probability {accuracy:.2f}"
         if step % 25 == 0:
-            progress(
-                f"warm start on {task!r}: step {step}, a sample is right with probability "
-                f"{accuracy:.2f}"
-            )
+            progress(f"warm start on {task!r}: step {step}, {so_far}")
         if accuracy >= until:
             break
         optimizer.zero_grad()
         # Smoothed labels leave the policy unsure. Stopped half-way without them it is sure of wrong
         # answers; their groups are then wrong throughout, and a group without one right sample
         # teaches nothing.
-        F.cross_entropy(logits, tokens[rows], label_smoothing=0.15).backward()
+        F.cross_entropy(logits, targets, label_smoothing=0.15).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     else:
         shutil.rmtree(scratch)
         raise ValueError(
-            f"--warm-start-accuracy {until}: --task {task} has {accuracy:.2f} after {max_steps} "
-            "steps"
+            f"--warm-start-accuracy {until}: --task {task} has {accuracy:.2f} after "
+            f"{MAX_WARM_STEPS} steps"
         )
-    progress(
-        f"warm start on {task!r}: done after {step} steps, a sample is right with probability "
-        f"{accuracy:.2f}"
-    )
+    progress(f"warm start on {task!r}: done after {step} steps, {so_far}")
     write_safetensors(scratch / "model.safetensors", list(model.hf_tensors()))
     try:
         scratch.rename(path)

@@ -52,35 +52,17 @@ def bottleneck(records: list[dict], config: dict) -> tuple[str, str]:
     """What holds the run back ("generation", "trainer", "weights" or "lockstep"), and a sentence
     that says so with the flag that would help. Who never waits is the bottleneck; where both wait,
     it is what lies between them."""
-    get = lambda name: mean(records, name) or 0.0
-    step_s, wait_s = get("timing/train/total_step_time"), get("timing/train/exposed_generation")
-    idle = load(records)[0]
-    parts = {
-        "writing": (
-            get("timing/train/publish_total"),
-            "--publish-dtype bfloat16 or a faster disk under runs/",
-        ),
-        "fetching": (
-            get("timing/rollout/fetch_s"),
-            "--publish-dtype bfloat16 or a faster link to the rollout nodes",
-        ),
-        "patching": (
-            get("timing/rollout/patch_s") + get("timing/rollout/verify_s"),
-            "rollout.py's --dir in RAM",
-        ),
-        "loading": (get("timing/rollout/load_s"), "rollout.py's --dir in RAM"),
-    }
-    part = max(parts, key=lambda name: parts[name][0])
-    broadcast_s, age = (
-        sum(seconds for seconds, _ in parts.values()),
-        config["max_trajectory_age_steps"],
-    )
+
+    def get(name: str) -> float:
+        return mean(records, f"timing/{name}") or 0.0
+
+    step_s, wait_s = get("train/total_step_time"), get("train/exposed_generation")
+    idle, _ = load(records)
+    age = config["max_trajectory_age_steps"]
     waits = f"the trainer waits {wait_s:.2f} of {step_s:.2f} s a step"
+    idles = f"vLLM has nothing to do {idle:.0%} of the time"
     if wait_s < 0.15 * step_s:
-        prev_s, update_s = (
-            get("timing/train/policy_and_reference_logprobs"),
-            get("timing/train/policy_training"),
-        )
+        prev_s = get("train/policy_and_reference_logprobs")
         helps = "more ranks (torchrun --nproc-per-node) or a larger --max-tokens-per-micro-batch"
         if prev_s > 0.3 * step_s:
             helps = (
@@ -89,28 +71,33 @@ def bottleneck(records: list[dict], config: dict) -> tuple[str, str]:
             )
         return "trainer", (
             f"The trainer is the bottleneck: {waits} for samples, prev log-probs take "
-            f"{prev_s:.2f} s and "
-            f"updates {update_s:.2f} s, and vLLM has nothing to do {idle:.0%} of the time; {helps}."
+            f"{prev_s:.2f} s and updates {get('train/policy_training'):.2f} s, and {idles}; {helps}."
         )
     if idle < 0.3:
         return "generation", (
             f"Generation is the bottleneck: {waits} for samples while vLLM is busy {1 - idle:.0%} "
-            "of "
-            "the time; start python rollout.py on more machines, or give vLLM more by "
+            "of the time; start python rollout.py on more machines, or give vLLM more by "
             "--rollout-args."
         )
+    faster = "--publish-dtype bfloat16 or a faster"
+    parts = {
+        "writing": (get("train/publish_total"), f"{faster} disk under runs/"),
+        "fetching": (get("rollout/fetch_s"), f"{faster} link to the rollout nodes"),
+        "patching": (get("rollout/patch_s") + get("rollout/verify_s"), "rollout.py's --dir in RAM"),
+        "loading": (get("rollout/load_s"), "rollout.py's --dir in RAM"),
+    }
+    part = max(parts, key=lambda name: parts[name][0])
+    part_s, helps = parts[part]
+    broadcast_s = sum(seconds for seconds, _ in parts.values())
     if broadcast_s > 0.3 * step_s:
         return "weights", (
-            f"The way of the weights is the bottleneck: {waits} while vLLM has nothing to do "
-            f"{idle:.0%} "
-            f"of the time, and a version takes {broadcast_s:.2f} s to arrive, "
-            f"{parts[part][0]:.2f} s of "
-            f"it in {part}; {parts[part][1]}, or --max-trajectory-age-steps {age + 1} to hide it."
+            f"The way of the weights is the bottleneck: {waits} while {idles}, and a version takes "
+            f"{broadcast_s:.2f} s to arrive, {part_s:.2f} s of it in {part}; {helps}, or "
+            f"--max-trajectory-age-steps {age + 1} to hide it."
         )
     return "lockstep", (
-        f"Trainer and rollouts wait for each other: {waits}, and vLLM has nothing to do "
-        f"{idle:.0%} of "
-        f"the time; --max-trajectory-age-steps {age + 1} lets them overlap."
+        f"Trainer and rollouts wait for each other: {waits}, and {idles}; "
+        f"--max-trajectory-age-steps {age + 1} lets them overlap."
     )
 
 

@@ -1,8 +1,10 @@
 """A group: all samples of one prompt, and how it travels from a rollout node to the trainer."""
 
+import itertools
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,57 +68,51 @@ def check_group(
     """Raises: Refused (422) unless the tensors are what was asked for. `num_samples`: (fewest,
     most) of the prompt; `versions`: (oldest, newest) that are possible; max_inserted: tokens of a
     sample that may be NOT_SAMPLED."""
-    samples, tokens = len(t["lengths"]), len(t["token_ids"])
-    (fewest, most), (low, high) = num_samples, versions
-    for ok, reason in [
-        (fewest <= samples <= most, f"{samples} samples, expected {fewest} to {most}"),
-        (
-            all(len(t[n]) == samples for n in ("rewards", "truncated")),
-            "rewards or truncated: not one for each sample",
-        ),
-        (
-            all(len(t[n]) == tokens for n in ("logprobs", "versions")),
-            "logprobs or versions: not one for each token",
-        ),
-        (samples and int(t["lengths"].min()) >= 1, "a sample has no tokens"),
-        (
-            samples and int(t["lengths"].max()) <= max_new_tokens,
-            f"a sample has more than {max_new_tokens} tokens",
-        ),
-        (
-            int(t["lengths"].sum()) == tokens,
-            f"lengths add up to {int(t['lengths'].sum())}, not {tokens} tokens",
-        ),
-    ]:
-        if not ok:
-            raise Refused(422, reason)
+    faults = itertools.chain(  # one after the other: values make sense where shapes are right
+        _shape_faults(t, *num_samples, max_new_tokens),
+        _inserted_faults(t, max_inserted),
+        _value_faults(t, vocab_size, *versions),
+    )
+    for fault in faults:
+        raise Refused(422, fault)
+
+
+def _shape_faults(t, fewest: int, most: int, max_new_tokens: int) -> Iterator[str]:
+    samples, tokens, total = len(t["lengths"]), len(t["token_ids"]), int(t["lengths"].sum())
+    if not fewest <= samples <= most:
+        yield f"{samples} samples, expected {fewest} to {most}"
+    if not all(len(t[name]) == samples for name in ("rewards", "truncated")):
+        yield "rewards or truncated: not one for each sample"
+    if not all(len(t[name]) == tokens for name in ("logprobs", "versions")):
+        yield "logprobs or versions: not one for each token"
+    if not samples or int(t["lengths"].min()) < 1:
+        yield "a sample has no tokens"
+    if int(t["lengths"].max()) > max_new_tokens:
+        yield f"a sample has more than {max_new_tokens} tokens"
+    if total != tokens:
+        yield f"lengths add up to {total}, not {tokens} tokens"
+
+
+def _inserted_faults(t, max_inserted: int) -> Iterator[str]:
     sampled = t["versions"] != NOT_SAMPLED
     for sample in sampled.split(t["lengths"].tolist()) if not sampled.all() else ():
-        if (inserted := int((~sample).sum())) > max_inserted or inserted == len(sample):
-            reason = (
-                f"{inserted} of a sample's {len(sample)} tokens were not sampled, expected "
-                f"{max_inserted}"
-            )
-            raise Refused(422, reason)
-    sampled_versions = t["versions"][sampled]
-    for ok, reason in [  # value checks, once the shapes are known to be right
-        (
-            int(t["token_ids"].min()) >= 0 and int(t["token_ids"].max()) < vocab_size,
-            f"a token id is outside the vocabulary of {vocab_size}",
-        ),
-        (
-            t["logprobs"].isfinite().all() and t["logprobs"].max() <= 1e-3,
-            "a log-prob is not finite or above 0",
-        ),
-        (t["rewards"].isfinite().all(), "a reward is not finite"),
-        (
-            low <= int(sampled_versions.min()) and int(sampled_versions.max()) <= high,
-            f"policy versions {int(sampled_versions.min())}..{int(sampled_versions.max())} "
-            f"outside {low}..{high}",
-        ),
-    ]:
-        if not ok:
-            raise Refused(422, reason)
+        inserted, tokens = int((~sample).sum()), len(sample)
+        if inserted > max_inserted or inserted == tokens:
+            expected = f"expected {max_inserted}"
+            yield f"{inserted} of a sample's {tokens} tokens were not sampled, {expected}"
+
+
+def _value_faults(t, vocab_size: int, oldest: int, newest: int) -> Iterator[str]:
+    versions = t["versions"][t["versions"] != NOT_SAMPLED]
+    low, high = int(versions.min()), int(versions.max())
+    if int(t["token_ids"].min()) < 0 or int(t["token_ids"].max()) >= vocab_size:
+        yield f"a token id is outside the vocabulary of {vocab_size}"
+    if not (t["logprobs"].isfinite().all() and t["logprobs"].max() <= 1e-3):
+        yield "a log-prob is not finite or above 0"
+    if not t["rewards"].isfinite().all():
+        yield "a reward is not finite"
+    if not oldest <= low <= high <= newest:
+        yield f"policy versions {low}..{high} outside {oldest}..{newest}"
 
 
 # in place of a policy version: a token that was put there, as --interrupt-text is; no loss row

@@ -144,71 +144,61 @@ class VLLM:
 
     def _command(self, checkpoint: Path, port: int) -> tuple[list[str], dict[str, str]]:
         """vLLM's command line and environment."""
+        server = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+        flags = {
+            "--model": str(checkpoint),
+            "--host": "127.0.0.1",
+            "--port": str(port),
+            "--dtype": self.run["dtype"],
+            "--max-model-len": str(self.run["max_model_len"]),
+            "--seed": str(self.run["seed"]),
+            # Or the checkpoint's top_p and top_k would silently truncate sampling.
+            "--generation-config": "vllm",
+            # At the sampling temperature, as the trainer computes them.
+            "--logprobs-mode": "processed_logprobs",
+            "--worker-extension-cls": "vllm_engine.WorkerExtension",
+            "--weight-transfer-config": '{"backend": "safetensors"}',
+        }
+        if self.run.get("fp32_lm_head"):
+            flags["--hf-overrides"] = '{"head_dtype": "float32"}'
         command = [
-            *(
-                shlex.split(self.cfg.vllm_command)
-                or [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
-            ),
-            "--model",
-            str(checkpoint),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--dtype",
-            self.run["dtype"],
-            "--max-model-len",
-            str(self.run["max_model_len"]),
-            "--seed",
-            str(self.run["seed"]),
+            *(shlex.split(self.cfg.vllm_command) or server),
+            *(word for flag_and_value in flags.items() for word in flag_and_value),
             "--enable-scale-out",  # opens /inference/v1/generate: token ids in, token ids out
-            "--generation-config",
-            "vllm",  # or the checkpoint's top_p and top_k would silently truncate sampling
-            "--logprobs-mode",
-            "processed_logprobs",  # at the sampling temperature, as the trainer computes them
-            "--worker-extension-cls",
-            "vllm_engine.WorkerExtension",
-            "--weight-transfer-config",
-            '{"backend": "safetensors"}',
             "--disable-uvicorn-access-log",
-            *(
-                ["--hf-overrides", '{"head_dtype": "float32"}']
-                if self.run.get("fp32_lm_head")
-                else []
-            ),
             *shlex.split(self.cfg.vllm_args),
         ]
         # The engine's folder alone, and by -P above not the directory that this was started in: a
         # module there would take the place of a package of its name that vLLM or transformers
         # imports.
-        path = os.pathsep.join(
-            filter(None, (str(REPO / "bridge/inside_vllm"), os.environ.get("PYTHONPATH")))
-        )
-        # dev mode opens the weight update routes
+        folders = (str(REPO / "bridge/inside_vllm"), os.environ.get("PYTHONPATH"))
         env = {
             **os.environ,
-            "PYTHONPATH": path,
+            "PYTHONPATH": os.pathsep.join(filter(None, folders)),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_SERVER_DEV_MODE": "1",  # it opens the weight update routes
         }
         env.pop("CISPO_TOKEN", None)
         if not torch.cuda.is_available():
-            threads = self.cfg.vllm_threads or max(1, cores() // 2)
-            env |= {
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "OMP_NUM_THREADS": str(threads),
-            }
-            command.append("--enforce-eager")
-            if not re.search("parallel|executor", self.cfg.vllm_args):
-                # One process for engine and worker. As two they wait for each other in busy loops,
-                # which on two cores take a third of the machine from the trainer. vLLM prefers two
-                # since it sets a worker's OpenMP environment itself; here that is set above, and
-                # the variable makes vLLM accept it.
-                env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-                command += ["--distributed-executor-backend", "uni"]
+            self._use_cpu(command, env)
         return command, env
+
+    def _use_cpu(self, command: list[str], env: dict[str, str]) -> None:
+        """What vLLM needs besides on a machine without a GPU is added to both."""
+        command.append("--enforce-eager")
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(self.cfg.vllm_threads or max(1, cores() // 2)),
+        }
+        if not re.search("parallel|executor", self.cfg.vllm_args):
+            # One process for engine and worker. As two they wait for each other in busy loops,
+            # which on two cores take a third of the machine from the trainer. vLLM prefers two
+            # since it sets a worker's OpenMP environment itself; here that is set above, and the
+            # variable makes vLLM accept it.
+            env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            command += ["--distributed-executor-backend", "uni"]
 
     def _give_up(self, why: str, begin: int) -> None:
         """Raises: VLLMUnfit where the next start would end as this one: vLLM has refused its
