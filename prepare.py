@@ -2,12 +2,15 @@
 work."""
 
 import contextlib
+import dataclasses
 import os
 import shlex
+import socket
 import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from blake3 import blake3
 from safetensors import SafetensorError
 
@@ -18,9 +21,11 @@ from bridge.hub import check_address
 from bridge.processes import cores
 from bridge.reward_pool import check_reward
 from bridge.reward_process import reward_digest, reward_sources
+from bridge.waits import WaitOver
 from bridge.weights import (
     INDEX,
     STATIC_FILES,
+    WeightsError,
     checkpoint_files,
     digest,
     read_tensors,
@@ -29,7 +34,8 @@ from bridge.weights import (
 )
 from config import Config, RolloutConfig
 from model import KNOWN_MODELS, ModelConfig, Qwen3MoE
-from ranks import plan
+from ranks import ops, plan
+from ranks.checkpoint import CheckpointError
 from ranks.run_dir import checkpoints_to_try, hold
 from report import say
 from rewards import check_answers
@@ -310,3 +316,28 @@ def run_for_nodes(cfg: Config, checkpoint: Path, data, dtype: torch.dtype) -> di
         "sampling": sampling,
         "val_sampling": {**sampling, "n": cfg.val_samples, "temperature": cfg.val_temperature},
     }
+
+
+def with_chunk_size(cfg: Config, model_cfg: ModelConfig) -> Config:
+    """--logprob-chunk-size 0 as the number that it stands for."""
+    if cfg.logprob_chunk_size:
+        return cfg
+    return dataclasses.replace(
+        cfg, logprob_chunk_size=ops.chunk_rows(model_cfg.vocab_size // cfg.tp)
+    )
+
+
+# What a machine, a disk or another process can do to a run is told in one line, with what helps.
+# Anything else is a fault of the program, and shows where it comes from.
+ADVICE = {
+    torch.OutOfMemoryError: "; lower --max-tokens-per-micro-batch, or see --dry-run",
+    dist.DistError: "; another rank has ended or cannot be reached: its own error says why",
+    **dict.fromkeys((CheckpointError, WeightsError, WaitOver, OSError), ""),
+}
+
+
+def with_advice(error: Exception, rank: int) -> str:
+    """An error that ADVICE knows, as one line."""
+    advice = next(text for kind, text in ADVICE.items() if isinstance(error, kind))
+    said = " ".join(str(error).split())[:600]
+    return f"rank {rank} on {socket.gethostname()}: {said}{advice}"

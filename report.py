@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,14 @@ from ranks.parallel import SUM, merge, reduction_of
 
 
 # ---- console -------------------------------------------------------------------------------------
+def say_flags(cfg) -> None:
+    """Every flag's value, and what is hardly meant."""
+    values = "  ".join(f"{name}={value!r}" for name, value in json.loads(cfg.text).items())
+    print(textwrap.fill(values, 120, break_long_words=False, break_on_hyphens=False))
+    for warning in cfg.warnings():
+        say(f"warning: {warning}")
+
+
 def say_something(describe: Callable[[], str], log: Path | None, stop: threading.Event) -> None:
     """A thread: a sign of life when nothing was said for 9 s, as while vLLM starts or the loss is
     compiled. `describe` says what goes on now; what another process has written to its log is added

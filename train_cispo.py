@@ -28,11 +28,8 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
     FLAGS = config_or_exit(sys.argv[1:])
 
 import dataclasses
-import json
 import os
-import socket
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
@@ -41,11 +38,20 @@ import torch.distributed as dist
 import loss
 from bridge.flags import piped
 from bridge.rollouts import Rollouts, Stop
-from bridge.waits import Signals, WaitOver
+from bridge.waits import Signals
 from bridge.weights import WeightsError, load_hf
 from config import Config
 from model import ModelConfig, Qwen3MoE, expert_load, expert_tokens
-from prepare import known_config, model_digest, prepare, run_for_nodes, use_cpu
+from prepare import (
+    ADVICE,
+    known_config,
+    model_digest,
+    prepare,
+    run_for_nodes,
+    use_cpu,
+    with_advice,
+    with_chunk_size,
+)
 from ranks import ops, plan
 from ranks.batch import Batch, MicroBatch, micro_batches_of, pack_batch
 from ranks.checkpoint import Checkpointer, CheckpointError
@@ -62,7 +68,7 @@ from ranks.parallel import (
 )
 from ranks.resume import about, checkpoint_due, start_or_resume
 from ranks.run_dir import share_model
-from report import Log, say
+from report import Log, say_flags
 
 
 # ---- one update ----------------------------------------------------------------------------------
@@ -184,15 +190,6 @@ def build_optimizer(cfg: Config, model: Qwen3MoE) -> ShardedAdamW:
     )
 
 
-def with_chunk_size(cfg: Config, model_cfg: ModelConfig) -> Config:
-    """--logprob-chunk-size 0 as the number that it stands for."""
-    if cfg.logprob_chunk_size:
-        return cfg
-    return dataclasses.replace(
-        cfg, logprob_chunk_size=ops.chunk_rows(model_cfg.vocab_size // cfg.tp)
-    )
-
-
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(
         torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name)
@@ -228,9 +225,8 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
     optimizer = build_optimizer(cfg, model)
     policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
     start = start_or_resume(cfg, checkpoints, mesh, origin, model, optimizer)
-    saver = Checkpointer(
-        cfg.run_dir / "checkpoints", mesh.rank, mesh.world_size, cfg.keep_checkpoints, start.step
-    )
+    saved_in, ranks = cfg.run_dir / "checkpoints", (mesh.rank, mesh.world_size)
+    saver = Checkpointer(saved_in, *ranks, cfg.keep_checkpoints, start.step)
     sent_as = resolve_dtype(cfg.publish_dtype, mesh.device)
     run = run_for_nodes(cfg, checkpoint, data, sent_as)
 
@@ -280,9 +276,8 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
     if stop is None:
         log.sum_up()
     elif stop.kind == "failure":
-        raise SystemExit(
-            f"train_cispo.py: rank {mesh.rank}: stopped at step {log.step}: {stop.why}"
-        )
+        where = f"rank {mesh.rank}: stopped at step {log.step}"
+        raise SystemExit(f"train_cispo.py: {where}: {stop.why}")
     dist.destroy_process_group()
 
 
@@ -322,28 +317,14 @@ def main(cfg: Config | None = None) -> None:
     except (ValueError, CheckpointError, WeightsError) as e:
         refuse(e)
     if rank == 0:
-        values = "  ".join(f"{name}={value!r}" for name, value in json.loads(cfg.text).items())
-        print(textwrap.fill(values, 120, break_long_words=False, break_on_hyphens=False))
-        for warning in cfg.warnings():
-            say(f"warning: {warning}")
+        say_flags(cfg)
     try:
         train(cfg, *what_to_train)
     except tuple(ADVICE) as e:
-        advice = next(text for kind, text in ADVICE.items() if isinstance(e, kind))
-        text = " ".join(str(e).split())[:600] + advice
-        where = f"rank {rank} on {socket.gethostname()}"
-        raise SystemExit(f"train_cispo.py: error: {where}: {text}") from None
+        raise SystemExit(f"train_cispo.py: error: {with_advice(e, rank)}") from None
     if Signals.stop == "Ctrl-C":
         sys.exit(130)
 
-
-# What a machine, a disk or another process can do to a run is told in one line, with what helps.
-# Anything else is a fault of the program, and shows where it comes from.
-ADVICE = {
-    torch.OutOfMemoryError: "; lower --max-tokens-per-micro-batch, or see --dry-run",
-    dist.DistError: "; another rank has ended or cannot be reached: its own error says why",
-    **dict.fromkeys((CheckpointError, WeightsError, WaitOver, OSError), ""),
-}
 
 if __name__ == "__main__":
     main(FLAGS)

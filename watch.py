@@ -71,7 +71,8 @@ def bottleneck(records: list[dict], config: dict) -> tuple[str, str]:
             )
         return "trainer", (
             f"The trainer is the bottleneck: {waits} for samples, prev log-probs take "
-            f"{prev_s:.2f} s and updates {get('train/policy_training'):.2f} s, and {idles}; {helps}."
+            f"{prev_s:.2f} s and updates {get('train/policy_training'):.2f} s, and {idles}; "
+            f"{helps}."
         )
     if idle < 0.3:
         return "generation", (
