@@ -3,17 +3,18 @@ until vLLM has it.
 
 The state dict is one layer of Qwen3-30B-A3B at full width with a 48th of its embedding and head:
 1.27 GB in bf16, in the whole model's proportions. fp32 master weights start on the bf16 grid
-(normal, std 0.02; norms at 1) and take --steps real steps of torch.optim.AdamW with the trainer's
-betas, epsilon and weight decay; the last step is what is coded, when the moments are those of a
-run. Gradients are independent normal numbers, without drift, of the size they have when the whole
-model's norm is 1: every weight of experts, attention, router and head has one in each step (in a
-batch of 2 M tokens no expert is idle), of the embedding 30 % of the rows.
+(normal, std 0.02; norms at 1). They take --steps real steps of torch.optim.AdamW with the trainer's
+betas, epsilon and weight decay. The last step is coded, whose moments are like those of a run.
+Gradients are independent normal numbers, without drift, of the size they have when the whole
+model's norm is 1. Every weight of experts, attention, router and head has one in each step (in a
+batch of 2 M tokens no expert is idle), and 30 % of the embedding's rows.
 
-The codecs take the tensors in turns on --threads threads; times are the best of --runs, GB/s are
-of the full state: by the clock, and per second of CPU time, which other work on the machine changes
-little. xor + zstd is at level 1, each tensor by itself, as ours.
+The codecs take the tensors in turns on --threads threads. Times are the best of --runs. GB/s are of
+the full state: by the clock, and per second of CPU time, which other work on the machine changes
+little. xor + zstd is at level 1, one tensor at a time, as ours.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -206,10 +207,9 @@ def show(result) -> None:
     for where, found in result["write"].items():
         ours, theirs = found["ours"], found["save_file"]
         print(
-            f"write to {where}, with fsync, GB/s (per CPU second): ours {ours[0]:.2f} "
-            f"({ours[1]:.2f}), save_file "
-            f"{theirs[0]:.2f} ({theirs[1]:.2f}), {ours[0] / theirs[0]:.2f}x "
-            f"({ours[1] / theirs[1]:.2f}x)"
+            f"write to {where}, with fsync, GB/s (per CPU second): "
+            f"ours {ours[0]:.2f} ({ours[1]:.2f}), save_file {theirs[0]:.2f} ({theirs[1]:.2f}), "
+            f"{ours[0] / theirs[0]:.2f}x ({ours[1] / theirs[1]:.2f}x)"
         )
 
 
@@ -225,10 +225,8 @@ def small_step(p: torch.Tensor, lr: float, g: torch.Generator) -> None:
     p.detach().copy_(master.add_(torch.randn(p.shape, generator=g), alpha=0.23 * lr))
 
 
-def landed(args) -> dict:
-    """Seconds of each part from the end of a step to the receipt, of a 2 GB model on one machine:
-    the publisher, the hub, rollout.py and a real vLLM that has nothing else to do. The median of
-    --runs versions at lr 3e-6."""
+def landed_model() -> Qwen3MoE:
+    """2 GB in bf16, with values as a trained model has them."""
     cfg = ModelConfig(
         vocab_size=32,
         hidden_size=D,
@@ -244,73 +242,75 @@ def landed(args) -> dict:
         rope_theta=1e6,
         max_position_embeddings=512,
     )
-    g, rows = torch.Generator().manual_seed(0), []
-    model = Qwen3MoE(cfg)
+    g, model = torch.Generator().manual_seed(0), Qwen3MoE(cfg)
     for p in model.parameters():
-        p.data = (
-            torch.ones(p.shape) if p.dim() == 1 else torch.randn(p.shape, generator=g) * 0.02
-        ).bfloat16()
-    run = {
-        "num_generations": 1,
-        "max_new_tokens": 8,
-        "max_model_len": 64,
-        "dtype": "bfloat16",
-        "seed": 0,
-        "reward": "exact",
-        "reward_digest": "",
-        "sampling": {
-            "n": 1,
-            "max_tokens": 8,
-            "stop_token_ids": [1],
-            "logprobs": 0,
-            "detokenize": False,
-        },
-    }
-    with (
-        tempfile.TemporaryDirectory() as here,
-        tempfile.TemporaryDirectory(dir="/dev/shm") as there,
-    ):
-        static, log = Path(here, "checkpoint"), Path(here, "rollout.log")
+        start = torch.ones(p.shape) if p.dim() == 1 else torch.randn(p.shape, generator=g) * 0.02
+        p.data = start.bfloat16()
+    return model
+
+
+RUN = {
+    "num_generations": 1,
+    "max_new_tokens": 8,
+    "max_model_len": 64,
+    "dtype": "bfloat16",
+    "seed": 0,
+    "reward": "exact",
+    "reward_digest": "",
+    "sampling": {
+        "n": 1,
+        "max_tokens": 8,
+        "stop_token_ids": [1],
+        "logprobs": 0,
+        "detokenize": False,
+    },
+}
+
+
+def landed(args) -> dict:
+    """Seconds of each part from the end of a step to the receipt, of a 2 GB model on one machine:
+    the publisher, the hub, rollout.py and a real vLLM that has nothing else to do. The median of
+    --runs versions at lr 3e-6."""
+    model, g = landed_model(), torch.Generator().manual_seed(1)
+    with contextlib.ExitStack() as started:
+        here = Path(started.enter_context(tempfile.TemporaryDirectory()))
+        there = Path(started.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        static, log = here / "checkpoint", here / "rollout.log"
         eos = task.write_char_tokenizer(static, "abc")[task.EOS]
-        (static / "config.json").write_text(json.dumps({**cfg.to_hf(eos), "dtype": "bfloat16"}))
-        hub = Hub(
-            Ledger(1, 1, 0, 60.0),
-            [],
-            None,
-            Path(here, "weights"),
-            cfg.vocab_size,
-            secrets.token_urlsafe(16),
-            run,
-        )
+        config = {**model.cfg.to_hf(eos), "dtype": "bfloat16"}
+        (static / "config.json").write_text(json.dumps(config))
+        ledger, token = Ledger(1, 1, 0, 60.0), secrets.token_urlsafe(16)
+        hub = Hub(ledger, [], None, here / "weights", model.cfg.vocab_size, token, RUN)
         hub.start("127.0.0.1", 0)
-        publisher = publish.Publisher(
-            model, torch.bfloat16, hub.weights_dir, static, 100, 2, HashStore(), 600.0, hub
+        started.callback(hub.close, patience_s=0.0)
+        publisher = started.enter_context(
+            publish.Publisher(
+                model, torch.bfloat16, hub.weights_dir, static, 100, 2, HashStore(), 600.0, hub
+            )
         )
         # few CPUs multiply in bf16
-        node = LocalRollout(hub, Path(there), "--vllm-args='--dtype float32'", log)
-        try:
-            for version in range(args.runs + 1):  # the first is whole, and vLLM starts on it
-                if version:
-                    for p in model.parameters():
-                        small_step(p, 3e-6, g)
-                start = time.perf_counter()
-                publisher.publish(version)
-                copied = time.perf_counter() - start
-                while not any(
-                    seen["version"] == version for seen in hub.status()["nodes"].values()
-                ):
-                    assert node.process.poll() is None and not hub.trouble, (
-                        f"{hub.trouble}\n{log.read_text()}"
-                    )
-                    time.sleep(0.01)  # polling another process
-                total = time.perf_counter() - start
-                (seen,) = hub.status()["nodes"].values()
-                rows.append({"copy": copied, **publisher.stats, **seen["timing"], "landed": total})
-        finally:
-            node.stop()
-            publisher.close()
-            hub.close(patience_s=0.0)
+        node = LocalRollout(hub, there, "--vllm-args='--dtype float32'", log)
+        started.callback(node.stop)
+        rows = []
+        for version in range(args.runs + 1):  # the first is whole, and vLLM starts on it
+            for p in model.parameters() if version else ():
+                small_step(p, 3e-6, g)
+            rows.append(land(version, publisher, hub, node, log))
     return {key: statistics.median(row[key] for row in rows[1:]) for key in rows[1]}
+
+
+def land(version: int, publisher, hub: Hub, node: LocalRollout, log: Path) -> dict[str, float]:
+    """Publish a version and wait for its receipt. Returns the seconds of each part."""
+    start = time.perf_counter()
+    publisher.publish(version)
+    copied = time.perf_counter() - start
+    while not any(seen["version"] == version for seen in hub.status()["nodes"].values()):
+        alive = node.process.poll() is None and not hub.trouble
+        assert alive, f"{hub.trouble}\n{log.read_text()}"
+        time.sleep(0.01)  # polling another process
+    total = time.perf_counter() - start
+    (seen,) = hub.status()["nodes"].values()
+    return {"copy": copied, **publisher.stats, **seen["timing"], "landed": total}
 
 
 def main(args) -> None:

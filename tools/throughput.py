@@ -1,10 +1,10 @@
-"""What fetching and proving weights costs the vLLM beside it: tokens/s with and without, in turns.
+"""What fetching and verifying weights costs the vLLM beside it: tokens/s with and without.
 
     python tools/throughput.py   about four minutes on two cores; 0.2 B parameters, 0.8 GB a version
 
-A server process has a chain of versions, whole and as deltas. The node here is what rollout.py is:
-one process whose event loop keeps vLLM busy while `receive.fetch` brings one version after the
-other, patched and proven, none loaded.
+A server process has a chain of versions, whole and as deltas. The node here works as rollout.py
+does: one process whose event loop keeps vLLM busy while `receive.fetch` brings one version after
+the other, patched and verified. None is loaded.
 """
 
 import asyncio
@@ -72,8 +72,8 @@ def write_versions(root: Path, count: int) -> None:
 
 
 async def measure(root: Path, url: str, whole: bool) -> dict:
-    """Tokens/s alone and beside updates (deltas, or whole versions), and the updates' mean
-    parts."""
+    """Tokens/s alone and beside updates (deltas, or whole versions), and the mean seconds of an
+    update's parts."""
     node, headers = root / "node", {"Authorization": "Bearer t"}
     manifests = [manifest_of(root / f"v{version}") for version in range(3)]
     first, _ = await receive.fetch(manifests[0], node, None, url, headers)
@@ -122,8 +122,9 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:  # the trainer's side, in a process of its own
         torch.set_num_threads(1)
         write_versions(Path(sys.argv[2]), 3)
-        print(FileServer(Path(sys.argv[2]), "t", "127.0.0.1", 0).url, flush=True)
-        sys.stdin.read()
+        with FileServer(Path(sys.argv[2]), "t", "127.0.0.1", 0) as server:
+            print(server.url, flush=True)
+            sys.stdin.read()
     else:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
