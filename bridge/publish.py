@@ -40,8 +40,11 @@ def write_share(
     if codes is None:
         write_safetensors(tmp, list(tensors.items()))
     else:
-        as_tensor = lambda code: torch.frombuffer(bytearray(code), dtype=torch.uint8)
-        data = [(name, as_tensor(code)) for name, code in codes.items() if code]
+        data = [
+            (name, torch.frombuffer(bytearray(code), dtype=torch.uint8))
+            for name, code in codes.items()
+            if code
+        ]
         write_safetensors(tmp, data, metadata, hasher := blake3())
     entry = {
         "version": int(metadata["version"]),

@@ -98,10 +98,10 @@ def header_of(shard: dict) -> bytes:
 
 def offsets(header: bytes) -> dict[str, tuple[int, int]]:
     """Where in the file each tensor's bytes are."""
-    entries = json.loads(header[8:])
+    entries, start = json.loads(header[8:]), len(header)
     del entries["__metadata__"]
-    at = lambda entry: tuple(len(header) + offset for offset in entry["data_offsets"])
-    return {name: at(entry) for name, entry in entries.items()}
+    spans = {name: entry["data_offsets"] for name, entry in entries.items()}
+    return {name: (start + low, start + high) for name, (low, high) in spans.items()}
 
 
 def full_bytes(shard: dict) -> int:

@@ -105,7 +105,10 @@ def damage(file):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(saved):
     root, said = saved[0], []
-    choose = lambda: checkpoint.choose(checkpoint.whole(root), Mesh(), said.append)[0].name
+
+    def choose():
+        return checkpoint.choose(checkpoint.whole(root), Mesh(), said.append)[0].name
+
     assert choose() == "step-000008" and not said
     damage(root / "step-000008/state-00000.safetensors")
     (root / "step-000009.tmp").mkdir()  # one that was never finished
@@ -374,8 +377,8 @@ def test_a_run_goes_on_by_what_data_and_model_are_and_says_what_else_is_other(
         "--lr 0.001, was 0.0001",
     ]
     assert len(trained(tmp_path)) == 6 and not (tmp_path / "runs/tiny.1").exists()
-    config = lambda name: json.loads((tmp_path / "runs/tiny" / name).read_text())["lr"]
-    assert (config("config-000004.json"), config("config.json")) == (1e-4, 1e-3)
+    configs = [tmp_path / "runs/tiny" / name for name in ("config-000004.json", "config.json")]
+    assert [json.loads(path.read_text())["lr"] for path in configs] == [1e-4, 1e-3]
     (best,) = [line for line in lines[-5:] if "best checkpoint" in line]
     assert "step-000006" in best and "are of another reward or validation" in "".join(lines)
 

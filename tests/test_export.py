@@ -94,8 +94,10 @@ def test_check_names_what_is_wrong_with_a_directory(tmp_path, tiny_checkpoint):
         save_file(tensors, copy / file)
         return copy
 
+    def drop(path):
+        (path / weights.MANIFEST).unlink()
+
     norm = "model.norm.weight"
-    drop = lambda path: (path / weights.MANIFEST).unlink()
     for what, why in [
         (lambda path, t: t.update({norm: t[norm] + 1}), f"tensor {norm} differs from the manifest"),
         (

@@ -345,17 +345,16 @@ def test_three_hosts_without_a_shared_disk_learn_and_a_fourth_comes_and_goes(
             assert "ConnectionRefusedError" in refused.stderr
 
         metrics = hosts[0].disk / "cispo/runs/tiny/metrics.jsonl"
-        records = lambda: [
-            json.loads(line) for line in metrics.read_text().splitlines(True) if line.endswith("\n")
-        ]
-        groups = lambda record: max(
-            (
-                node.get("groups", 0)
-                for name, node in record["hub"]["nodes"].items()
-                if name.startswith("host3:")
-            ),
-            default=0,
-        )
+
+        def records():
+            lines = metrics.read_text().splitlines(keepends=True)
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+
+        def groups(record):
+            nodes = record["hub"]["nodes"].items()
+            found = [node.get("groups", 0) for name, node in nodes if name.startswith("host3:")]
+            return max(found, default=0)
+
         launcher.wait_for(r"\[host0\] .* step   15 ", 150)
         slow = json.dumps({"kind": "slow", "s": 0.3})  # so that it holds prompts when it is killed
         environment = {

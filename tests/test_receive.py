@@ -111,18 +111,13 @@ def test_a_node_follows_by_deltas_and_a_late_joiner_takes_the_anchor_and_the_cha
 
 
 def test_the_cheapest_way_by_bytes_is_taken():
-    entry = lambda version, kind, size: {"version": version, "kind": kind, "bytes": size}
-    shard = {
-        "name": "s",
-        "files": [
-            entry(0, "full", 100),
-            *(entry(v, "delta", 20) for v in (1, 2, 3)),
-            entry(4, "delta", 20),
-            entry(4, "full", 100),
-            entry(5, "delta", 20),
-        ],
-    }
-    way = lambda held: [(f["version"], f["kind"]) for f in path_to(shard, 5, held)]
+    whole = [{"version": v, "kind": "full", "bytes": 100} for v in (0, 4)]
+    deltas = [{"version": v, "kind": "delta", "bytes": 20} for v in (1, 2, 3, 4, 5)]
+    shard = {"name": "s", "files": [*whole, *deltas]}
+
+    def way(held):
+        return [(f["version"], f["kind"]) for f in path_to(shard, 5, held)]
+
     assert way(4) == [(5, "delta")] and way(3) == [(4, "delta"), (5, "delta")]
     assert way(0) == [(v, "delta") for v in (1, 2, 3, 4, 5)]  # 100 bytes, against 120
     assert way(None) == [(4, "full"), (5, "delta")] and way(-7) == way(None)

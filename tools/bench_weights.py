@@ -131,7 +131,9 @@ def measure(args, pairs, pool) -> dict:
             runs.append(timed(lambda given=given: results.append(list(pool.map(work, *given)))))
         return fastest(size, runs), results[0]
 
-    describe = lambda old, new: weights.describe(new)
+    def describe(old, new):
+        return weights.describe(new)
+
     speed, codes = {}, {}
     speed["encode"], codes["ours"] = best(delta.encode)
     speed["encode and digest"], _ = best(
