@@ -4,14 +4,13 @@
         state-00000.safetensors  rank 0's share of weights and AdamW's moments; each rank has a file
         checkpoint.json          step, ledger, size and digest of each file; written last
 
-It is written as `step-N.tmp` and renamed, so a directory without `.tmp` is whole, and `verify`
-proves it. The tensors are copied to host memory between two steps; the rest happens in a thread
-while training goes on. What is in flight at the rollout nodes is not saved: the ledger's frontier
-is, and the rest is generated again.
+A checkpoint is written as `step-N.tmp` and renamed: a directory without `.tmp` is whole, and
+`verify` proves it. The tensors are copied to host memory between two steps; a thread does the rest
+while training goes on. Prompts that are in flight at the rollout nodes are not saved: the ledger's
+frontier is, and they are generated again.
 
-Nodes need not share a disk: each then keeps its own ranks' files and the manifest, so that a run
-goes on where the same nodes come in the same order, and stops with the name of the file that is
-missing where they do not.
+Nodes need not share a disk. Each then keeps the manifest and its own ranks' files. Such a run goes
+on if the same nodes come in the same order; otherwise it stops and names the missing file.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Hosts on one machine, for the tests: namespaces of network, processes, mounts and name, on one
-bridge.
+network bridge.
 
-A host sees the machine's files read-only, with /mnt and /dev/shm of its own to write to: no two
-share a disk. All of it hangs on processes that end with the test, even when that is killed, and the
-kernel removes the rest.
+A host sees the machine's files read-only, and has its own /mnt and /dev/shm to write to: no two
+share a disk. Every process ends with the test, even when that is killed, and the kernel removes the
+namespaces.
 """
 
 import os
@@ -36,7 +36,7 @@ exec cat
 
 
 def copy_program(to: Path) -> None:
-    """This directory without its environment, which is read-only and may be everybody's."""
+    """Copy the program; its environment is linked, since that is read-only and may be shared."""
     for file in [*program_files(), REPO / "launch.sh", REPO / "pyproject.toml"]:
         (to / file.relative_to(REPO)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, to / file.relative_to(REPO))
@@ -66,8 +66,8 @@ class Host:
             "bash",
         ]
         self.name = name
-        # Its first process reads a pipe that nobody writes to, and that ends with this process,
-        # however it does.
+        # Its first process reads a pipe that nobody writes to and that closes with this process,
+        # however it ends.
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.holder = subprocess.Popen([*command, "-c", script], **pipes, text=True)
         assert self.holder.stdout.readline() == "ready\n"

@@ -1,4 +1,5 @@
-"""checkpoint.py: what is saved is whole, proven, and goes on where and only where it may."""
+"""checkpoint.py and run_dir.py: a checkpoint is whole and verified, and a run goes on from it only
+where it may."""
 
 import dataclasses
 import json
@@ -228,7 +229,7 @@ def test_a_checkpoint_of_another_sequence_of_prompts_is_refused(tmp_path, tiny_c
 def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_saved(
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):
-    """ENOSPC of a real file system, which a full version does not fit on; mended, the run goes on
+    """A whole version does not fit on the file system (ENOSPC). With room again the run goes on
     where it was."""
     flags = ["--checkpoint-every-steps", "0", "--resume", "auto", "--full-version-every", "1"]
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags)
@@ -280,8 +281,8 @@ def refused(cwd, tiny_checkpoint, *flags):
 def test_a_second_run_of_a_name_is_refused_until_the_first_has_ended_however(
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):
-    """Two terminals, or a requeued job beside the old one. kill -9 frees the name; moved aside, a
-    run is still held."""
+    """Two terminals, or a requeued job beside the old one. kill -9 frees the name; a run that was
+    moved aside is still held."""
     (tmp_path / "runs/tiny/code").mkdir(parents=True)  # goes aside
     flags = ["--checkpoint-every-steps", "2"]
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 500, *flags)
@@ -400,17 +401,16 @@ def test_a_run_without_a_step_says_so_and_resume_auto_that_there_is_nothing(
 
 
 def test_what_another_attempt_left_is_in_no_checkpoint_and_in_no_export(tmp_path):
-    """Four ranks killed while they wrote step 2; then one rank writes it. Nor is a file read that
-    no manifest names."""
+    """Four ranks are killed while they write step 2; then one rank writes it. A file that no
+    manifest names is not read either."""
     stale = tmp_path / "step-000002.tmp"
     stale.mkdir()
     (stale / "state-00001.safetensors").write_bytes(b"stale")
     parallel.join_ranks(60)
     try:
         model, optimizer = small()
-        saver = checkpoint.Checkpointer(tmp_path, 0, 1, keep=2)
-        saver.save(2, model, optimizer, {"ledger": {}, "scores": {}, "unscored": []})
-        saver.wait()
+        with checkpoint.Checkpointer(tmp_path, 0, 1, keep=2) as saver:
+            saver.save(2, model, optimizer, {"ledger": {}, "scores": {}, "unscored": []})
     finally:
         torch.distributed.destroy_process_group()
     path = tmp_path / "step-000002"

@@ -40,8 +40,8 @@ FULL, DELTA = f"{SHARD}.safetensors", f"{SHARD}.delta"
 
 
 def steps(model, count, seed=0):
-    """Tensors of versions 0, 1, ...: each a few elements away from the one before, as a low
-    learning rate makes it."""
+    """Tensors of versions 0, 1, ...: each differs from the one before in a few elements, as at a
+    low learning rate."""
     rng, versions = (
         torch.Generator().manual_seed(seed),
         [{n: t.clone() for n, t in model.hf_tensors()}],
@@ -149,8 +149,8 @@ DAMAGE = [
 def test_damage_on_the_way_is_found_and_nothing_is_kept(
     hub, tmp_path, monkeypatch, version, name, damage, reason
 ):
-    """One flipped bit in a tensor, a header or a delta; a cut, a missing or another file: each
-    refused and named, and once it is mended the node takes it."""
+    """One flipped bit in a tensor, a header or a delta; a file that is cut, missing or another:
+    each is refused by name, and once it is mended the node takes it."""
     monkeypatch.setattr(receive, "PATIENCE_S", 0.3)
     have = fetch_from(hub, 0, tmp_path / "node")[0] if version == "v1" else None
     source = hub.weights_dir / version / name
@@ -284,8 +284,8 @@ async def call(hub, method, route, **kwargs):
 
 
 def test_a_manifest_with_one_bit_flipped_or_replayed_is_not_taken(hub, tmp_path, tiny_checkpoint):
-    """On its way from hub to node: what arrives damaged is asked for again; an old answer is
-    refused and reported."""
+    """Between hub and node: a damaged manifest is asked for again; an old one is refused and
+    reported."""
     publish(hub, 0)
     old = asyncio.run(call(hub, "GET", "/weights/latest"))
     publish(hub, 1)

@@ -265,8 +265,8 @@ def test_when_a_rank_dies_torchrun_starts_the_job_again_and_it_resumes_by_itself
 def test_a_node_keeps_trying_while_the_trainer_is_away_and_keeps_its_vllm(
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):
-    """kill -9 of the trainer, and another on the same port: what the node held is void, its vLLM is
-    not."""
+    """kill -9 of the trainer, then another on the same port: the node's prompts are void, its vLLM
+    goes on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])

@@ -1,5 +1,4 @@
-"""weights.py and receive.py: what is published is complete, atomic and readable by others; what is
-damaged is never loaded."""
+"""weights.py and publish.py: what is published is complete, atomic and readable by others."""
 
 import asyncio
 import contextlib
@@ -156,7 +155,7 @@ def loaded(tiny_checkpoint):
 
 
 def nudge(model, seed):
-    """As an update does: a few elements of each parameter move."""
+    """Change a few elements of each parameter, as an update does."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -309,7 +308,7 @@ def test_half_written_weights_are_never_a_version_and_the_next_start_removes_the
 def test_a_writer_that_failed_is_an_error_with_a_name_that_reaches_the_loop(
     tmp_path, tiny_checkpoint
 ):
-    """A disk that is full, by a file system of 1 MiB; publish never blocks, and the run is asked to
+    """The disk is full (a file system of 1 MiB): publish never blocks, and the run is asked to
     stop."""
     listener, small = Listener(), tmp_path / "small"
     with mounted(small, "1m"):
@@ -337,8 +336,8 @@ def mounted(path, size):
 
 
 def test_a_disk_that_stands_still_is_a_wait_with_a_name(tmp_path, tiny_checkpoint, monkeypatch):
-    """publish() for the third version needs the buffers of the first, which the thread is not done
-    with."""
+    """publish() for the third version needs the buffers of the first, which the thread still
+    uses."""
     model, listener, go = loaded(tiny_checkpoint), Listener(), threading.Event()
     monkeypatch.setattr(bridge.publish, "write_share", lambda *a: go.wait(60))
     p = publisher(model, tmp_path, tiny_checkpoint, listener, deadline_s=0.3)
@@ -415,12 +414,13 @@ def of_rank(root, checkpoint, fail):
 
 
 def fetch_all(manifest, p, root):
-    """A rollout node's fetch while both trainer nodes serve. Rank 0's files have the hub in a whole
-    run; here a server as the other nodes have it."""
-    server = files.FileServer(p.root, "t", "127.0.0.1", 0)
-    directory, timing = asyncio.run(
-        fetch(manifest, root / "rollout", None, server.url, {"Authorization": "Bearer t"})
-    )
+    """A rollout node's fetch while both trainer nodes serve. In a run the hub serves rank 0's
+    files; here a file server does."""
+    headers = {"Authorization": "Bearer t"}
+    with files.FileServer(p.root, "t", "127.0.0.1", 0) as server:
+        directory, timing = asyncio.run(
+            fetch(manifest, root / "rollout", None, server.url, headers)
+        )
     return [sorted(path.name for path in directory.iterdir()), timing["fetch_bytes"]]
 
 
