@@ -89,7 +89,7 @@ def ppo_clip_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
 
 
 def reinforce_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
-    """-A * log pi, without a ratio; as in the seed system, log pi is what the ratio metrics then
+    """-A * log pi, without a ratio; as in NeMo RL, log pi is what the ratio metrics then
     show."""
     return -advantages * logprobs, logprobs.detach(), logprobs.detach()
 
@@ -353,13 +353,16 @@ def mismatch(prev, gen):
     The KL terms are the k3 estimator e^d - d - 1. Source: NeMo RL's metrics of the same names.
     """
     d = (prev - gen).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+
     # Near 0 by its series: expm1(x) - x has noise of 1e-8 there once compiled, and the numbers to
     # be seen are 1e-13.
-    k3 = lambda x: torch.where(
-        x.abs() < 0.01, x * x * (0.5 + x / 6 + x * x / 24), torch.expm1(x) - x
-    )
+    def k3(x):
+        return torch.where(x.abs() < 0.01, x * x * (0.5 + x / 6 + x * x / 24), torch.expm1(x) - x)
+
     # log q - log((p + q) / 2), where x = log p - log q
-    to_mix = lambda x: -torch.log1p(torch.expm1(x) / 2)
+    def to_mix(x):
+        return -torch.log1p(torch.expm1(x) / 2)
+
     return {
         "token_mult_prob_error": (gen - prev).abs().clamp(max=LOG_RATIO_MAX).exp(),
         "gen_kl_error": k3(d),

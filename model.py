@@ -46,7 +46,10 @@ def expert_tokens(expert_ids_LtK, num_tokens: int, model):
     """Rows that this rank sent to each expert of each layer, (L, E), padding left out."""
     # the row's padding is at its end
     mine = max(0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1])
-    count = lambda ids_tK: ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
+
+    def count(ids_tK):
+        return ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
+
     return torch.stack([count(ids_tK) for ids_tK in expert_ids_LtK])
 
 

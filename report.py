@@ -179,8 +179,14 @@ def log_step(record: dict, run_dir: Path) -> None:
     """Append the record of a step to metrics.jsonl, and say the gist of it."""
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(record) + "\n")
-    r = lambda name: math.nan if (value := record[f"train/{name}"]) is None else value
-    t = lambda name: record[f"timing/train/{name}"]
+
+    def r(name: str) -> float:
+        value = record[f"train/{name}"]
+        return math.nan if value is None else value
+
+    def t(name: str) -> float:
+        return record[f"timing/train/{name}"]
+
     say(
         f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  "
         f"ratio {r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl "

@@ -102,9 +102,10 @@ SIGNS = str.maketrans(
 
 def as_text(text: str) -> str:
     """Unicode's mathematics as LaTeX: minus, times, one half, root of 2."""
-    halves = lambda c: "\\frac{{{}}}{{{}}}".format(
-        *unicodedata.normalize("NFKC", c[1]).split("\u2044")
-    )
+
+    def halves(c):
+        return "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", c[1]).split("\u2044"))
+
     text = re.sub(r" ?([\u00bc-\u00be\u2150-\u215e])", halves, text).translate(SIGNS)
     return re.sub(r"\u221a ?(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}", text)
 
@@ -234,7 +235,10 @@ def number_of(text: str, marked: str) -> Fraction | None:
         return None
     sign, whole, number, e, ten, below, unit = found.groups()
     exponent = int(e or ten or 0) + SCALES.get(unit or behind.strip("."), 0)
-    read = lambda digits: Fraction(re.sub("[,'_]", "", digits))
+
+    def read(digits):
+        return Fraction(re.sub("[,'_]", "", digits))
+
     if abs(exponent) > 400 or (below and not read(below)):
         return None
     value = int(whole or 0) + read(number) / (read(below) if below else 1)
@@ -255,9 +259,10 @@ def math_match(completion: str, example: dict) -> float:
     from math_verify.errors import TimeoutException
 
     latex, plain = math_verify.LatexExtractionConfig(), math_verify.ExprExtractionConfig()
-    boxed = lambda text: math_verify.parse(
-        f"\\boxed{{{as_latex(text)}}}", [latex], raise_on_error=True
-    )
+
+    def boxed(text):
+        return math_verify.parse(f"\\boxed{{{as_latex(text)}}}", [latex], raise_on_error=True)
+
     wanted = stated(example["answer"])
     said, marked = final_answer(after_thought(completion) or "")
     try:

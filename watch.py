@@ -41,9 +41,10 @@ def load(records: list[dict]) -> tuple[float, float]:
     """Of the rollout nodes over the last steps: share of the time in which vLLM had nothing to do,
     and tokens a second of a node. From sums, since a node's beats and the trainer's steps do not
     keep time with each other."""
-    total = lambda name: sum(
-        r.get(f"rollout/{name}", 0.0) for r in records[1:][-WINDOW:] or records
-    )
+
+    def total(name):
+        return sum(r.get(f"rollout/{name}", 0.0) for r in records[1:][-WINDOW:] or records)
+
     node_s = total("node_s") or math.inf
     return total("idle_s") / node_s, total("tokens") / node_s
 

@@ -167,7 +167,10 @@ def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: flo
 def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:
     """A sample of two requests, with tokens between them that no policy sampled, as one."""
     cut, start = len(first["token_ids"]), len(first["token_ids"]) + len(inserted)
-    entries = lambda choice: (choice.get("logprobs") or {}).get("content") or []
+
+    def entries(choice):
+        return (choice.get("logprobs") or {}).get("content") or []
+
     spans = [
         {**s, "start": s["start"] + start, "end": s["end"] + start}
         for s in rest.get("weight_versions") or []

@@ -38,8 +38,11 @@ def _head_body(
     objective: no loss, dlogits untouched."""
     z_Cv = logits_Cv / temperature
     z_Cv = z_Cv - all_reduce(z_Cv.amax(-1), tp_group, dist.ReduceOp.MAX)[:, None]
+
     # 151,936 terms one by one in fp32 are wrong by 1e-5
-    sum64 = lambda x_Cv: x_Cv.sum(-1, dtype=torch.float64)
+    def sum64(x_Cv):
+        return x_Cv.sum(-1, dtype=torch.float64)
+
     here_C = (targets_C >= 0) & (targets_C < z_Cv.shape[1])
     target_C = torch.where(
         here_C, z_Cv.gather(-1, torch.where(here_C, targets_C, 0)[:, None]).squeeze(-1), 0.0
@@ -94,7 +97,10 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     to_fp32 = {"out_dtype": dtype} if narrow else {}
     weight = weight_vD if narrow else weight_vD.to(dtype)
-    new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=hidden_ND.device)
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
+
     most = max(2, min(N, C))
     logits_Cv = new(most, v)
     dlogits_Cv = new(most, v, dtype=narrow) if narrow and any(needs) else logits_Cv
@@ -108,9 +114,10 @@ def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=Non
         real = min(C, N - start)
         # the last chunk has as many rows as are left, at least 2
         rows, c = (slice(start, start + real), max(2, real))
-        pad = lambda x, value=0, rows=rows, extra=c - real: torch.nn.functional.pad(
-            x[rows], (0, extra), value=value
-        )
+
+        def pad(x, value=0, rows=rows, extra=c - real):
+            return torch.nn.functional.pad(x[rows], (0, extra), value=value)
+
         hidden = torch.nn.functional.pad(hidden_ND[rows], (0, 0, 0, c - real)).to(
             dtype=weight.dtype
         )

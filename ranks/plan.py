@@ -253,8 +253,13 @@ def what_would_fit(m, cfg, world: int) -> list[str]:
     changes += [("tp", n) for n in (2, 4, 8) if n > cfg.tp] + [
         ("ep", n) for n in (2, 4, 8, 16, 32) if n > cfg.ep
     ]
-    name = lambda flag, value: ("--no-" if value is False else "--") + flag.replace("_", "-")
-    show = lambda flag, value: name(flag, value) + ("" if isinstance(value, bool) else f" {value}")
+
+    def name(flag, value):
+        return ("--no-" if value is False else "--") + flag.replace("_", "-")
+
+    def show(flag, value):
+        return name(flag, value) + ("" if isinstance(value, bool) else f" {value}")
+
     for ranks, size in itertools.product([world << i for i in range(8)], range(4)):
         found = []
         for flags in itertools.combinations(changes, size):

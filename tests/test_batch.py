@@ -216,7 +216,7 @@ def group_of(lengths, rewards, truncated, prompt=(1, 2)):
 
 
 def test_a_filtered_sample_leaves_the_loss_and_its_denominators_but_not_the_baseline():
-    """As in the seed system: the advantages are those of the whole group, and no token of the
+    """As in NeMo RL: the advantages are those of the whole group, and no token of the
     sample is anywhere."""
     groups = [
         group_of([3, 4, 5, 20], [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1]),

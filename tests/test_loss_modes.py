@@ -1,4 +1,4 @@
-"""Every mode of the seed system's loss block: its literal numbers, its gradients, and what the
+"""Every mode of NeMo RL's loss block: its literal numbers, its gradients, and what the
 metrics say of it."""
 
 import dataclasses

@@ -41,7 +41,7 @@ from tools import bench_rl, bench_weights
 
 REPO = Path(__file__).resolve().parent.parent
 PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "accelerate==1.15.0"]
-# weights in [0, 6], the seed's default; Liger has no lower bound, and a ratio is never below 0
+# weights in [0, 6], NeMo RL's default; Liger has no lower bound, and a ratio is never below 0
 CLIP = 6.0
 SEQ = 32  # Liger takes one advantage per sequence, so everybody gets that
 
@@ -76,9 +76,10 @@ def cispo(logprobs_N, prev_N, advantages_N):
 def our_loss(x, compiled=True):
     alg = loss.Algorithm(ratio_clip_max=CLIP - 1, use_importance_sampling_correction=False)
     mean = x.advantages_N / len(x.hidden_ND)
-    objective = lambda logprobs, prev, advantages: loss.cispo_loss(logprobs, prev, advantages, alg)[
-        0
-    ]
+
+    def objective(logprobs, prev, advantages):
+        return loss.cispo_loss(logprobs, prev, advantages, alg)[0]
+
     inputs = (
         x.hidden_ND,
         x.weight_VD,
@@ -93,7 +94,9 @@ def our_loss(x, compiled=True):
 
 
 def naive(x):
-    logprobs = lambda: (x.hidden_ND @ x.weight_VD.t()).float().log_softmax(-1)
+    def logprobs():
+        return (x.hidden_ND @ x.weight_VD.t()).float().log_softmax(-1)
+
     return lambda: cispo(
         torch.gather(logprobs(), 1, x.targets_N[:, None])[:, 0], x.prev_N, x.advantages_N
     )
@@ -116,18 +119,23 @@ def torch_lce(x):
     from torch.nn.functional import linear_cross_entropy
 
     options = LinearCrossEntropyOptions(batch_chunk_size=x.args.chunk)
-    nll = lambda: linear_cross_entropy(
-        x.hidden_ND, x.weight_VD, x.targets_N, reduction="none", options=options
-    )
+
+    def nll():
+        return linear_cross_entropy(
+            x.hidden_ND, x.weight_VD, x.targets_N, reduction="none", options=options
+        )
+
     return lambda: cispo(-nll(), x.prev_N, x.advantages_N)
 
 
 def cce(x):
     from cut_cross_entropy import linear_cross_entropy
 
-    nll = lambda: linear_cross_entropy(
-        x.hidden_ND, x.weight_VD, x.targets_N, reduction="none", impl="torch_compile"
-    )
+    def nll():
+        return linear_cross_entropy(
+            x.hidden_ND, x.weight_VD, x.targets_N, reduction="none", impl="torch_compile"
+        )
+
     return lambda: cispo(-nll(), x.prev_N, x.advantages_N)
 
 
@@ -138,10 +146,16 @@ def liger(x):
     head = LigerFusedLinearGRPOLoss(
         beta=0.0, use_ref_model=False, loss_type="cispo", epsilon_high=CLIP, **rows
     )
-    per_sequence = lambda x_N: x_N.view(-1, SEQ)
+
+    def per_sequence(x_N):
+        return x_N.view(-1, SEQ)
+
     mask_BT = per_sequence(x.targets_N >= 0).long()
     advantages_B = per_sequence(x.advantages_N)[:, 0].contiguous()
-    hidden_BTD = lambda: x.hidden_ND.view(-1, SEQ, x.hidden_ND.shape[1])
+
+    def hidden_BTD():
+        return x.hidden_ND.view(-1, SEQ, x.hidden_ND.shape[1])
+
     targets_BT, prev_BT = per_sequence(x.targets_N), per_sequence(x.prev_N)
     return lambda: head(
         hidden_BTD(), x.weight_VD, targets_BT, mask_BT, advantages_B, old_per_token_logps=prev_BT
@@ -272,7 +286,10 @@ def hf(x, experts, padded=False, compiled=False):
     pieces = x.tokens_T.split(x.lengths)
     positions = torch.cat([torch.arange(n) for n in x.lengths])[None].to(x.tokens_T.device)
     ids_BT = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=-1)
-    run = lambda ids, **where: module(ids, use_cache=False, **where).last_hidden_state
+
+    def run(ids, **where):
+        return module(ids, use_cache=False, **where).last_hidden_state
+
     if padded:
         return lambda: (run(ids_BT.clamp(min=0))[ids_BT >= 0] * x.probe).sum()
     return lambda: (run(x.tokens_T[None], position_ids=positions)[0] * x.probe).sum()
@@ -387,7 +404,10 @@ def measure(run, x, trim):
 def contender(args):
     torch.set_num_threads(args.threads)
     g, device = torch.Generator().manual_seed(0), "cuda" if torch.cuda.is_available() else "cpu"
-    rand = lambda *shape: torch.randn(shape, generator=g).to(device, getattr(torch, args.dtype))
+
+    def rand(*shape):
+        return torch.randn(shape, generator=g).to(device, getattr(torch, args.dtype))
+
     make_inputs, _, contenders = SUITES[args.what]
     x = make_inputs(args, rand, g, device)
     run = contenders[args.contender][0](x)
@@ -477,7 +497,10 @@ def compare(args, what):
     for proc in procs.values():
         proc.stdin.close()
         proc.wait()
-    median = lambda key: {name: statistics.median(r[name][key] for r in runs) for name in names}
+
+    def median(key):
+        return {name: statistics.median(r[name][key] for r in runs) for name in names}
+
     return {
         "shape": shape,
         "load": os.getloadavg()[0],

@@ -223,8 +223,13 @@ def summary(records: list[dict], size: str) -> dict:
     was."""
     prompts, *_, warm_up = SIZES[size]
     samples, rows = prompts * GENERATIONS, records[warm_up:]
-    part = lambda row, name: row[f"timing/train/{name}"]
-    mean = lambda of: statistics.mean(of(row) for row in rows)
+
+    def part(row, name):
+        return row[f"timing/train/{name}"]
+
+    def mean(of):
+        return statistics.mean(of(row) for row in rows)
+
     step_s = mean(lambda row: part(row, "total_step_time"))
     wait_s = mean(lambda row: part(row, "exposed_generation"))
     trainer_s = mean(lambda row: part(row, "total_step_time") - part(row, "exposed_generation"))

@@ -295,7 +295,10 @@ def chaos(
                         break
                     fault, before, start = deck.pop(), run.steps_done(), time.monotonic()
                     run.strike(fault, rng)
-                    over = lambda: run.steps_done() >= before + 2 or run.process.poll() == 0  # noqa: B023
+
+                    def over():
+                        return run.steps_done() >= before + 2 or run.process.poll() == 0  # noqa: B023
+
                     run.wait(over, within_s, f"recovery from {fault!r}")
                     rows.append((before, fault, time.monotonic() - start))
                     print(

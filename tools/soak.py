@@ -96,10 +96,15 @@ def growth(rows: list[tuple[int, dict]]) -> dict[str, tuple[float, int, int, int
     """Of each part, from the end of the warm-up to the last sample: memory in percent, handles but
     TCP, threads; and the most TCP sockets at any time."""
     (_, first), (_, last) = next(row for row in rows if row[0] >= WARM_UP_STEPS), rows[-1]
+
     # What leaks is there in every sample; a file that is open for a moment is not in the least of
     # three.
-    least = lambda part, i: min(row[part][i] for _, row in rows[-3:] if part in row)
-    most = lambda part: max(row[part][3] for _, row in rows if part in row)
+    def least(part, i):
+        return min(row[part][i] for _, row in rows[-3:] if part in row)
+
+    def most(part):
+        return max(row[part][3] for _, row in rows if part in row)
+
     return {
         part: (
             100 * (last[part][0] / max(1, was[0]) - 1) if was[0] else 0.0,
