@@ -84,68 +84,101 @@ def _run_head_body(compiled, logits_Cv, dlogits_Cv, targets_C, aux, *rest):
     return _compiled_head_body(logits_Cv, dlogits_Cv, targets_C, aux, *rest)
 
 
-@torch.no_grad()
-def _head_pass(head, token_objective, aux, needs=(False, False), weight_grad=None):
-    """Every chunk through the body. head: the arguments of `token_logprobs`; needs: whether hidden
-    states, and weight, want a gradient. Returns: loss, log-probs, entropy, (gradients)."""
-    hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group = head
-    N, (v, D), C = len(hidden_ND), weight_vD.shape, chunk_tokens or chunk_rows(len(weight_vD))
-    # Logits are fp32 whatever the inputs: rounded to bf16 they are wrong by 0.06 nats. Only CUDA
-    # has a GEMM from bf16 to fp32; elsewhere (tests) the operands are made fp32. Gradients are
-    # rounded to bf16 just for the tensor cores.
-    narrow = hidden_ND.dtype if hidden_ND.is_cuda and hidden_ND.dtype.itemsize < 4 else None
-    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    to_fp32 = {"out_dtype": dtype} if narrow else {}
-    weight = weight_vD if narrow else weight_vD.to(dtype)
+class _Head:
+    """The vocabulary head over some tokens, with one chunk of logits alive at a time.
 
-    def new(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
+    Its arguments are those of `token_logprobs`. `logprobs` and `gradients` are the two ways over
+    all chunks.
+    """
 
-    most = max(2, min(N, C))
-    logits_Cv = new(most, v)
-    dlogits_Cv = new(most, v, dtype=narrow) if narrow and any(needs) else logits_Cv
-    dhidden_ND = new(N, D, dtype=narrow or dtype) if needs[0] else None
-    dweight_vD = (new(v, D) if weight_grad is None else weight_grad) if needs[1] else None
-    # one chunk at least: a rank without tokens takes part in the collectives
-    padded = -(-max(N, 1) // C) * C
-    loss, logprobs, entropy = new(1).zero_()[0], new(padded).zero_(), new(padded).zero_()
-    targets_N = targets_N - (v * dist.get_rank(tp_group) if tp_group is not None else 0)
-    for start in range(0, padded, C):
-        real = min(C, N - start)
-        # the last chunk has as many rows as are left, at least 2
-        rows, c = (slice(start, start + real), max(2, real))
+    def __init__(
+        self, hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group
+    ):
+        self.hidden_ND, self.N = hidden_ND, len(hidden_ND)
+        self.v, self.C = len(weight_vD), chunk_tokens or chunk_rows(len(weight_vD))
+        self.temperature, self.compiled, self.tp_group = temperature, compiled, tp_group
+        # Logits are fp32 whatever the inputs: rounded to bf16 they are wrong by 0.06 nats. Only
+        # CUDA has a GEMM from bf16 to fp32; elsewhere (tests) the operands are made fp32. Gradients
+        # are rounded to bf16 just for the tensor cores.
+        is_narrow = hidden_ND.is_cuda and hidden_ND.dtype.itemsize < 4
+        self.narrow = hidden_ND.dtype if is_narrow else None
+        self.dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        self.to_fp32 = {"out_dtype": self.dtype} if self.narrow else {}
+        self.weight = weight_vD if self.narrow else weight_vD.to(self.dtype)
+        self.weight_dtype = weight_vD.dtype
+        self.targets_N = targets_N
+        if tp_group is not None:  # they count from this rank's first word
+            self.targets_N = targets_N - self.v * dist.get_rank(tp_group)
+        # One chunk at least: a rank without tokens takes part in the collectives.
+        self.padded = -(-max(self.N, 1) // self.C) * self.C
+        self.rows = max(2, min(self.N, self.C))  # of the logits' buffer
 
-        def pad(x, value=0, rows=rows, extra=c - real):
-            return torch.nn.functional.pad(x[rows], (0, extra), value=value)
+    def new(self, *shape: int, dtype=None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.hidden_ND.device)
 
-        hidden = torch.nn.functional.pad(hidden_ND[rows], (0, 0, 0, c - real)).to(
-            dtype=weight.dtype
-        )
-        logits_cv = logits_Cv[:c]
-        # two views of one would be two inputs
-        dlogits_cv = logits_cv if dlogits_Cv is logits_Cv else dlogits_Cv[:c]
-        torch.mm(hidden, weight.t(), **to_fp32, out=logits_cv)
-        chunk_loss, logprobs_C, entropy_C = _run_head_body(
-            compiled,
-            logits_cv,
-            dlogits_cv,
-            pad(targets_N, IGNORED),
-            tuple(map(pad, aux)),
-            token_objective,
-            temperature,
-            tp_group,
-        )
-        logprobs[rows], entropy[rows] = logprobs_C[:real], entropy_C[:real]
-        loss += chunk_loss if token_objective else 0
-        if needs[0]:
-            torch.mm(dlogits_cv[:real], weight, out=dhidden_ND[rows])
-        if needs[1]:
-            # 0: the memory's old content counts for nothing
-            beta = 0 if start == 0 and weight_grad is None else 1
-            torch.addmm(dweight_vD, dlogits_cv.t(), hidden, **to_fp32, beta=beta, out=dweight_vD)
-    dhidden_ND = dhidden_ND.to(hidden_ND.dtype) if needs[0] else None
-    dweight_vD = dweight_vD.to(weight_vD.dtype) if needs[1] and weight_grad is None else None
-    return loss, logprobs, entropy, (dhidden_ND, dweight_vD)
+    def chunks(self):
+        """Of each chunk: its rows, their number, its hidden states and logits, and a function that
+        cuts and pads a tensor of all tokens. The last chunk has as many rows as are left, at least
+        2, the others as many as the buffer."""
+        logits_Cv = self.new(self.rows, self.v)
+        for start in range(0, self.padded, self.C):
+            real = min(self.C, self.N - start)
+            rows, c = slice(start, start + real), max(2, real)
+
+            def pad(x, value=0, rows=rows, extra=c - real):
+                return F.pad(x[rows], (0, extra), value=value)
+
+            hidden = F.pad(self.hidden_ND[rows], (0, 0, 0, c - real)).to(dtype=self.weight.dtype)
+            torch.mm(hidden, self.weight.t(), **self.to_fp32, out=logits_Cv[:c])
+            yield rows, real, hidden, logits_Cv[:c], pad
+
+    def body(self, logits_cv, dlogits_cv, pad, aux=(), objective=None):
+        targets, aux = pad(self.targets_N, IGNORED), tuple(map(pad, aux))
+        rest = (objective, self.temperature, self.tp_group)
+        return _run_head_body(self.compiled, logits_cv, dlogits_cv, targets, aux, *rest)
+
+    @torch.no_grad()
+    def logprobs(self):
+        """Log-probs and entropies, (N padded,)."""
+        logprobs, entropy = self.new(self.padded).zero_(), self.new(self.padded).zero_()
+        for rows, real, _, logits_cv, pad in self.chunks():
+            _, logprobs_C, entropy_C = self.body(logits_cv, logits_cv, pad)
+            logprobs[rows], entropy[rows] = logprobs_C[:real], entropy_C[:real]
+        return logprobs, entropy
+
+    @torch.no_grad()
+    def gradients(self, objective, aux, needs, weight_grad=None):
+        """needs: whether hidden states, and weight, want a gradient; weight_grad: to add the
+        weight's to. Returns: loss, log-probs, entropies, (gradients)."""
+        D = self.hidden_ND.shape[1]
+        logprobs, entropy = self.new(self.padded).zero_(), self.new(self.padded).zero_()
+        loss, dlogits_Cv = self.new(1).zero_()[0], None
+        if self.narrow and any(needs):
+            dlogits_Cv = self.new(self.rows, self.v, dtype=self.narrow)
+        dhidden_ND = self.new(self.N, D, dtype=self.narrow) if needs[0] else None
+        dweight_vD, beta = weight_grad, 1
+        if needs[1] and weight_grad is None:
+            dweight_vD, beta = self.new(self.v, D), 0  # the memory's old content counts for nothing
+        for rows, real, hidden, logits_cv, pad in self.chunks():
+            # Two views of one would be two inputs.
+            dlogits_cv = logits_cv if dlogits_Cv is None else dlogits_Cv[: len(logits_cv)]
+            chunk_loss, logprobs_C, entropy_C = self.body(
+                logits_cv, dlogits_cv, pad, aux, objective
+            )
+            logprobs[rows], entropy[rows] = logprobs_C[:real], entropy_C[:real]
+            loss += chunk_loss
+            if needs[0]:
+                torch.mm(dlogits_cv[:real], self.weight, out=dhidden_ND[rows])
+            if needs[1]:
+                parts = (dweight_vD, dlogits_cv.t(), hidden)
+                torch.addmm(*parts, **self.to_fp32, beta=beta, out=dweight_vD)
+                beta = 1
+        dhidden_ND = dhidden_ND.to(self.hidden_ND.dtype) if needs[0] else None
+        if weight_grad is not None or not needs[1]:
+            dweight_vD = None
+        else:
+            dweight_vD = dweight_vD.to(self.weight_dtype)
+        return loss, logprobs, entropy, (dhidden_ND, dweight_vD)
 
 
 class _WithGradients(torch.autograd.Function):
@@ -204,11 +237,10 @@ def fused_head_loss(
     gradient to hidden states and weight), logprobs and entropy as `token_logprobs` returns them,
     without gradient.
     """
-    head = (hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group)
+    head = _Head(hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_vD)]
-    loss, *results, gradients = _head_pass(
-        head, token_objective, tuple(x.detach() for x in aux), needs, weight_grad
-    )
+    tensors = tuple(x.detach() for x in aux)
+    loss, *results, gradients = head.gradients(token_objective, tensors, needs, weight_grad)
     added = weight_grad is not None and needs[1]
     return _WithGradients.apply(loss, hidden_ND, weight_vD, gradients, added), *results
 
@@ -221,14 +253,15 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, *head):
         ctx.save_for_backward(*head[:3])
         ctx.rest = head[3:]
-        _, logprobs, entropy, _ = _head_pass(head, None, ())
+        logprobs, entropy = _Head(*head).logprobs()
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, coef, _):
         head = (*ctx.saved_tensors, *ctx.rest)
-        *_, gradients = _head_pass(head, torch.mul, (coef.contiguous(),), ctx.needs_input_grad[:2])
+        needs = ctx.needs_input_grad[:2]
+        *_, gradients = _Head(*head).gradients(torch.mul, (coef.contiguous(),), needs)
         return *gradients, *(None for _ in head[2:])
 
 

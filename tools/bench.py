@@ -1,21 +1,17 @@
-"""Our numbers beside those of others: `python tools/bench.py loss [--json]`, `... model`, `...
-weights`, `... rl` (bench_rl.py).
+"""Our numbers beside those of others.
 
-`loss`: forward and backward of vocabulary projection and CISPO loss, the largest part of a step
-outside the model. `model`: forward and backward of the whole model, token ids to final hidden
-states, and of one MoE block, against transformers with the same weights, and against the block with
-one batched GEMM in place of the loop over experts.
+    python tools/bench.py loss      vocabulary projection and CISPO loss, forward and backward
+    python tools/bench.py model     the whole model, and one MoE block, against transformers
+    python tools/bench.py weights   what a version of the weights costs (bench_weights.py)
+    python tools/bench.py rl        whole runs, ours and TRL's (bench_rl.py)
 
-One process per contender, on the same inputs; each first proves that it computes the same outputs
-and gradients, then they take turns, so that a noisy machine is noisy for all. Times are medians of
---runs; CPU time, of all threads, hardly depends on the load with --threads 1. Memory is the peak of
-another run above the inputs and weights, which has to hold the gradients. The peers are installed
-at their released version into .venv-bench, which is made here when it is missing and sees this
-environment's torch.
+One process per contender, on the same inputs; each first proves that it computes the same, then
+they take turns, so that a noisy machine is noisy for all. Times are medians of --runs. CPU time is
+that of all threads. Memory is the peak of another run above inputs and weights. The peers are
+installed at their released version into .venv-bench, which is made here when it is missing.
 
 Bounded: memory for logits does not grow with N. Those of the others that give a token's log-prob
-have to make the logits twice, 8*D*V FLOPs a token; with full logits, or in one pass as here, it is
-6*D*V.
+have to make the logits twice, 8*D*V FLOPs a token; in one pass as here it is 6*D*V.
 """
 
 import argparse
@@ -442,49 +438,39 @@ def peer_python() -> str:
     return str(python)
 
 
-def compare(args, what):
-    """The suite's contenders in turns: {shape, seconds, mib, all_seconds}."""
-    python, (_, flags, contenders) = (
-        peer_python() if what == "loss" else sys.executable,
-        SUITES[what],
-    )
-    shape = {k: getattr(args, k) for k in (*flags, "dtype", "threads", "runs")}
-    names = [n for n in contenders if not args.only or n in args.only.split("/")]
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    # transformers' graph breaks fill pages
-    procs, errors = ({}, None if args.verbose else subprocess.DEVNULL)
-    for name in names:
-        command = [
-            python,
-            __file__,
-            what,
-            *(f"--{k}={v}" for k, v in shape.items()),
-            "--contender",
-            name,
-        ]
-        procs[name] = subprocess.Popen(
-            command,
+class Contender:
+    """One way to compute, in a process of its own that waits for its turns."""
+
+    def __init__(self, name: str, what: str, shape: dict, args):
+        self.name = name
+        python = peer_python() if what == "loss" else sys.executable
+        flags = [f"--{key}={value}" for key, value in shape.items()]
+        self.process = subprocess.Popen(
+            [python, __file__, what, *flags, "--contender", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=env,
-            stderr=errors,
+            env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
+            stderr=None if args.verbose else subprocess.DEVNULL,  # graph breaks fill pages
         )
 
-    def turn(name, what="time"):
-        procs[name].stdin.write(what + "\n")
-        procs[name].stdin.flush()
-        line = procs[name].stdout.readline()
-        assert line, (
-            f"{name}: its process ended with status {procs[name].wait()}; --verbose shows why"
-        )
+    def turn(self, what: str = "time") -> dict:
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        ended = f"{self.name}: its process ended with status"
+        assert line, f"{ended} {self.process.wait()}; --verbose shows why"
         return json.loads(line)
 
-    # also the warm-up: compilation, page faults
-    checks = {name: turn(name)["check"] for name in names}
-    # bf16: torch rounds its log-probs to that
-    tolerance = 1e-4 if args.dtype == "float32" else 5e-2
-    wanted = checks[names[0]]
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def check_alike(checks: dict[str, dict], dtype: str) -> None:
+    """All contenders must compute the same."""
+    tolerance = 1e-4 if dtype == "float32" else 5e-2  # bf16: torch rounds its log-probs to that
+    wanted = next(iter(checks.values()))
     for name, check in checks.items():
         assert check.keys() == wanted.keys(), f"{name}: {check.keys() ^ wanted.keys()}"
         for of, (size, found) in check.items():
@@ -492,11 +478,21 @@ def compare(args, what):
             assert error <= tolerance * wanted[of][0], (
                 f"{name} computes something else: {of} is off by {error}"
             )
-    mib = {name: turn(name, "memory")["mib"] for name in names}
-    runs = [{name: turn(name) for name in names} for _ in range(args.runs)]
-    for proc in procs.values():
-        proc.stdin.close()
-        proc.wait()
+
+
+def compare(args, what):
+    """The suite's contenders in turns: {shape, seconds, mib, all_seconds}."""
+    _, flags, contenders = SUITES[what]
+    shape = {k: getattr(args, k) for k in (*flags, "dtype", "threads", "runs")}
+    names = [n for n in contenders if not args.only or n in args.only.split("/")]
+    running = {name: Contender(name, what, shape, args) for name in names}
+    # Also the warm-up: compilation, page faults.
+    checks = {name: running[name].turn()["check"] for name in names}
+    check_alike(checks, args.dtype)
+    mib = {name: running[name].turn("memory")["mib"] for name in names}
+    runs = [{name: running[name].turn() for name in names} for _ in range(args.runs)]
+    for contender in running.values():
+        contender.end()
 
     def median(key):
         return {name: statistics.median(r[name][key] for r in runs) for name in names}
