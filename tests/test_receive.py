@@ -283,55 +283,53 @@ async def call(hub, method, route, **kwargs):
             return response.status, await response.read(), response.headers
 
 
+async def between(hub, answers, old):
+    """A server that passes requests on to the hub, but for manifests: what `answers` says, in turn,
+    is done to them; `old` is the answer that is replayed. Returns it and its address."""
+
+    async def forward(request):
+        kept = ("Authorization", "X-Run", "Range")
+        given = {k: v for k, v in request.headers.items() if k in kept}
+        data = await request.read()
+        async with aiohttp.ClientSession(hub.url) as session:
+            ask = session.request(request.method, request.path_qs, headers=given, data=data)
+            async with ask as response:
+                body, digest = await response.read(), response.headers.get("X-Blake3", "")
+        what = answers.pop(0) if "latest" in request.path and answers else ""
+        if what == "flip":
+            body = flip(body, len(body) // 2)
+        elif what == "replay":
+            body, digest = old[1], old[2]["X-Blake3"]
+        headers = {"X-Blake3": digest} if digest else {}
+        return web.Response(body=body, status=response.status, headers=headers)
+
+    app = web.Application(client_max_size=1 << 24)
+    app.router.add_route("*", "/{path:.*}", forward)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+
 def test_a_manifest_with_one_bit_flipped_or_replayed_is_not_taken(hub, tmp_path, tiny_checkpoint):
     """Between hub and node: a damaged manifest is asked for again; an old one is refused and
     reported."""
     publish(hub, 0)
     old = asyncio.run(call(hub, "GET", "/weights/latest"))
     publish(hub, 1)
-    answers = []  # what stands between hub and node sends in the real answer's place, in turn
+    answers = []
 
     async def run():
-        async def forward(request):
-            async with aiohttp.ClientSession(hub.url) as session:
-                wanted = {
-                    k: v
-                    for k, v in request.headers.items()
-                    if k in ("Authorization", "X-Run", "Range")
-                }
-                async with session.request(
-                    request.method, request.path_qs, headers=wanted, data=await request.read()
-                ) as response:
-                    body, kept = (
-                        await response.read(),
-                        {"X-Blake3": response.headers.get("X-Blake3", "")},
-                    )
-            if "latest" in request.path and answers:
-                if (what := answers.pop(0)) == "flip":
-                    body = flip(body, len(body) // 2)
-                elif what == "replay":
-                    body, kept = old[1], {"X-Blake3": old[2]["X-Blake3"]}
-            return web.Response(
-                body=body, status=response.status, headers={k: v for k, v in kept.items() if v}
-            )
-
-        app = web.Application(client_max_size=1 << 24)
-        app.router.add_route("*", "/{path:.*}", forward)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        async with aiohttp.ClientSession(
-            url, headers={"Authorization": "Bearer t", "X-Run": hub.run["id"]}
-        ) as session:
+        runner, url = await between(hub, answers, old)
+        headers = {"Authorization": "Bearer t", "X-Run": hub.run["id"]}
+        async with aiohttp.ClientSession(url, headers=headers) as session:
             node = Node(RolloutConfig(url, dir=str(tmp_path / "node")), session)
             node.run, loads = hub.run, []
 
             async def update(manifest, digest, checkpoint, timing, start):
-                loads.append(
-                    (manifest["version"], same(checkpoint, hub.versions[manifest["version"]]))
-                )
-                node.version, node.checkpoint = manifest["version"], checkpoint
+                version = manifest["version"]
+                loads.append((version, same(checkpoint, hub.versions[version])))
+                node.version, node.checkpoint = version, checkpoint
 
             node.update, node.cfg.hub = update, url
             task = asyncio.create_task(node.follow_weights())
