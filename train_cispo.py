@@ -226,12 +226,12 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
     policy_loss = torch.compile(loss.policy_loss, dynamic=True) if cfg.compile else loss.policy_loss
     start = start_or_resume(cfg, checkpoints, mesh, origin, model, optimizer)
     saved_in, ranks = cfg.run_dir / "checkpoints", (mesh.rank, mesh.world_size)
-    saver = Checkpointer(saved_in, *ranks, cfg.keep_checkpoints, start.step)
     sent_as = resolve_dtype(cfg.publish_dtype, mesh.device)
     run = run_for_nodes(cfg, checkpoint, data, sent_as)
 
     # ---- the loop. Rollouts and Log are on every rank; what is rank 0's does nothing elsewhere
     with (
+        Checkpointer(saved_in, *ranks, cfg.keep_checkpoints, start.step) as saver,
         Rollouts(cfg, model, sent_as, checkpoint, data, run, start) as rollouts,
         Log(cfg, rollouts, data, start) as log,
     ):

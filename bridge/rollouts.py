@@ -71,7 +71,7 @@ class Rollouts:
                         self.hub, cfg.run_dir / "rollout", cfg.rollout_args, log
                     )
                     started.callback(self.node.stop)
-            self.publisher = Publisher(
+            publisher = Publisher(
                 self._model,
                 self._dtype,
                 cfg.run_dir / "weights",
@@ -83,11 +83,12 @@ class Rollouts:
                 hub=self.hub,
                 port=cfg.hub_port,
             )
+            self.publisher = started.enter_context(publisher)
             self._started = started.pop_all()
         return self
 
     def __exit__(self, *error) -> None:
-        self._started.close()
+        self._started.__exit__(*error)
 
     # ---- a step
     def next_groups(self, step: int) -> list[Group] | None:

@@ -279,6 +279,9 @@ def keep_config(run_dir: Path, step: int, text: str) -> None:
 def keep_code(code: Path, reward_files: dict, saved: dict) -> None:
     """The sources that the run is made with: a forked loss is no flag, but `diff -r` shows it. The
     reward of the steps so far is kept where it has changed."""
+    for old in code.rglob("*.py"):  # of a program before this one, which had other files
+        if not old.relative_to(code).parts[0].startswith("reward"):
+            old.unlink()
     for file in program_files():
         copy = code / file.relative_to(REPO)
         copy.parent.mkdir(parents=True, exist_ok=True)

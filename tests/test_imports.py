@@ -127,3 +127,13 @@ def test_a_run_keeps_all_of_its_sources(tmp_path, monkeypatch):
     }
     assert kept == {str(path.relative_to(REPO)) for path in program_files()}
     assert "vllm_engine.py" in {Path(path).name for path in kept}
+
+
+def test_a_run_that_goes_on_keeps_the_sources_of_now_alone(tmp_path):
+    """And of the rewards those of all of its steps."""
+    for name in ("old/gone.py", "reward/mine.py", "reward-before-step-4/mine.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    run_dir.keep_code(tmp_path, {}, {})
+    assert not (tmp_path / "old/gone.py").exists() and (tmp_path / "loss.py").exists()
+    assert len(list(tmp_path.glob("reward*/mine.py"))) == 2

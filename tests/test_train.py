@@ -222,7 +222,8 @@ class Standby:
     """In place of hub and publisher: the loop runs, and nothing is served."""
 
     url, stats, error, deadline_s = "nowhere", {}, None, 1.0
-    publish = close = lambda *args, **kwargs: None
+    publish = close = __exit__ = lambda *args, **kwargs: None
+    __enter__ = lambda self: self
     take_timing = ledger_state = lambda self: {}
     take_validations = lambda self: []
     begin_validation = lambda self, version: None
