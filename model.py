@@ -42,34 +42,6 @@ from ranks.ops import attend, copy_rows, grouped_mm
 from ranks.parallel import Mesh, Split, all_gather, all_to_all, exchange_counts, reduce_scatter
 
 
-def expert_tokens(expert_ids_LtK, num_tokens: int, model):
-    """Rows that this rank sent to each expert of each layer, (L, E), padding left out."""
-    # the row's padding is at its end
-    mine = max(0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1])
-
-    def count(ids_tK):
-        return ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
-
-    return torch.stack([count(ids_tK) for ids_tK in expert_ids_LtK])
-
-
-def expert_load(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`expert_tokens` (L, E), rows that each layer sent to each expert, as what one looks at: the
-    busiest expert's share of an even one, layer by layer (1 is balanced, E / K is everything to the
-    same experts), and the share of experts that got nothing."""
-    if "expert_tokens" not in metrics:
-        return metrics
-    tokens_LE = metrics["expert_tokens"].double()
-    rest = {name: value for name, value in metrics.items() if name != "expert_tokens"}
-    busiest_L = tokens_LE.amax(1) / tokens_LE.mean(1).clamp(min=1e-9)  # no token at all: 0
-    return {
-        **rest,
-        "moe_busiest_by_layer": busiest_L,
-        "moe_busiest_max": busiest_L.max(),
-        "moe_idle_share": (tokens_LE == 0).double().mean(),
-    }
-
-
 # ---- config --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ModelConfig:
@@ -180,39 +152,6 @@ class ModelConfig:
 
 
 # ---- attention -----------------------------------------------------------------------------------
-
-
-KNOWN_MODELS = {
-    "Qwen/Qwen3-30B-A3B": ModelConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        intermediate_size=6144,
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        norm_topk_prob=True,
-    ),
-    "Qwen/Qwen3-0.6B": ModelConfig(
-        vocab_size=151936,
-        hidden_size=1024,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=3072,
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    ),
-}
-
-
 def at_least_fp32(x):
     """fp32 for half precision; fp64 stays, for the tests that compare layouts to 1e-10."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -534,3 +473,64 @@ def num_parameters(path: str | Path) -> int:
     with torch.device("meta"):
         model = Qwen3MoE(ModelConfig.from_dir(path))
     return sum(p.numel() for p in model.parameters())
+
+
+# ---- how evenly the router spreads the tokens ----------------------------------------------------
+def expert_tokens(expert_ids_LtK, num_tokens: int, model):
+    """Rows that this rank sent to each expert of each layer, (L, E), padding left out."""
+    # the row's padding is at its end
+    mine = max(0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1])
+
+    def count(ids_tK):
+        return ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
+
+    return torch.stack([count(ids_tK) for ids_tK in expert_ids_LtK])
+
+
+def expert_load(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`expert_tokens` (L, E), rows that each layer sent to each expert, as what one looks at: the
+    busiest expert's share of an even one, layer by layer (1 is balanced, E / K is everything to the
+    same experts), and the share of experts that got nothing."""
+    if "expert_tokens" not in metrics:
+        return metrics
+    tokens_LE = metrics["expert_tokens"].double()
+    rest = {name: value for name, value in metrics.items() if name != "expert_tokens"}
+    busiest_L = tokens_LE.amax(1) / tokens_LE.mean(1).clamp(min=1e-9)  # no token at all: 0
+    return {
+        **rest,
+        "moe_busiest_by_layer": busiest_L,
+        "moe_busiest_max": busiest_L.max(),
+        "moe_idle_share": (tokens_LE == 0).double().mean(),
+    }
+
+
+# ---- shapes that are known without a download ----------------------------------------------------
+KNOWN_MODELS = {
+    "Qwen/Qwen3-30B-A3B": ModelConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        intermediate_size=6144,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+    ),
+    "Qwen/Qwen3-0.6B": ModelConfig(
+        vocab_size=151936,
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    ),
+}

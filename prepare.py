@@ -41,6 +41,63 @@ from report import say
 from rewards import check_answers
 
 
+# ---- before the ranks meet -----------------------------------------------------------------------
+def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
+    """What `train` takes beside its flags. All that can be refused is refused here, before ranks
+    meet and before anything that takes long. Raises: ValueError, CheckpointError, WeightsError."""
+    if model_cfg := known_config(cfg):
+        plan.check(model_cfg, cfg, world_size)
+    if rank == 0:
+        check_address(cfg.hub_host, cfg.hub_port)
+        hold(cfg.run_dir)
+    if rank == 0 and reward_sources(cfg.reward):
+        node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
+        check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
+    examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
+    held_out = load_held_out(cfg, examples) if rank == 0 else None
+    for rows, name in ((examples, "--data"), (held_out, "--val-data")):
+        if rows and (warning := check_answers(cfg.reward, rows, name)):
+            say(f"warning: {warning}")
+    checkpoint = resolve_model(cfg, rank)
+    if model_cfg is None:
+        plan.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
+    data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
+    # raises what loading would; the others of this node have the same files
+    if cfg.model and local_rank == 0:
+        with torch.device("meta"):
+            shapes = Qwen3MoE(ModelConfig.from_dir(checkpoint)).checkpoint_shapes()
+        stored_tensors(checkpoint, shapes)
+    origin = origin_of(cfg, checkpoint, examples, held_out) if rank == 0 else None
+    return checkpoint, data, checkpoints_to_try(cfg, origin) if rank == 0 else [], origin
+
+
+def use_cpu(cfg: Config, local_world_size: int) -> None:
+    """For a machine without a GPU. Raises: ValueError for what it cannot train or compile."""
+    # a directory may hold a small one
+    if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():
+        raise ValueError(
+            f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
+            "--dry-run prints the plan"
+        )
+    if cfg.compile and (path := uncompilable_path()):
+        raise ValueError(
+            f"--compile: torch's compiler cannot use {path!r}, for the space or quote in it; use "
+            "--no-compile, or other places (.venv, TORCHINDUCTOR_CACHE_DIR, TMPDIR)"
+        )
+    torch.set_num_threads(cfg.cpu_threads or max(1, cores() // (2 * local_world_size)))
+
+
+def uncompilable_path() -> str:
+    """A path that torch gives to the C++ compiler without quotes, and that needs them; "" if there
+    is none."""
+    paths = (
+        str(Path(torch.__file__).parent),
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(),
+    )
+    return next((path for path in paths if set(path) & set(" \t\n\"'\\")), "")
+
+
+# ---- model ---------------------------------------------------------------------------------------
 def known_config(cfg) -> ModelConfig | None:
     """What can be said of --model before anything is downloaded or made; None for a hub id that is
     not known here. Raises: ValueError for that under --dry-run."""
@@ -97,6 +154,7 @@ def resolve_model(cfg: Config, rank: int) -> Path:
     return path
 
 
+# ---- data ----------------------------------------------------------------------------------------
 def load_examples(cfg: Config) -> data.Examples:
     """The run's data set. Raises: ValueError for one that cannot be read, or has not what the
     template names."""
@@ -127,47 +185,6 @@ def load_held_out(cfg: Config, examples: data.Examples) -> data.Examples | None:
     )
     held_out.template(examples.template(data.text_of(cfg.prompt_template)))
     return held_out
-
-
-def origin_of(
-    cfg: Config, checkpoint: Path, examples: data.Examples, held_out: data.Examples | None
-) -> dict[str, str]:
-    """Digests of what a run is made from, mostly by flag: a resumed run must have the same or say
-    what changed."""
-    texts = {
-        name: data.text_of(getattr(cfg, name))
-        for name in ("system_prompt", "prompt_template", "interrupt_text")
-    }
-    files = [
-        checkpoint / name
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    ]
-    return {
-        "data": examples.digest(),
-        "val_data": held_out.digest() if held_out else "",
-        "model": model_digest(checkpoint),
-        "reward": reward_digest(cfg.reward),
-        **{name: digest(text.encode()) for name, text in texts.items()},
-        "tokenizer": " ".join(digest(file.read_bytes()) for file in files if file.exists()),
-    }
-
-
-def model_digest(path: Path) -> str:
-    """Of a starting checkpoint: its architecture, and its tensors by name, in whatever files they
-    lie. Of large ones four pieces of 16 KiB count; no training leaves all of these as they were."""
-    parts = []
-    # what is missing or damaged makes it another one
-    with contextlib.suppress(OSError, ValueError, SafetensorError):
-        parts.append(repr(ModelConfig.from_dir(path)))
-        for name, tensor in read_tensors(path):
-            data, hasher = tensor_bytes(tensor), blake3()
-            stride, piece = (
-                (len(data), len(data)) if len(data) <= 1 << 16 else (len(data) // 4, 1 << 14)
-            )
-            for at in range(0, len(data), stride):
-                hasher.update(data[at : at + piece])
-            parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {hasher.hexdigest()}")
-    return digest("\n".join(parts).encode())
 
 
 def load_prompts(
@@ -232,61 +249,49 @@ def interruption(cfg: Config, codec: task.Codec) -> dict:
     return {"interrupt_at": cfg.interrupt_at_tokens, "interrupt_ids": ids}
 
 
-def uncompilable_path() -> str:
-    """A path that torch gives to the C++ compiler without quotes, and that needs them; "" if there
-    is none."""
-    paths = (
-        str(Path(torch.__file__).parent),
-        os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(),
-    )
-    return next((path for path in paths if set(path) & set(" \t\n\"'\\")), "")
+# ---- what a run is made from ---------------------------------------------------------------------
+def origin_of(
+    cfg: Config, checkpoint: Path, examples: data.Examples, held_out: data.Examples | None
+) -> dict[str, str]:
+    """Digests of what a run is made from, mostly by flag: a resumed run must have the same or say
+    what changed."""
+    texts = {
+        name: data.text_of(getattr(cfg, name))
+        for name in ("system_prompt", "prompt_template", "interrupt_text")
+    }
+    files = [
+        checkpoint / name
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    ]
+    return {
+        "data": examples.digest(),
+        "val_data": held_out.digest() if held_out else "",
+        "model": model_digest(checkpoint),
+        "reward": reward_digest(cfg.reward),
+        **{name: digest(text.encode()) for name, text in texts.items()},
+        "tokenizer": " ".join(digest(file.read_bytes()) for file in files if file.exists()),
+    }
 
 
-def use_cpu(cfg: Config, local_world_size: int) -> None:
-    """For a machine without a GPU. Raises: ValueError for what it cannot train or compile."""
-    # a directory may hold a small one
-    if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():
-        raise ValueError(
-            f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
-            "--dry-run prints the plan"
-        )
-    if cfg.compile and (path := uncompilable_path()):
-        raise ValueError(
-            f"--compile: torch's compiler cannot use {path!r}, for the space or quote in it; use "
-            "--no-compile, or other places (.venv, TORCHINDUCTOR_CACHE_DIR, TMPDIR)"
-        )
-    torch.set_num_threads(cfg.cpu_threads or max(1, cores() // (2 * local_world_size)))
+def model_digest(path: Path) -> str:
+    """Of a starting checkpoint: its architecture, and its tensors by name, in whatever files they
+    lie. Of large ones four pieces of 16 KiB count; no training leaves all of these as they were."""
+    parts = []
+    # what is missing or damaged makes it another one
+    with contextlib.suppress(OSError, ValueError, SafetensorError):
+        parts.append(repr(ModelConfig.from_dir(path)))
+        for name, tensor in read_tensors(path):
+            data, hasher = tensor_bytes(tensor), blake3()
+            stride, piece = (
+                (len(data), len(data)) if len(data) <= 1 << 16 else (len(data) // 4, 1 << 14)
+            )
+            for at in range(0, len(data), stride):
+                hasher.update(data[at : at + piece])
+            parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {hasher.hexdigest()}")
+    return digest("\n".join(parts).encode())
 
 
-def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
-    """What `train` takes beside its flags. All that can be refused is refused here, before ranks
-    meet and before anything that takes long. Raises: ValueError, CheckpointError, WeightsError."""
-    if model_cfg := known_config(cfg):
-        plan.check(model_cfg, cfg, world_size)
-    if rank == 0:
-        check_address(cfg.hub_host, cfg.hub_port)
-        hold(cfg.run_dir)
-    if rank == 0 and reward_sources(cfg.reward):
-        node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
-        check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
-    examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
-    held_out = load_held_out(cfg, examples) if rank == 0 else None
-    for rows, name in ((examples, "--data"), (held_out, "--val-data")):
-        if rows and (warning := check_answers(cfg.reward, rows, name)):
-            say(f"warning: {warning}")
-    checkpoint = resolve_model(cfg, rank)
-    if model_cfg is None:
-        plan.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
-    data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
-    # raises what loading would; the others of this node have the same files
-    if cfg.model and local_rank == 0:
-        with torch.device("meta"):
-            shapes = Qwen3MoE(ModelConfig.from_dir(checkpoint)).checkpoint_shapes()
-        stored_tensors(checkpoint, shapes)
-    origin = origin_of(cfg, checkpoint, examples, held_out) if rank == 0 else None
-    return checkpoint, data, checkpoints_to_try(cfg, origin) if rank == 0 else [], origin
-
-
+# ---- what train() asks ---------------------------------------------------------------------------
 def run_for_nodes(cfg: Config, checkpoint: Path, data, dtype: torch.dtype) -> dict:
     """What a rollout node must know of the run: the answer to GET /run. Empty without data."""
     if data is None:
@@ -327,6 +332,7 @@ def with_chunk_size(cfg: Config, model_cfg: ModelConfig) -> Config:
     )
 
 
+# ---- errors in one line --------------------------------------------------------------------------
 # What a machine, a disk or another process can do to a run is told in one line, with what helps.
 # Anything else is a fault of the program, and shows where it comes from.
 ADVICE = {

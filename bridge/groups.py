@@ -12,7 +12,111 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+# ---- a group -------------------------------------------------------------------------------------
+# in place of a policy version: a token that was put there, as --interrupt-text is; no loss row
+NOT_SAMPLED = -1
 
+
+@dataclass
+class Group:
+    """All samples of one prompt. Flat tensors over the samples' response tokens, R of them in
+    all."""
+
+    ordinal: int
+    prompt_ids: list[int]
+    lengths: torch.Tensor  # (S,) int32: response tokens of each sample
+    token_ids: torch.Tensor  # (R,) int32
+    logprobs: torch.Tensor  # (R,) float32: the sampler's, in nats
+    versions: torch.Tensor  # (R,) int32: the policy version that sampled each token, or NOT_SAMPLED
+    rewards: torch.Tensor  # (S,) float32
+    truncated: torch.Tensor  # (S,) uint8: 1 where max_new_tokens cut the sample off
+
+    @cached_property
+    def oldest_version(self) -> int:
+        return int(self.sampled_versions.min())
+
+    @property
+    def sampled_versions(self) -> torch.Tensor:
+        return self.versions[self.versions != NOT_SAMPLED]
+
+
+# ---- from vLLM's answer to bytes, on the node ----------------------------------------------------
+def damage(choice: dict, max_new_tokens: int | None = None) -> str:
+    """Why a sample cannot be trained on, or "": it needs a finite log-prob and a version for each
+    of its tokens. vLLM may send NaN, which JSON may make null."""
+    try:
+        tokens, entries = (
+            choice.get("token_ids") or [],
+            (choice.get("logprobs") or {}).get("content") or [],
+        )
+        spans = [
+            (int(span["version"]), span["end"] - span["start"])
+            for span in choice.get("weight_versions") or []
+        ]
+        covered = sum(length for _, length in spans)
+        choice["finish_reason"], [x["logprob"] for x in entries]
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        return f"it has not the form of a sample: {e!r}"
+    if not tokens:
+        return "no tokens"
+    if max_new_tokens and len(tokens) > max_new_tokens:
+        return f"{len(tokens)} tokens, asked for at most {max_new_tokens}"
+    if not all(
+        isinstance(x["logprob"], float | int) and math.isfinite(x["logprob"]) for x in entries
+    ):
+        return "a log-prob that is not finite"
+    if not len(entries) == len(tokens) == covered:
+        return f"{len(tokens)} tokens, {len(entries)} log-probs, versions of {covered}"
+    return ""
+
+
+def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:
+    """A sample of two requests, with tokens between them that no policy sampled, as one."""
+    cut, start = len(first["token_ids"]), len(first["token_ids"]) + len(inserted)
+
+    def entries(choice):
+        return (choice.get("logprobs") or {}).get("content") or []
+
+    spans = [
+        {**s, "start": s["start"] + start, "end": s["end"] + start}
+        for s in rest.get("weight_versions") or []
+    ]
+    return {
+        "token_ids": [*first["token_ids"], *inserted, *(rest.get("token_ids") or [])],
+        "logprobs": {
+            "content": [*entries(first), *[{"logprob": 0.0}] * len(inserted), *entries(rest)]
+        },
+        "weight_versions": [
+            *first["weight_versions"],
+            {"version": NOT_SAMPLED, "start": cut, "end": start},
+            *spans,
+        ],
+        "finish_reason": rest.get("finish_reason"),
+    }
+
+
+def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: float) -> bytes:
+    """The safetensors body of POST /groups; hub.Group says what each tensor is."""
+    versions = [
+        int(span["version"])
+        for c in choices
+        for span in c["weight_versions"]
+        for _ in range(span["start"], span["end"])
+    ]
+    tensors = {
+        "lengths": torch.tensor([len(c["token_ids"]) for c in choices], dtype=torch.int32),
+        "token_ids": torch.tensor([t for c in choices for t in c["token_ids"]], dtype=torch.int32),
+        "logprobs": torch.tensor([x["logprob"] for c in choices for x in c["logprobs"]["content"]]),
+        "versions": torch.tensor(versions, dtype=torch.int32),
+        "rewards": torch.tensor(rewards, dtype=torch.float32),
+        "truncated": torch.tensor(
+            [c["finish_reason"] == "length" for c in choices], dtype=torch.uint8
+        ),
+    }
+    return save(tensors, metadata={"lease": lease, "gen_s": f"{gen_s:.6f}"})
+
+
+# ---- from bytes to tensors, at the hub -----------------------------------------------------------
 class Refused(Exception):
     """A request that cannot be honoured: HTTP status and one line that says why."""
 
@@ -21,7 +125,6 @@ class Refused(Exception):
         self.status, self.reason = status, reason
 
 
-# ---- groups --------------------------------------------------------------------------------------
 GROUP_TENSORS = {
     "lengths": torch.int32,
     "token_ids": torch.int32,
@@ -113,106 +216,3 @@ def _value_faults(t, vocab_size: int, oldest: int, newest: int) -> Iterator[str]
         yield "a reward is not finite"
     if not oldest <= low <= high <= newest:
         yield f"policy versions {low}..{high} outside {oldest}..{newest}"
-
-
-# in place of a policy version: a token that was put there, as --interrupt-text is; no loss row
-NOT_SAMPLED = -1
-
-
-@dataclass
-class Group:
-    """All samples of one prompt. Flat tensors over the samples' response tokens, R of them in
-    all."""
-
-    ordinal: int
-    prompt_ids: list[int]
-    lengths: torch.Tensor  # (S,) int32: response tokens of each sample
-    token_ids: torch.Tensor  # (R,) int32
-    logprobs: torch.Tensor  # (R,) float32: the sampler's, in nats
-    versions: torch.Tensor  # (R,) int32: the policy version that sampled each token, or NOT_SAMPLED
-    rewards: torch.Tensor  # (S,) float32
-    truncated: torch.Tensor  # (S,) uint8: 1 where max_new_tokens cut the sample off
-
-    @cached_property
-    def oldest_version(self) -> int:
-        return int(self.sampled_versions.min())
-
-    @property
-    def sampled_versions(self) -> torch.Tensor:
-        return self.versions[self.versions != NOT_SAMPLED]
-
-
-# ---- groups --------------------------------------------------------------------------------------
-def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: float) -> bytes:
-    """The safetensors body of POST /groups; hub.Group says what each tensor is."""
-    versions = [
-        int(span["version"])
-        for c in choices
-        for span in c["weight_versions"]
-        for _ in range(span["start"], span["end"])
-    ]
-    tensors = {
-        "lengths": torch.tensor([len(c["token_ids"]) for c in choices], dtype=torch.int32),
-        "token_ids": torch.tensor([t for c in choices for t in c["token_ids"]], dtype=torch.int32),
-        "logprobs": torch.tensor([x["logprob"] for c in choices for x in c["logprobs"]["content"]]),
-        "versions": torch.tensor(versions, dtype=torch.int32),
-        "rewards": torch.tensor(rewards, dtype=torch.float32),
-        "truncated": torch.tensor(
-            [c["finish_reason"] == "length" for c in choices], dtype=torch.uint8
-        ),
-    }
-    return save(tensors, metadata={"lease": lease, "gen_s": f"{gen_s:.6f}"})
-
-
-def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:
-    """A sample of two requests, with tokens between them that no policy sampled, as one."""
-    cut, start = len(first["token_ids"]), len(first["token_ids"]) + len(inserted)
-
-    def entries(choice):
-        return (choice.get("logprobs") or {}).get("content") or []
-
-    spans = [
-        {**s, "start": s["start"] + start, "end": s["end"] + start}
-        for s in rest.get("weight_versions") or []
-    ]
-    return {
-        "token_ids": [*first["token_ids"], *inserted, *(rest.get("token_ids") or [])],
-        "logprobs": {
-            "content": [*entries(first), *[{"logprob": 0.0}] * len(inserted), *entries(rest)]
-        },
-        "weight_versions": [
-            *first["weight_versions"],
-            {"version": NOT_SAMPLED, "start": cut, "end": start},
-            *spans,
-        ],
-        "finish_reason": rest.get("finish_reason"),
-    }
-
-
-def damage(choice: dict, max_new_tokens: int | None = None) -> str:
-    """Why a sample cannot be trained on, or "": it needs a finite log-prob and a version for each
-    of its tokens. vLLM may send NaN, which JSON may make null."""
-    try:
-        tokens, entries = (
-            choice.get("token_ids") or [],
-            (choice.get("logprobs") or {}).get("content") or [],
-        )
-        spans = [
-            (int(span["version"]), span["end"] - span["start"])
-            for span in choice.get("weight_versions") or []
-        ]
-        covered = sum(length for _, length in spans)
-        choice["finish_reason"], [x["logprob"] for x in entries]
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        return f"it has not the form of a sample: {e!r}"
-    if not tokens:
-        return "no tokens"
-    if max_new_tokens and len(tokens) > max_new_tokens:
-        return f"{len(tokens)} tokens, asked for at most {max_new_tokens}"
-    if not all(
-        isinstance(x["logprob"], float | int) and math.isfinite(x["logprob"]) for x in entries
-    ):
-        return "a log-prob that is not finite"
-    if not len(entries) == len(tokens) == covered:
-        return f"{len(tokens)} tokens, {len(entries)} log-probs, versions of {covered}"
-    return ""
