@@ -95,13 +95,15 @@ MATTER_FIRST = (  # the flags that --help shows first
 
 
 def preset_of(argv: list[str]) -> Config:
-    """The values that the other flags override."""
+    """The values that the other flags override. Raises: ValueError for an unknown preset."""
     chosen = "tiny"
     for flag, following in itertools.zip_longest(argv, argv[1:]):
         name, equals, value = flag.partition("=")
         if name == "--preset":
             chosen = value if equals else following
-    return PRESETS.get(chosen, PRESETS["tiny"])  # tyro refuses an unknown one
+    if chosen and chosen not in PRESETS:  # tyro says that a value is missing
+        raise ValueError(f"--preset {chosen!r}: expected {', '.join(PRESET_NOTES)}")
+    return PRESETS[chosen or "tiny"]
 
 
 def parse_config(argv: list[str]) -> Config:

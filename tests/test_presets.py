@@ -170,6 +170,12 @@ def test_every_preset_is_valid_named_and_fits(name, capsys):
         plan.print_report(prepare.known_config(cfg), cfg, cfg.dry_run_ranks)
 
 
+@pytest.mark.parametrize("argv", [["--preset", "qwen"], ["--preset=qwen", "--help"]])
+def test_an_unknown_preset_is_refused_with_those_that_there_are(argv):
+    with pytest.raises(ValueError, match=r"--preset 'qwen': expected tiny, add, qwen3-0\.6b, "):
+        parse_config(argv)
+
+
 @pytest.mark.parametrize("preset", ["tiny", "scalerl"])
 def test_help_shows_every_flag_once_on_one_line_with_its_value(preset, capsys):
     with pytest.raises(SystemExit) as stopped:
