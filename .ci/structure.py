@@ -78,4 +78,4 @@ program = {
 }
 total = sum(program.values())
 print(f"{total} lines in {len(program)} files, {len(arrows)} arrows, {skips} fmt: skip")
-sys.exit("\n".join(faults))
+sys.exit("\n".join(faults) or 0)
