@@ -113,6 +113,28 @@ def our_command(size: str, root: Path, checkpoint: Path, synchronous: bool) -> l
     ]
 
 
+# What TRL is given so that it trains as our run does, and writes nothing.
+AS_OURS = {
+    "loss_type": "cispo",
+    "epsilon_high": CLIP_HIGH,
+    "beta": 0.0,
+    "num_generations": GENERATIONS,
+    "steps_per_generation": UPDATES,
+    "temperature": 1.0,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.01,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
 def train_with_trl(size: str, root: Path, checkpoint: Path, out: Path) -> None:
     """Runs in the environment that has TRL. Its own timers only report to trackers, hence the
     subclass."""
@@ -157,27 +179,11 @@ def train_with_trl(size: str, root: Path, checkpoint: Path, out: Path) -> None:
         p.requires_grad_(not name.endswith("mlp.gate.weight"))
     config = GRPOConfig(
         output_dir=str(root / "trl"),
-        loss_type="cispo",
-        epsilon_high=CLIP_HIGH,
-        beta=0.0,
-        num_generations=GENERATIONS,
         per_device_train_batch_size=prompts * GENERATIONS // UPDATES,
-        steps_per_generation=UPDATES,
         max_completion_length=new_tokens,
-        temperature=1.0,
         learning_rate=lr,
-        lr_scheduler_type="constant",
-        weight_decay=0.01,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
         max_steps=UPDATES * steps,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **AS_OURS,
     )
     Timed(
         model,
