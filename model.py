@@ -125,6 +125,11 @@ class ModelConfig:
     def from_dir(path: str | Path) -> "ModelConfig":
         return ModelConfig.from_hf(json.loads((Path(path) / "config.json").read_text()))
 
+    def on_meta(self, tp: int = 1, ep: int = 1) -> "Qwen3MoE":
+        """Rank 0's part of the model on a grid of tp x ep ranks, without memory."""
+        with torch.device("meta"):
+            return Qwen3MoE(self, Mesh(world_size=tp * ep, tp=tp, ep=ep))
+
     def to_hf(self, eos_token_id: int) -> dict:
         """A config.json for vLLM and transformers, in the spelling that both read."""
         moe = (
@@ -470,9 +475,7 @@ class Qwen3MoE(nn.Module):
 
 def num_parameters(path: str | Path) -> int:
     """Of the model in a directory, by its config.json alone."""
-    with torch.device("meta"):
-        model = Qwen3MoE(ModelConfig.from_dir(path))
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in ModelConfig.from_dir(path).on_meta().parameters())
 
 
 # ---- how evenly the router spreads the tokens ----------------------------------------------------

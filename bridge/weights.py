@@ -23,6 +23,7 @@ lead there, with their sizes and servers:
                  "files": [{"version": 12, "kind": "delta", "bytes", "blake3", "url"}, ...]}]}
 """
 
+import itertools
 import json
 import os
 import re
@@ -131,10 +132,17 @@ def write_safetensors(
         os.fsync(f.fileno())
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to; None for embedding, last norm and head."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 def layer_order(name: str) -> tuple:
     """Sorts tensors as a model uses them: embedding, the layers by number, then norm and head."""
-    layer = re.search(r"\.layers\.(\d+)\.", name)
-    return (1, int(layer[1]), name) if layer else (0 if "embed" in name else 2, 0, name)
+    if (layer := layer_of(name)) is not None:
+        return 1, layer, name
+    return (0 if "embed" in name else 2), 0, name
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -299,16 +307,17 @@ def own_hf(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     tensors go around all ranks; each is gathered over its owner's tp group, and the others do
     nothing for it.
     """
-    mesh, dense = model.mesh, 0
+    mesh = model.mesh
+    replicas = mesh.world_size // mesh.ep  # of an expert
+    owners = itertools.cycle(range(mesh.world_size))  # of dense tensors
     for name, p in model.named_parameters():
         split = model.split_of(name)
         if ".experts." in name:
-            replicas, (_, layer, _) = mesh.world_size // mesh.ep, layer_order(name)
-            if layer % replicas == mesh.rank // mesh.ep:
+            if layer_of(name) % replicas == mesh.rank // mesh.ep:
                 views = model.hf_views(name, p.detach(), first_expert=split.index * len(p))
                 yield from ((hf_name, view.to(dtype)) for hf_name, view in views)
             continue
-        owner, dense = dense % mesh.world_size, dense + 1
+        owner = next(owners)
         if owner // mesh.tp != mesh.dp_rank:
             continue
         whole = p.detach().to(dtype)

@@ -116,12 +116,13 @@ def make_mesh(tp: int, ep: int, kv_heads: int, timeout_s: float = 600.0) -> Mesh
     """Lay the grid over the ranks that have joined; all of them must call. The degrees must divide
     what they cut (plan.check_layout)."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    all_ranks = range(world_size)
 
-    def group(key):
-        """Mine of the groups that put ranks with equal keys together."""
+    def group(keys: list[int]):
+        """Mine of the groups of ranks with equal keys; keys: one for each rank."""
         mine = None
-        for value in sorted({key(r) for r in range(world_size)}):
-            ranks = [r for r in range(world_size) if key(r) == value]
+        for key in sorted(set(keys)):
+            ranks = [r for r in all_ranks if keys[r] == key]
             if len(ranks) == world_size > 1:
                 mine = dist.group.WORLD
             elif len(ranks) > 1:
@@ -134,19 +135,21 @@ def make_mesh(tp: int, ep: int, kv_heads: int, timeout_s: float = 600.0) -> Mesh
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
-    dp_group = group(lambda r: r % tp)
+    tp_rank = [r % tp for r in all_ranks]
+    kv_head = [r % tp * kv_heads // tp for r in all_ranks]  # with fewer kv heads than tp ranks
+    dp_group = group(tp_rank)
     return Mesh(
         rank,
         world_size,
         device,
         tp,
         ep,
-        world_group=group(lambda r: 0),
-        tp_group=group(lambda r: r // tp),
-        ep_group=group(lambda r: r // ep),
+        world_group=group([0 for _ in all_ranks]),
+        tp_group=group([r // tp for r in all_ranks]),
+        ep_group=group([r // ep for r in all_ranks]),
         dp_group=dp_group,
-        expert_group=group(lambda r: r % ep),
-        kv_group=group(lambda r: r % tp * kv_heads // tp) if tp > kv_heads else dp_group,
+        expert_group=group([r % ep for r in all_ranks]),
+        kv_group=group(kv_head) if tp > kv_heads else dp_group,
     )
 
 

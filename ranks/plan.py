@@ -13,6 +13,7 @@ step are not counted: they come when the activations are gone, and must fit wher
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -70,30 +71,46 @@ class ParamClass(NamedTuple):
     trained: bool = True
 
 
+CLASSES = {  # of parameters, by the module that they belong to; all others are norms
+    "embedding and head": ("embed_tokens", "lm_head"),
+    "q and o projections": ("q_proj", "o_proj"),
+    "k and v projections": ("k_proj", "v_proj"),
+    "norms": (),
+    "dense MLPs": ("gate_proj", "up_proj", "down_proj"),
+    "routers": ("gate",),
+    "experts": ("experts",),
+}
+
+
+def class_of(name: str) -> str:
+    modules = name.split(".")
+    if "experts" in modules:
+        return "experts"
+    return next((kind for kind, of in CLASSES.items() if modules[-2] in of), "norms")
+
+
+@functools.lru_cache
+def slices(m, tp: int, ep: int) -> dict[str, tuple[int, int, int]]:
+    """Of each class: a rank's tensors, their elements, and into how many slices they are cut; by
+    the model itself, on the meta device."""
+    found = {}
+    model = m.on_meta(tp, ep)
+    for name, p in model.named_parameters():
+        tensors, numel, _ = found.get(class_of(name), (0, 0, 0))
+        found[class_of(name)] = (tensors + 1, numel + p.numel(), model.split_of(name).count)
+    return found
+
+
 def parameter_classes(m, world: int, tp: int, ep: int, freeze_router=True) -> list[ParamClass]:
-    D, H, G, C, E = (
-        m.hidden_size,
-        m.num_attention_heads,
-        m.num_key_value_heads,
-        m.head_dim,
-        m.num_experts,
-    )
-    L, tables, kv = m.num_hidden_layers, 1 if m.tie_word_embeddings else 2, min(tp, G)
-    moe = sum(m.is_moe_layer(i) for i in range(L))
-    classes = [
-        ParamClass("embedding and head", tables, tables * m.vocab_size * D // tp, world // tp),
-        ParamClass("q and o projections", 2 * L, L * 2 * D * H * C // tp, world // tp),
-        ParamClass("k and v projections", 2 * L, L * 2 * D * G * C // kv, world // kv),
-        ParamClass("norms", 4 * L + 1, L * (2 * D + 2 * C) + D, world),
+    cut = slices(m, tp, ep)
+    return [
         ParamClass(
-            "dense MLPs", 3 * (L - moe), (L - moe) * 3 * D * m.intermediate_size // tp, world // tp
-        ),
-        ParamClass("routers", moe, moe * E * D, world, not freeze_router),
-        ParamClass(
-            "experts", 3 * moe, moe * 3 * E * D * m.moe_intermediate_size // ep, world // ep
-        ),
+            kind, tensors, numel, world // count, trained=kind != "routers" or not freeze_router
+        )
+        for kind in CLASSES
+        if kind in cut
+        for tensors, numel, count in [cut[kind]]
     ]
-    return [c for c in classes if c.numel]
 
 
 def static_memory(
