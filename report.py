@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 import watch
-from bridge.console import last_line, say
+from bridge.console import say
 from bridge.groups import NOT_SAMPLED, Group
+from bridge.logs import last_line, read_jsonl, without_time
 from bridge.prometheus import numbers
 from bridge.validation import Round, Validation, readable, samples, score
 from bridge.weights import checkpoint_files
@@ -49,7 +50,7 @@ def say_something(describe: Callable[[], str], log: Path | None, stop: threading
     mine = None
     while not stop.wait(0.5):
         if (quiet := time.monotonic() - say.last) > 9:
-            news = last_line(log, quiet) if log else ""
+            news = without_time(last_line(log, quiet)) if log else ""
             if news or quiet > 30 or say.last != mine:
                 say(describe() + (f"; {news}" if news else ""))
                 mine = say.last
@@ -318,7 +319,7 @@ class Trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(cfg.run_dir / "tensorboard"), purge_step=start or None)
-            for record in watch.read_jsonl(cfg.run_dir / "validation.jsonl"):
+            for record in read_jsonl(cfg.run_dir / "validation.jsonl"):
                 if record["version"] == start > 0:  # dropped as well, and it is not made again
                     self._draw(record, "version")
         if cfg.wandb_project:

@@ -16,13 +16,9 @@ import textwrap
 import time
 from pathlib import Path
 
+from bridge.logs import last_line, read_jsonl
+
 WINDOW = 20  # steps that a value is the mean of
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """One record a line. A last line that is still being written is left out."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -143,9 +139,7 @@ def frame(run_dir: Path, width: int = 100) -> str:
     """The screen of a run as text with ANSI colours."""
     records = read_metrics(run_dir)
     if not records:
-        log = run_dir / "rollout.log"
-        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-        word = last[0] if last else "no word from a rollout node"
+        word = last_line(run_dir / "rollout.log") or "no word from a rollout node"
         return f"{BOLD}{run_dir}{OFF}   no step yet; {word}\n"
     screen = Screen(run_dir, records, width)
     blocks = (screen.head, screen.learning, screen.mismatch, screen.speed, screen.books)

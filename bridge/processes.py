@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from bridge.console import say
+from bridge.logs import last_line
 from bridge.waits import Wait, backoff_s
 
 
@@ -210,11 +211,8 @@ class LocalRollout:
         if (status := self.process.poll()) is None:
             return
         if not self.not_before:
-            lines = self.log_path.read_text(errors="replace").strip().splitlines()
-            why = (
-                f"the rollout process ended with status {status}: {lines[-1] if lines else ''} "
-                f"({self.log_path})"
-            )
+            said = f"{last_line(self.log_path)} ({self.log_path})"
+            why = f"the rollout process ended with status {status}: {said}"
             self.hub.release(node_name(self.process.pid, self.mark))
             # 2: another start would end the same way
             if self.starts >= self.MAX_STARTS or status == 2:

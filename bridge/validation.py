@@ -11,7 +11,6 @@ What has no reward in the end (a sample whose reward function failed, a prompt t
 answer) scores 0 and is counted: a score never flatters.
 """
 
-import json
 import time
 from bisect import insort
 from collections import Counter
@@ -23,6 +22,7 @@ import torch
 
 from bridge.groups import NOT_SAMPLED, Group
 from bridge.ledger import Books, Lease
+from bridge.logs import read_jsonl
 
 
 @dataclass
@@ -186,7 +186,6 @@ def readable(group: Group, which, answer, decode: Callable[[list[int]], str]) ->
 
 def read_scores(run_dir: Path, num_samples: int) -> dict[int, float]:
     """avg@k by version, of the rounds that are in the run's validation.jsonl."""
-    path = run_dir / "validation.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     name = f"validation/avg@{num_samples}"
+    records = read_jsonl(run_dir / "validation.jsonl")
     return {r["version"]: r[name] for r in records if name in r}

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from bridge.logs import read_jsonl
 from bridge.weights import DTYPES, INDEX, MANIFEST, STATIC_FILES, SUFFIX, digest, write_text
 
 
@@ -141,20 +142,15 @@ def model_card(run_dir: Path, step: int) -> str:
     """README.md of a checkpoint that a run made: what it comes from, how well it did, and all
     flags."""
 
-    def records(name: str) -> list[dict]:
-        path = run_dir / name
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
-
     path = run_dir / "config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     base = config.get("model") or f"a tiny Qwen3-MoE, warm-started on {config.get('task')!r}"
-    last = [r for r in records("metrics.jsonl") if step - 10 <= r["step"] < step]
+    last = [r for r in read_jsonl(run_dir / "metrics.jsonl") if step - 10 <= r["step"] < step]
     said = []
     if last:
         mean = sum(r["train/reward"] for r in last) / len(last)
         said.append(f"Mean reward of the {len(last)} steps before it: {mean:.4f}.")
-    for record in (r for r in records("validation.jsonl") if r["version"] == step):
+    for record in (r for r in read_jsonl(run_dir / "validation.jsonl") if r["version"] == step):
         said += [f"{name}: {record[name]:.4f}." for name in record if "@" in name]
     front = f"---\nbase_model: {config['model']}\n---\n" if config.get("model") else ""
     return (

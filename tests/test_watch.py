@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import report
 import watch
-from bridge import console
+from bridge import console, logs
 from bridge.groups import NOT_SAMPLED, Group
 from bridge.prometheus import prometheus_text
 from config import Config
@@ -315,7 +315,7 @@ def test_signs_of_life_state_the_present_and_tell_news_once(tmp_path, monkeypatc
     """A part of a step that takes 100 s, in which a rollout node writes one line, at 20 s."""
     clock, log = [1000.0], tmp_path / "rollout.log"
     now = lambda form="": f"{clock[0] - 1000:.0f} s" if form else clock[0]
-    for module in (report, console):
+    for module in (report, console, logs):
         monkeypatch.setattr(
             module, "time", types.SimpleNamespace(monotonic=now, time=now, strftime=now)
         )

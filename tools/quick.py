@@ -17,6 +17,9 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program
+from bridge.logs import read_jsonl
+
 REPO = Path(__file__).resolve().parent.parent
 NAME, STEPS = "quick", 12
 # Two float32 implementations of one policy differ by rounding alone (about 1e-12), but the stand-in
@@ -42,7 +45,7 @@ def faults(run_dir: Path) -> list[str]:
     config = json.loads((run_dir / "config.json").read_text())
     steps, sent_whole = config["max_num_steps"], config["publish_dtype"] in ("auto", "float32")
     max_kl = MAX_KL if sent_whole else MAX_KL_OF_16_BITS
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = read_jsonl(run_dir / "metrics.jsonl")
     if [r["step"] for r in records] != list(range(steps)):
         return [f"metrics.jsonl has {len(records)} records of {steps} steps"]
     kl = max(r["train/gen_kl_error_same_version"] or 0.0 for r in records)

@@ -5,7 +5,6 @@ python tools/soak.py --steps 1000
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,9 @@ import time
 from pathlib import Path
 
 import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program
+from bridge.logs import read_jsonl
 
 REPO = Path(__file__).resolve().parent.parent
 PARTS = {
@@ -77,7 +79,7 @@ def soak(steps: int, every: int = 20) -> list[tuple[int, dict]]:
                     )
                 time.sleep(0.1)  # polling another program's output
             assert run.returncode == 0, (Path(directory) / "out").read_text()[-3000:]
-            assert len([json.loads(line) for line in log.read_text().splitlines()]) == steps
+            assert len(read_jsonl(log)) == steps
         finally:
             if run.poll() is None:
                 run.terminate()
