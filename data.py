@@ -1,4 +1,9 @@
-"""Data sets: files and sets of the Hub, whose rows become prompts and answers."""
+"""Data sets: files and sets of the Hub, whose rows become prompts and answers.
+
+`read_data` opens one, `Examples` finds its columns, `chat_of` reads the usual forms of chats. What
+would be lost on the way to the model, as a message of an unknown form or half of a character, is
+refused with its row when the data is read.
+"""
 
 import csv
 import datetime

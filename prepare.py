@@ -1,5 +1,5 @@
-"""What a run needs before its ranks meet: model, prompts, tokenizer, and the refusal of what cannot
-work."""
+"""What a run needs before its ranks meet: model, prompts, tokenizer. What cannot work is refused
+here, with one line."""
 
 import contextlib
 import dataclasses

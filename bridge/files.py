@@ -1,4 +1,5 @@
-"""Files over HTTP, with a token."""
+"""Weights over HTTP: which files may be served, and to whom. The hub serves those of rank 0's node,
+a `FileServer` those of every other trainer node."""
 
 import asyncio
 import hmac

@@ -14,14 +14,12 @@ class Lease:
     id: str
     ordinal: int
     node: str
-    version: (
-        int  # of the weights that the node held when it took the lease: no token of it can be older
-    )
+    # of the weights that the node held when it took the lease: no token of it can be older
+    version: int
     granted: float  # time.monotonic()
     deadline: float
-    validates: int | None = (
-        None  # the version whose validation it belongs to; None: it is to be trained on
-    )
+    # the version whose validation it belongs to; None: it is to be trained on
+    validates: int | None = None
 
 
 class Books:

@@ -1,5 +1,9 @@
-"""Processes that end with whoever started them; the rollout node on the trainer's own machine is
-one."""
+"""Processes that end with whoever started them, even when that is killed by -9; none but a rollout
+node gets the hub's token.
+
+`with_parent` is for one process, `guarded` for one that starts others. `LocalRollout` is the
+rollout node on the trainer's own machine.
+"""
 
 import contextlib
 import fcntl

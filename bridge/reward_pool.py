@@ -14,7 +14,6 @@ from bridge.reward_process import KEPT, reward_sources
 from bridge.waits import Wait, backoff_s
 
 
-# ---- rewards -------------------------------------------------------------------------------------
 class RewardsEnd(ValueError):
     """The reward function cannot be loaded, or its service is away for too long: the run cannot go
     on."""

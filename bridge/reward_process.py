@@ -1,4 +1,8 @@
-"""The process in which a reward function runs: `python bridge/reward_process.py SPEC`."""
+"""The process in which a reward function runs: `python bridge/reward_process.py SPEC`.
+
+A reward file and those beside it that it imports are read once, by whoever starts the processes: a
+run goes on with what it has started with. reward_pool.py is the other end of the pipe.
+"""
 
 import ast
 import asyncio

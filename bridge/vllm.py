@@ -1,8 +1,8 @@
-"""The processes that others start, watch and end: vLLM and the reward workers of a rollout node,
-and the rollout node that the trainer keeps on its own machine.
+"""vLLM's process: how it is started, asked and ended, and all that depends on its version but for
+the part inside of its worker (inside_vllm/).
 
-Each is ended with whoever started it, even by kill -9 (`with_parent`, and `guarded` for vLLM), and
-none gets the hub's token but the node.
+It ends with the node that started it, even when that is killed by -9, and it does not get the hub's
+token.
 """
 
 import asyncio

@@ -51,9 +51,8 @@ class Mesh:
     ep_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
     expert_group: dist.ProcessGroup | None = None  # ranks with the same experts
-    kv_group: dist.ProcessGroup | None = (
-        None  # ranks with the same kv heads, where tp > kv heads; else dp_group
-    )
+    # ranks with the same kv heads, where tp > kv heads; else dp_group
+    kv_group: dist.ProcessGroup | None = None
 
     @property
     def dp(self) -> int:

@@ -202,9 +202,8 @@ def test_hostile_requests_are_refused_with_a_reason_and_memory_stays_flat(hub, c
 def test_garbage_that_is_not_http_slow_clients_and_a_thousand_connections_leave_the_hub_serving(
     hub,
 ):
-    hub.body_timeout_s = (
-        3.0  # above what 1,000 honest requests at once wait for their turn on a busy machine
-    )
+    # above what 1,000 honest requests at once wait for their turn on a busy machine
+    hub.body_timeout_s = 3.0
     host, port = hub.url.removeprefix("http://").split(":")
     head = b"HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n"
 
