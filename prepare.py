@@ -108,8 +108,7 @@ def known_config(cfg) -> ModelConfig | None:
     if cfg.dry_run and cfg.model not in KNOWN_MODELS:
         raise ValueError(
             f"--dry-run: --model {cfg.model!r} is neither a directory nor "
-            f"{', '.join(KNOWN_MODELS)}; "
-            "a directory with the model's config.json is enough"
+            f"{', '.join(KNOWN_MODELS)}; a directory with the model's config.json is enough"
         )
     return KNOWN_MODELS.get(cfg.model)
 
@@ -137,18 +136,15 @@ def resolve_model(cfg: Config, rank: int) -> Path:
     """The checkpoint directory to start from: --model, or the tiny one, which rank 0 makes when it
     is missing. Raises: ValueError for one that cannot be trained."""
     if cfg.model:
-        # The small files first, since they may be of a model that is not for here; of the large
-        # ones the weights alone.
-        path = fetch_model(cfg.model, [*STATIC_FILES, INDEX])
+        # The small files come first: they tell whether this model can be trained. Of the large
+        # files only the weights are fetched.
+        small = [*STATIC_FILES, INDEX]
+        path = fetch_model(cfg.model, small)
         ModelConfig.from_dir(path)
-        fetch_model(
-            cfg.model, [*STATIC_FILES, INDEX, *(file.name for file in checkpoint_files(path))]
-        )
+        fetch_model(cfg.model, [*small, *(file.name for file in checkpoint_files(path))])
         return path
-    digest = task.task_digest(cfg.task)
-    path = (
-        Path("checkpoints") / f"tiny-{cfg.task}-{digest}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
-    )
+    made_by = f"{cfg.task}-{task.task_digest(cfg.task)}-{cfg.warm_start_accuracy}-seed{cfg.seed}"
+    path = Path("checkpoints") / f"tiny-{made_by}"
     if rank == 0 and not path.exists():
         task.warm_start(path, cfg.task, cfg.seed, cfg.warm_start_accuracy, say)
     return path
@@ -199,8 +195,7 @@ def load_prompts(
     if outside := [i for i in task.eos_token_ids(checkpoint) if not 0 <= i < vocab_size]:
         raise ValueError(
             f"{checkpoint}: eos_token_id {outside[0]} is outside the vocabulary of {vocab_size}: "
-            "no "
-            "sample would end by it; mend generation_config.json or config.json"
+            "no sample would end by it; mend generation_config.json or config.json"
         )
     for rows in filter(None, (examples, held_out)):
         for note in rows.notes:

@@ -23,19 +23,15 @@ import torch
 
 from ranks import ops
 
-# CUDA context, NCCL buffers, fragmentation: experience, not arithmetic
-GIB, OVERHEAD_GIB = (2**30, 4.0)
-PEAK_TFLOPS = 989  # an H100's in dense bf16
-VLLM_SHARE = 0.92  # of its GPUs, that vLLM 0.32 takes if not told otherwise
-IMBALANCE = 2.0  # rows of the fullest expert rank over the mean that there should be room for
-
-
-# config.json of models that can be planned for without a download
+GIB = 2**30
+OVERHEAD_GIB = 4.0  # CUDA context, NCCL buffers, fragmentation: from experience, not computed
+PEAK_TFLOPS = 989  # of an H100 in dense bf16
+VLLM_SHARE = 0.92  # of a GPU's memory that vLLM 0.32 takes by default
+IMBALANCE = 2.0  # rows of the fullest expert rank, over the mean, that must fit
 
 
 def check_layout(m, world: int, tp: int, ep: int) -> None:
-    """Raises: ValueError that names both numbers, for a degree that does not divide what it
-    cuts."""
+    """Raises: ValueError for a degree that does not divide a size it cuts; it names both."""
     if min(world, tp, ep) < 1:
         raise ValueError(
             f"--tp {tp}, --ep {ep} and the number of ranks, {world}, must be at least 1"
@@ -55,8 +51,8 @@ def check_layout(m, world: int, tp: int, ep: int) -> None:
             raise ValueError(f"{flag} {degree} does not divide {what}={size}")
     if m.num_key_value_heads % tp and tp % m.num_key_value_heads:
         raise ValueError(
-            f"--tp {tp} neither divides num_key_value_heads={m.num_key_value_heads} nor is a "
-            "multiple"
+            f"--tp {tp} neither divides num_key_value_heads={m.num_key_value_heads} "
+            "nor is a multiple"
         )
 
 
@@ -91,8 +87,8 @@ def class_of(name: str) -> str:
 
 @functools.lru_cache
 def slices(m, tp: int, ep: int) -> dict[str, tuple[int, int, int]]:
-    """Of each class: a rank's tensors, their elements, and into how many slices they are cut; by
-    the model itself, on the meta device."""
+    """Per class: tensors on a rank, their elements, slices that each is cut into. The model itself
+    is counted, on the meta device."""
     found = {}
     model = m.on_meta(tp, ep)
     for name, p in model.named_parameters():
@@ -135,18 +131,11 @@ def activation_memory(m, cfg) -> dict[str, float]:
     """Bytes, for a micro-batch that fills the token budget. "all layers" is what they save without
     recompute, "inputs" with it; of one layer: what attention and norms save, and what the MLP saves
     plus its gradients at their largest."""
-    a, T, D, F = (
-        dtype_bytes(cfg)[0],
-        cfg.max_tokens_per_micro_batch,
-        m.hidden_size,
-        m.moe_intermediate_size,
-    )
+    a, T = dtype_bytes(cfg)[0], cfg.max_tokens_per_micro_batch
+    D, F = m.hidden_size, m.moe_intermediate_size
     t, heads, I_ = T / cfg.tp, m.num_attention_heads / cfg.tp, m.intermediate_size / cfg.tp
-    kv_heads, v, rows = (
-        max(1, m.num_key_value_heads / cfg.tp),
-        m.vocab_size // cfg.tp,
-        t * m.num_experts_per_tok,
-    )
+    kv_heads, v = max(1, m.num_key_value_heads / cfg.tp), m.vocab_size // cfg.tp
+    rows = t * m.num_experts_per_tok
     moe = sum(m.is_moe_layer(i) for i in range(m.num_hidden_layers))
     dense, gathered = m.num_hidden_layers - moe, T * D * a * (cfg.tp > 1)
     # RMSNorm saves its input in fp32, that normed, and the product: two norms of t tokens, q and k
@@ -166,20 +155,17 @@ def activation_memory(m, cfg) -> dict[str, float]:
         "dense MLP": peak_dense * (dense > 0),
         "MoE": peak_moe * (moe > 0),
         "MoE, fullest rank": IMBALANCE * peak_moe * (moe > 0),
-        "loss": chunk * v * (4 + a)
-        + 3 * T * D * a,  # fp32 logits, their gradient; hidden, its loss rows, its gradient
+        # fp32 logits and their gradient; hidden, its loss rows, its gradient
+        "loss": chunk * v * (4 + a) + 3 * T * D * a,
     }
 
 
 def vllm_share(cfg, world: int) -> float:
-    """Of rank 0's GPU, what the vLLM of this machine takes: nothing where there are more GPUs than
-    ranks, since it has those. A plan made without GPUs takes it that there are as many
-    (CUDA_VISIBLE_DEVICES=0,1 says two)."""
-    ranks = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1
-        else world
-    )
+    """The share of rank 0's GPU that this machine's vLLM takes. It is 0 where there are more GPUs
+    than ranks: vLLM then runs on the others. A plan made without GPUs assumes one GPU a rank, or
+    as many as CUDA_VISIBLE_DEVICES names."""
+    under_torchrun = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if under_torchrun else world
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = len(named.split(",")) if named else torch.cuda.device_count()
     if not cfg.local_rollout or gpus > ranks or not (torch.cuda.is_available() or cfg.dry_run):
@@ -189,8 +175,8 @@ def vllm_share(cfg, world: int) -> float:
 
 
 def memory(m, cfg, world: int) -> dict[str, float]:
-    """All terms in GiB, in the order in which they come into being, and last what vLLM takes; their
-    sum is the peak."""
+    """All terms in GiB, in the order in which they are allocated, vLLM's last. Their sum is the
+    peak."""
     terms = static_memory(m, world, cfg.tp, cfg.ep, *dtype_bytes(cfg), cfg.freeze_moe_router)
     if cfg.reference_policy_kl_penalty:
         terms["reference model"] = terms["parameters"]
@@ -209,16 +195,12 @@ def memory(m, cfg, world: int) -> dict[str, float]:
 # ---- traffic and work ----------------------------------------------------------------------------
 def collective_bytes(m, cfg, world: int) -> dict[str, tuple[float, str]]:
     """Bytes that a rank sends for one layer in each pass or update, and which."""
-    T, D, tp, ep, (a, grad) = (
-        cfg.max_tokens_per_micro_batch,
-        m.hidden_size,
-        cfg.tp,
-        cfg.ep,
-        dtype_bytes(cfg),
-    )
+    T, D = cfg.max_tokens_per_micro_batch, m.hidden_size
+    tp, ep, (a, grad) = cfg.tp, cfg.ep, dtype_bytes(cfg)
     passes = "forward, recompute, backward" if cfg.activation_checkpointing else "forward, backward"
     seam, rows = T * D * a * (tp - 1) / tp, T / tp * m.num_experts_per_tok * D * a * (ep - 1) / ep
     classes = [c for c in parameter_classes(m, world, tp, ep, cfg.freeze_moe_router) if c.trained]
+    with_ends = "GB with embedding and head"
     whole = sum(c.numel * (c.replicas - 1) / c.replicas for c in classes)
     layer = (whole - classes[0].numel * (1 - 1 / classes[0].replicas)) / m.num_hidden_layers
     return {
@@ -228,25 +210,17 @@ def collective_bytes(m, cfg, world: int) -> dict[str, tuple[float, str]]:
         "EP combine": (rows, "the same"),
         "gradient reduce-scatter": (
             layer * grad,
-            f"an update; {whole * grad / 1e9:.2f} GB with embedding and head",
+            f"an update; {whole * grad / 1e9:.2f} {with_ends}",
         ),
-        "parameter all-gather": (
-            layer * a,
-            f"an update; {whole * a / 1e9:.2f} GB with embedding and head",
-        ),
+        "parameter all-gather": (layer * a, f"an update; {whole * a / 1e9:.2f} {with_ends}"),
     }
 
 
 def flops_per_token(m, length: int) -> float:
     """Forward and backward, in a sequence of that length; causal attention counts half; recompute
     does not count."""
-    D, H, G, C, L = (
-        m.hidden_size,
-        m.num_attention_heads,
-        m.num_key_value_heads,
-        m.head_dim,
-        m.num_hidden_layers,
-    )
+    D, L = m.hidden_size, m.num_hidden_layers
+    H, G, C = m.num_attention_heads, m.num_key_value_heads, m.head_dim
     moe = sum(m.is_moe_layer(i) for i in range(L))
     active = L * 2 * D * (H + G) * C + m.vocab_size * D + (L - moe) * 3 * D * m.intermediate_size
     active += moe * D * (m.num_experts + m.num_experts_per_tok * 3 * m.moe_intermediate_size)
@@ -313,8 +287,7 @@ def check_memory(m, cfg, world: int) -> None:
                 )
         raise ValueError(
             f"{peak:.1f} GiB are above --gpu-memory-gib {cfg.gpu_memory_gib:g}. What breaks it: "
-            f"{culprit}"
-            f" (in {parts}). What fits: {'; or '.join(advice)}"
+            f"{culprit} (in {parts}). What fits: {'; or '.join(advice)}"
         )
 
 
@@ -344,15 +317,12 @@ def print_report(m, cfg, world: int) -> None:
     check_length(m, cfg)
     cfg.validate()
     print(cfg.text + "\n")
-    terms, act = (
-        memory(m, cfg, world),
-        {name: size / GIB for name, size in activation_memory(m, cfg).items()},
-    )
+    terms = memory(m, cfg, world)
+    act = {name: size / GIB for name, size in activation_memory(m, cfg).items()}
     peak = sum(terms.values())
     print(
         f"{cfg.model} on {world} ranks: tp {cfg.tp}, ep {cfg.ep}, data parallel "
-        f"{world // cfg.tp}, micro-batches of "
-        f"{cfg.max_tokens_per_micro_batch} tokens"
+        f"{world // cfg.tp}, micro-batches of {cfg.max_tokens_per_micro_batch} tokens"
     )
     print(f"\n{'parameters of a rank':26}{'millions':>9}  ranks that hold the same")
     for c in (classes := parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)):
@@ -361,8 +331,7 @@ def print_report(m, cfg, world: int) -> None:
         "saved activations": f"{act['inputs']:.1f} with recompute, {act['all layers']:.1f} without",
         "live layer or loss": f"attention {act['attention']:.1f}, dense MLP "
         f"{act['dense MLP']:.1f}, MoE {act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with "
-        f"{IMBALANCE:g} x the rows), loss "
-        f"{act['loss']:.1f}",
+        f"{IMBALANCE:g} x the rows), loss {act['loss']:.1f}",
         "vLLM on the same GPU": (
             f"{vllm_share(cfg, world):g} of it, by --rollout-args; with a GPU more than ranks it "
             "has that"
@@ -379,8 +348,8 @@ def print_report(m, cfg, world: int) -> None:
     size = total * (4 if cfg.publish_dtype == "float32" else 2)
     print(
         f"  {'weights to rollouts':24}{size / m.num_hidden_layers / 1e6:9.1f}  a version, of all "
-        f"ranks; {total:,} "
-        f"parameters are {size / 1e9:.2f} GB"
+        f"ranks; {total:,} parameters "
+        f"are {size / 1e9:.2f} GB"
     )
     print(
         f"\n{'sequence length':26}{'GFLOP':>9}  a token, forward and backward; tokens/s of a GPU "
