@@ -27,9 +27,9 @@ class Bounds(NamedTuple):
 
 
 Count = Annotated[int, Bounds(1)]
-CountOrNone = Annotated[int, Bounds(0)]  # 0 turns something off
+CountOrZero = Annotated[int, Bounds(0)]  # 0 turns something off
 Positive = Annotated[float, Bounds(TINIEST)]
-UpTo = Annotated[float, Bounds(0, 1e30)]  # what fp32 still takes
+NonNegative = Annotated[float, Bounds(0, 1e30)]  # and fp32 holds it
 Beta = Annotated[float, Bounds(0, 1 - 1e-9)]
 Temperature = Annotated[float, Bounds(-math.inf, 1e30)]
 Seconds = Annotated[float, Bounds(1e-3, 1e9)]
@@ -99,9 +99,9 @@ class ModelAndTask(Group):
         """Whether --model is of the Hub, or has more than 50 M parameters by its config.json."""
         if not self.model or not Path(self.model).is_dir():
             return "/" in self.model
-        from model import num_parameters  # it imports torch, for models of one's own only
+        from model import ModelConfig  # it imports torch, for models of one's own only
 
-        return num_parameters(self.model) > 50e6
+        return ModelConfig.from_dir(self.model).num_parameters > 50e6
 
     def faults(self) -> Iterator[str]:
         from task import TASKS
@@ -410,9 +410,9 @@ class Training(Group):
     """training"""
 
     train_global_batch_size: Count = 64  # samples of an optimizer update
-    lr: UpTo = 1e-4  # learning rate of AdamW
-    lr_warmup_steps: CountOrNone = 0  # rollout batches of linear warm-up from lr / 10
-    weight_decay: UpTo = 0.01  # of AdamW
+    lr: NonNegative = 1e-4  # learning rate of AdamW
+    lr_warmup_steps: CountOrZero = 0  # rollout batches of linear warm-up from lr / 10
+    weight_decay: NonNegative = 0.01  # of AdamW
     adam_beta1: Beta = 0.9  # AdamW
     adam_beta2: Beta = 0.95  # AdamW
     adam_eps: Annotated[float, Bounds(TINIEST, 1e30)] = 1e-8  # AdamW
@@ -428,7 +428,7 @@ class Files(Group):
     publish_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
     full_version_every: Count = 16  # versions; between them only changes are sent, if that is less
     keep_versions: Count = 4  # published versions kept on disk, at least
-    checkpoint_every_steps: CountOrNone = 20  # 0: only when the run is asked to stop
+    checkpoint_every_steps: CountOrZero = 20  # 0: only when the run is asked to stop
     keep_checkpoints: Count = 2  # the last ones, and the one with the best validation or reward
     resume: str = "off"  # auto: from the last whole checkpoint of runs/NAME; or a directory
 

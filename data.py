@@ -73,8 +73,7 @@ class Lines:
         except ValueError as e:
             raise ValueError(
                 f"{self.name}: begins with [, and is no JSON array ({e}); a row is a JSON object, "
-                "on a "
-                "line of its own or in one array"
+                "on a line of its own or in one array"
             ) from None
 
     def _csv(self, file):
@@ -281,8 +280,7 @@ class Examples:
         if num_cut:
             self.notes.append(
                 f"{name}: {num_cut} of {len(rows)} chats end with the assistant's answer, which "
-                "is left "
-                "out of the prompt"
+                "is left out of the prompt"
             )
 
     def _column(self, what: str, wanted: str, usual: tuple[str, ...]) -> str:

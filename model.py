@@ -89,8 +89,7 @@ class ModelConfig:
             )
             raise ValueError(
                 f"config.json: quantization_config ({method}): quantized weights cannot be "
-                "trained; "
-                "name the checkpoint in bf16, fp16 or fp32"
+                "trained; name the checkpoint in bf16, fp16 or fp32"
             )
         is_moe = arch in ("Qwen3MoeForCausalLM", "qwen3_moe")
         rope = hf.get("rope_parameters") or {}
@@ -129,6 +128,14 @@ class ModelConfig:
         """Rank 0's part of the model on a grid of tp x ep ranks, without memory."""
         with torch.device("meta"):
             return Qwen3MoE(self, Mesh(world_size=tp * ep, tp=tp, ep=ep))
+
+    def checkpoint_shapes(self) -> dict[str, torch.Size]:
+        """The names and shapes of the Hugging Face checkpoint of the whole model."""
+        return {name: tensor.shape for name, tensor in self.on_meta().hf_tensors()}
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(shape.numel() for shape in self.checkpoint_shapes().values())
 
     def to_hf(self, eos_token_id: int) -> dict:
         """A config.json for vLLM and transformers, in the spelling that both read."""
@@ -333,7 +340,7 @@ class Block(nn.Module):
 
 class Qwen3MoE(nn.Module):
     """Token ids to final hidden states; the vocabulary projection belongs to the loss
-    (loss.token_logprobs).
+    (ops.token_logprobs).
 
     recompute: keep only each block's input and run the block again in backward.
     """
@@ -430,8 +437,7 @@ class Qwen3MoE(nn.Module):
             if name.endswith(".bias") and mesh.tp > 1:
                 raise ValueError(
                     f"{name}: with --tp {mesh.tp} each rank would add it to its partial sum; add "
-                    "it on "
-                    "one, and give it a rule of its own in split_of"
+                    "it on one, and give it a rule of its own in split_of"
                 )
             if name.endswith(".bias"):
                 return Split(0, 0, 1, mesh.world_group)
@@ -465,17 +471,6 @@ class Qwen3MoE(nn.Module):
         prefix, projection = name.rsplit(".", 1)
         for expert, weight in enumerate(tensor, start=first_expert):
             yield f"{prefix}.{expert}.{projection}.weight", weight
-
-    def checkpoint_shapes(self) -> dict[str, torch.Size]:
-        """The names and shapes of the whole model's Hugging Face checkpoint, whatever this rank
-        holds of it."""
-        with torch.device("meta"):
-            return {name: t.shape for name, t in Qwen3MoE(self.cfg).hf_tensors()}
-
-
-def num_parameters(path: str | Path) -> int:
-    """Of the model in a directory, by its config.json alone."""
-    return sum(p.numel() for p in ModelConfig.from_dir(path).on_meta().parameters())
 
 
 # ---- how evenly the router spreads the tokens ----------------------------------------------------

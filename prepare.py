@@ -33,7 +33,7 @@ from bridge.weights import (
     tensor_bytes,
 )
 from config import Config, RolloutConfig
-from model import KNOWN_MODELS, ModelConfig, Qwen3MoE
+from model import KNOWN_MODELS, ModelConfig
 from ranks import ops, plan
 from ranks.checkpoint import CheckpointError
 from ranks.run_dir import checkpoints_to_try, hold
@@ -64,9 +64,7 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
     data = load_prompts(cfg, checkpoint, examples, held_out) if rank == 0 else None
     # raises what loading would; the others of this node have the same files
     if cfg.model and local_rank == 0:
-        with torch.device("meta"):
-            shapes = Qwen3MoE(ModelConfig.from_dir(checkpoint)).checkpoint_shapes()
-        stored_tensors(checkpoint, shapes)
+        stored_tensors(checkpoint, ModelConfig.from_dir(checkpoint).checkpoint_shapes())
     origin = origin_of(cfg, checkpoint, examples, held_out) if rank == 0 else None
     return checkpoint, data, checkpoints_to_try(cfg, origin) if rank == 0 else [], origin
 

@@ -189,9 +189,8 @@ def log_step(record: dict, run_dir: Path) -> None:
         return record[f"timing/train/{name}"]
 
     say(
-        f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  "
-        f"ratio {r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl "
-        f"{r('gen_kl_error'):.1e}  "
+        f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  ratio "
+        f"{r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl {r('gen_kl_error'):.1e}  "
         f"age {r('avg_trajectory_age'):.1f}  grad {r('grad_norm'):.2f}  "
         f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})"
     )
@@ -232,8 +231,7 @@ def skipped_in_a_row(norms: list[float], step: int, before: int) -> tuple[int, s
         )
     why = (
         f"the gradients of {longest} updates in a row were not finite; they were skipped, so the "
-        "weights are those "
-        "before them. Go on with a lower --lr, or --param-dtype float32"
+        "weights are those before them. Go on with a lower --lr, or --param-dtype float32"
     )
     return before, why if longest >= MAX_SKIPPED else ""
 
@@ -296,9 +294,8 @@ def log_validation(
     ]
     say(
         f"validation of v{done.version}: avg@{k} {r(f'avg@{k}'):.3f}, pass@{k} "
-        f"{r(f'pass@{k}'):.3f}{solved} on "
-        f"{r('prompts')} prompts, tokens of v{first}..v{last}, {done.seconds:.1f} "
-        f"s{''.join(f', {w}' for w in wrong)}"
+        f"{r(f'pass@{k}'):.3f}{solved} on {r('prompts')} prompts, tokens of v{first}..v{last}, "
+        f"{done.seconds:.1f} s{''.join(f', {w}' for w in wrong)}"
     )
     return record
 
@@ -379,8 +376,7 @@ class Trackers:
                 raise ValueError(f"{flag}: {e}") from None
             raise ValueError(
                 f"{flag}: there is no login to Weights & Biases; `wandb login`, "
-                "WANDB_API_KEY=..., or "
-                "WANDB_MODE=offline"
+                "WANDB_API_KEY=..., or WANDB_MODE=offline"
             )
 
     def _draw(self, record: dict, axis: str) -> None:
@@ -502,10 +498,7 @@ class Log:
 
     def begin_run(self, model) -> None:
         if self.speaks:
-            alg, size = (
-                self.cfg.algorithm,
-                sum(s.numel() for s in model.checkpoint_shapes().values()),
-            )
+            alg, size = self.cfg.algorithm, model.cfg.num_parameters
             low, high = 1 - alg.ratio_clip_min, 1 + alg.ratio_clip_max
             say(
                 f"{size / 1e6:.1f} M parameters on {model.mesh.world_size} rank(s), hub at "

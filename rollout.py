@@ -111,7 +111,7 @@ class Node:
         self.run = self.vllm.run = run
         self.hub.headers["X-Run"] = run["id"]
         # an answer that met the change would raise it for ever
-        self.version, self.loading, self.held = (-1, False, {})
+        self.version, self.loading, self.held = -1, False, {}
         self.ready.clear()
         self.joined.clear()
 

@@ -161,8 +161,7 @@ class Codec:
             ):
                 raise ValueError(
                     f"loses its {message['role']} message {message['content']!r:.60} in the chat "
-                    "template "
-                    f"of {self.path}"
+                    f"template of {self.path}"
                 )
         return text
 
@@ -218,8 +217,7 @@ def held_out_examples(task: str, count: int, seed: int, trained: list[dict]) -> 
     if not found:
         raise ValueError(
             f"--task {task}: all of its {len(seen)} prompts are trained on, none is left for "
-            "validation; "
-            "use --val-data, or --val-every-steps 0"
+            "validation; use --val-data, or --val-every-steps 0"
         )
     return found
 

@@ -29,7 +29,6 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 
 import torch

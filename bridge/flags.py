@@ -19,6 +19,8 @@ import tokenize
 import types
 import typing
 
+import tyro
+
 
 @contextlib.contextmanager
 def piped():
@@ -36,8 +38,6 @@ def piped():
 def parse_flags(cls, argv: list[str], default=None):
     """The dataclass as the flags have it. Raises: ValueError with one line that says what is
     wrong."""
-    import tyro  # not needed for --help
-
     said, given = io.StringIO(), {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said), piped():

@@ -47,7 +47,7 @@ class RewardWorkers:
         self.free: asyncio.Queue = asyncio.Queue()
         self.failed: Counter[str] = Counter()
         # rewards; the wait for a service; when that was last told
-        self.judged, self.away, self.said = (0, None, 0.0)
+        self.judged, self.away, self.said = 0, None, 0.0
         for _ in range(count):
             self.free.put_nowait(None)  # a worker that is started when it is first needed
         # a file that no kill -9 leaves behind

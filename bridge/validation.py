@@ -89,8 +89,7 @@ class Validation(Books):
         found.failed[lease.ordinal] = failure
         self.news.append(
             f"validation of v{found.version}: prompt {lease.ordinal} failed {self.failures[key]} "
-            "times "
-            f"and scores 0: {failure}"
+            f"times and scores 0: {failure}"
         )
         self._settle(found)
 

@@ -141,7 +141,6 @@ def write_index(directory: Path, shards: list[dict]) -> None:
 def model_card(run_dir: Path, step: int) -> str:
     """README.md of a checkpoint that a run made: what it comes from, how well it did, and all
     flags."""
-
     path = run_dir / "config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     base = config.get("model") or f"a tiny Qwen3-MoE, warm-started on {config.get('task')!r}"

@@ -282,7 +282,7 @@ def load_hf(model, path: str | Path) -> int:
     Raises: WeightsError for what `stored_tensors` refuses, and for values that are not finite.
     """
     path, bytes_read = Path(path), 0
-    stored = stored_tensors(path, model.checkpoint_shapes())
+    stored = stored_tensors(path, model.cfg.checkpoint_shapes())
     mine = {
         hf: (view, split)
         for name, _ in model.named_parameters()

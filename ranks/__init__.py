@@ -1,2 +1,2 @@
-"""What runs on every rank of the trainer: the grid and its collectives, kernels, the batch,
+"""What runs on every rank of the trainer: the grid and its collectives, operators, the batch,
 checkpoints, the plan."""

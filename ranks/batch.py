@@ -39,11 +39,16 @@ def stacked(values: list[torch.Tensor], num_samples: int) -> torch.Tensor:
     return values_PS
 
 
+def sampled(groups: list[Group], num_samples: int) -> torch.Tensor:
+    """Where there is a sample, (P, S)."""
+    return stacked([torch.ones_like(g.truncated, dtype=torch.bool) for g in groups], num_samples)
+
+
 def left_out(groups: list[Group], cfg) -> dict[str, torch.Tensor]:
     """Which samples take no part in the loss, nor in what it is divided by, and why. If that were
     all of them they stay: a step has to have something. Shapes: (P, S) bool, by reason."""
     S = cfg.num_generations_per_prompt
-    sampled_PS = stacked([torch.ones(len(g.rewards), dtype=torch.bool) for g in groups], S)
+    sampled_PS = sampled(groups, S)
     # A group of equal rewards teaches nothing, but its tokens count in every mean.
     equal_P = torch.tensor([shaped_rewards(g, cfg).unique().numel() == 1 for g in groups])
     drop = cfg.drop_zero_variance and not equal_P.all()
@@ -58,9 +63,8 @@ def left_out(groups: list[Group], cfg) -> dict[str, torch.Tensor]:
 def pack_batch(groups: list[Group], cfg) -> bytes:
     """All samples of a step as one safetensors blob: the fields of `Batch`."""
     S = cfg.num_generations_per_prompt
-    sampled_PS = stacked([torch.ones(len(g.rewards), dtype=torch.bool) for g in groups], S)
     out = left_out(groups, cfg)
-    valid_PS = sampled_PS & ~out["zero_variance_dropped"]
+    valid_PS = sampled(groups, S) & ~out["zero_variance_dropped"]
     rows_PS = valid_PS & ~out["overlong_filtered"]
     kept = [row_S[: len(g.rewards)] for row_S, g in zip(rows_PS, groups)]
     tokens = [row_S.repeat_interleave(g.lengths) for row_S, g in zip(kept, groups)]
@@ -69,7 +73,7 @@ def pack_batch(groups: list[Group], cfg) -> bytes:
     def of_tokens(name: str) -> torch.Tensor:
         return torch.cat([getattr(g, name)[mask] for g, mask in zip(groups, tokens)])
 
-    P, of_update = len(groups), cfg.train_global_batch_size
+    P, size = len(groups), cfg.train_global_batch_size  # of an update
     rewards_PS = stacked([shaped_rewards(g, cfg) for g in groups], S)
     return save(
         {
@@ -78,7 +82,7 @@ def pack_batch(groups: list[Group], cfg) -> bytes:
             "rows_PS": rows_PS,
             "prompt": torch.arange(P)[:, None].expand(P, S)[rows_PS],
             # A sample that is left out shifts nobody into another update.
-            "update": (torch.arange(P * S) // of_update).view(P, S)[rows_PS],
+            "update": (torch.arange(P * S) // size).view(P, S)[rows_PS],
             "positive": rewards_PS[rows_PS] > 0,
             "prompt_ids": torch.tensor([token for ids in prompts for token in ids]),
             "prompt_lengths": torch.tensor([len(ids) for ids in prompts]),

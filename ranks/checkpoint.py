@@ -170,7 +170,7 @@ def load_state_tensors(path: Path, model, optimizer, updates: int) -> None:
     """Weights and moments from the state files, of this layout or another, bit for bit. updates: of
     the optimizer so far, for AdamW's bias correction. Raises: CheckpointError naming the tensor
     that is not all there."""
-    pieces = Pieces(path, model.checkpoint_shapes())
+    pieces = Pieces(path, model.cfg.checkpoint_shapes())
     for bucket in optimizer.buckets:
         moments = {kind: torch.zeros_like(bucket.master) for kind in KINDS[1:]}
         optimizer.state[bucket.master] = {"step": torch.tensor(float(updates)), **moments}

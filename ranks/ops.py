@@ -196,7 +196,7 @@ class _WithGradients(torch.autograd.Function):
             "a second backward through fused_head_loss: its gradients are used up"
         )
         # no reference stays, so autograd takes the memory, not a copy
-        gradients, ctx.gradients = (ctx.gradients, None)
+        gradients, ctx.gradients = ctx.gradients, None
         if ctx.added:  # too late to scale that one
             torch._assert_async(
                 upstream == 1, "fused_head_loss with weight_grad: scale its objective, not the loss"

@@ -348,8 +348,7 @@ def print_report(m, cfg, world: int) -> None:
     size = total * (4 if cfg.publish_dtype == "float32" else 2)
     print(
         f"  {'weights to rollouts':24}{size / m.num_hidden_layers / 1e6:9.1f}  a version, of all "
-        f"ranks; {total:,} parameters "
-        f"are {size / 1e9:.2f} GB"
+        f"ranks; {total:,} parameters are {size / 1e9:.2f} GB"
     )
     print(
         f"\n{'sequence length':26}{'GFLOP':>9}  a token, forward and backward; tokens/s of a GPU "

@@ -36,10 +36,8 @@ def test_all_routes_that_a_vllm_lacks_are_named_at_once_with_what_opens_them(
         start(tmp_path, tiny_checkpoint, fake_vllm_command)
     assert str(failed.value) == (
         "vLLM of version 0.32.0 lacks the routes /inference/v1/generate (of --enable-scale-out), "
-        "/start_weight_update "
-        "(of VLLM_SERVER_DEV_MODE=1); versions 0.32 and 0.33 have them (bash launch.sh install); "
-        "check --vllm-command "
-        "and --vllm-args too"
+        "/start_weight_update (of VLLM_SERVER_DEV_MODE=1); versions 0.32 and 0.33 have them (bash "
+        "launch.sh install); check --vllm-command and --vllm-args too"
     )
 
 
@@ -68,9 +66,8 @@ def test_a_vllm_that_does_not_know_an_argument_is_not_started_again(tmp_path, ti
     [
         (
             "pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, "
-            "max_model_len (1024) is too "
-            "long. [type=value_error, input_value=ArgsKwargs(...)]\n    For further information "
-            "visit https://errors",
+            "max_model_len (1024) is too long. [type=value_error, input_value=ArgsKwargs(...)]\n  "
+            "  For further information visit https://errors",
             "Value error, max_model_len (1024) is too long.; see --vllm-args",
         ),
         (

@@ -457,7 +457,7 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_gone_on_from(saved):
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_tensor_that_does_not_fit(saved):
     path = saved[0] / "step-000008"
-    shapes = dict(small()[0].checkpoint_shapes())
+    shapes = dict(small()[0].cfg.checkpoint_shapes())
     narrower = {**shapes, "lm_head.weight": torch.Size((16, 4))}
     tied = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
     for wrong, why in [

@@ -10,18 +10,11 @@ from collections import Counter
 import pytest
 import torch
 from test_failures import REPO, SAMPLES, groups, make_hub, run_node, until
+from test_failures import hub as hub  # the fixture
 
 from bridge import reward_pool
 from bridge.groups import Group
 from bridge.ledger import Ledger
-
-
-@pytest.fixture
-def hub(tmp_path, tiny_checkpoint):
-    hub = make_hub(tmp_path, tiny_checkpoint)
-    yield hub
-    hub.close(patience_s=0.0)
-
 
 # call: what the function does, kind under which it is counted, words in the node's log
 FAILURES = {

@@ -17,24 +17,16 @@ import torch
 from aiohttp import web
 from published import SHARD, manifest_of, publish, write_version
 from test_weights import loaded, mounted, nudge, publisher, same
+from test_weights import model as model  # the fixture
 
 import bridge.publish
 from bridge import delta, receive, waits
 from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.receive import NoRoom, fetch, path_to
-from bridge.weights import MANIFEST, WeightsError, load_hf
+from bridge.weights import MANIFEST, WeightsError
 from config import RolloutConfig
-from model import ModelConfig, Qwen3MoE
 from rollout import Node
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint):
-    model = Qwen3MoE(ModelConfig.from_dir(tiny_checkpoint))
-    load_hf(model, tiny_checkpoint)
-    return model
-
 
 FULL, DELTA = f"{SHARD}.safetensors", f"{SHARD}.delta"
 

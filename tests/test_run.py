@@ -203,12 +203,10 @@ def test_the_preset_qwen3_0_6b_trains_a_tied_checkpoint_that_stores_its_head_too
     )
     flags = (
         f"--preset qwen3-0.6b --name tiny --model {path} --data {tmp_path}/rows.jsonl "
-        "--data-split train "
-        f"--reward {tmp_path}/my.py:score --val-every-steps 0 --max-num-steps 2 "
-        "--num-prompts-per-step 4 "
-        "--num-generations-per-prompt 4 --train-global-batch-size 8 --max-total-sequence-length "
-        "256 "
-        "--max-input-seq-length 224 --max-new-tokens 16 --no-compile"
+        f"--data-split train --reward {tmp_path}/my.py:score --val-every-steps 0 --max-num-steps "
+        "2 --num-prompts-per-step 4 --num-generations-per-prompt 4 --train-global-batch-size 8 "
+        "--max-total-sequence-length 256 --max-input-seq-length 224 --max-new-tokens 16 "
+        "--no-compile"
     )
     with Run(tmp_path, ["bash", str(REPO / "launch.sh"), *flags.split()]) as run:
         first, _ = run.finish()

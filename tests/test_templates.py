@@ -1,37 +1,17 @@
 """data.py: columns in a template, lengths as the model gets them."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 from test_data import CHAT, REPO, USER, prompts, refusal, write
+from test_data import checkpoint as checkpoint  # the fixture
 from test_hub import hub as hub  # the fixture
 
 import config
 import prepare
 import task
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A tokenizer of single bytes and a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    path = tmp_path / "checkpoint"
-    path.mkdir()
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
-    )
-    (path / "chat_template.jinja").write_text(CHAT)
-    (path / "config.json").write_text(json.dumps(task.tiny_config("reverse").to_hf(1)))
-    return path
 
 
 # ---- templates -----------------------------------------------------------------------------------

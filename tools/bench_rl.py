@@ -35,7 +35,7 @@ from model import ModelConfig, Qwen3MoE
 
 REPO = Path(__file__).resolve().parent.parent
 # TRL's epsilon_high is the bound itself, ours an offset from 1
-UPDATES, GENERATIONS, CLIP_HIGH = (4, 16, 5.0)
+UPDATES, GENERATIONS, CLIP_HIGH = 4, 16, 5.0
 HALF = """
 def score(completion, example):
     letters = [c for c in completion if c.isalpha()]

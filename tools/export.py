@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program
 from bridge.publish import write_share
 from bridge.versions import model_card, write_static
 from bridge.weights import MANIFEST, WeightsError, describe, digest, layer_order, stored_tensors
-from model import ModelConfig, Qwen3MoE
+from model import ModelConfig
 from ranks.checkpoint import CheckpointError, Pieces, verify
 
 
@@ -35,8 +35,7 @@ def export(path: Path, out: Path, base: Path | None = None) -> None:
         )
     if out.exists():
         raise ValueError(f"{out} exists")
-    with torch.device("meta"):
-        shapes = Qwen3MoE(ModelConfig.from_dir(base)).checkpoint_shapes()
+    shapes = ModelConfig.from_dir(base).checkpoint_shapes()
     config = json.loads((base / "config.json").read_text())
     dtype = getattr(torch, config.get("dtype", "bfloat16"))
     pieces, metadata, parts = Pieces(path, shapes), {"version": str(manifest["step"])}, []
@@ -72,8 +71,7 @@ def check(path: Path) -> str:
                 f"{path} has no {name}; a version without it is a delta, the whole ones open by "
                 "themselves"
             )
-    with torch.device("meta"):
-        shapes = Qwen3MoE(ModelConfig.from_dir(path)).checkpoint_shapes()
+    shapes = ModelConfig.from_dir(path).checkpoint_shapes()
     manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).exists() else {}
     described = {
         name: d for shard in manifest.get("shards", ()) for name, d in shard["tensors"].items()

@@ -1,7 +1,7 @@
 """A long run on the fake vLLM: memory, file handles, threads and /dev/shm of every process stay
 where they were.
 
-python tools/soak.py --steps 1000
+    python tools/soak.py --steps 1000
 """
 
 import argparse
