@@ -20,7 +20,7 @@ from bridge.flags import parse_flags
 from bridge.hub import check_address
 from bridge.processes import cores
 from bridge.reward_pool import check_reward
-from bridge.reward_process import reward_digest, reward_sources
+from bridge.reward_process import built_in, reward_digest, reward_sources, roles_asked_for, takes
 from bridge.waits import WaitOver
 from bridge.weights import (
     INDEX,
@@ -50,9 +50,8 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
     if rank == 0:
         check_address(cfg.hub_host, cfg.hub_port)
         hold(cfg.run_dir)
-    if rank == 0 and reward_sources(cfg.reward):
-        node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
-        check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
+    if rank == 0:
+        reward_takes(cfg)
     examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
     held_out = load_held_out(cfg, examples) if rank == 0 else None
     for rows, name in ((examples, "--data"), (held_out, "--val-data")):
@@ -204,6 +203,11 @@ def load_prompts(
                 f"{rows.num_chats} are chats"
             )
     interruption(cfg, codec)  # raises what it raises before there is a run
+    for role in roles_asked_for(reward_sources(cfg.reward)):
+        try:
+            codec.between(role, "?")
+        except ValueError as e:
+            raise ValueError(f"--reward {cfg.reward}: {e}") from None
     limit = (
         f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens "
         f"{cfg.max_new_tokens}"
@@ -228,12 +232,21 @@ def load_prompts(
     return task.Prompts(examples, cfg.seed, skip), codec, val_examples
 
 
+def reward_takes(cfg: Config) -> str:
+    """What the reward function judges: a "completion", all "completions" of a prompt, or a "sample"
+    that it makes itself. Raises: ValueError when it cannot be loaded."""
+    if not reward_sources(cfg.reward):
+        return takes(built_in()[cfg.reward])
+    node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
+    return check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
+
+
 def interruption(cfg: Config, codec: task.Codec) -> dict:
     """What a rollout node must know of --interrupt-at-tokens. Raises: ValueError when it leaves no
     room to answer."""
     if not cfg.interrupt_at_tokens:
         return {}
-    ids = codec.tokenizer.encode(data.text_of(cfg.interrupt_text), add_special_tokens=False).ids
+    ids = codec.ids(data.text_of(cfg.interrupt_text))
     if cfg.interrupt_at_tokens + len(ids) >= cfg.max_new_tokens:
         raise ValueError(
             f"--interrupt-at-tokens {cfg.interrupt_at_tokens} and the {len(ids)} tokens of "
@@ -311,6 +324,7 @@ def run_for_nodes(cfg: Config, checkpoint: Path, data, dtype: torch.dtype) -> di
         "recompute_kv_cache": cfg.recompute_kv_cache_after_weight_updates,
         "reward": cfg.reward,
         "reward_digest": reward_digest(cfg.reward),
+        "plays": reward_takes(cfg) == "sample",
         "sampling": sampling,
         "val_sampling": {**sampling, "n": cfg.val_samples, "temperature": cfg.val_temperature},
     }

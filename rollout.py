@@ -3,7 +3,7 @@ weights.
 
     CISPO_TOKEN=... python rollout.py http://trainer:port
 
-For every prompt: lease -> generate (all samples in one request) -> score -> push. Beside that, one
+For every prompt: lease -> make its samples (bridge/sample.py) -> score -> push. Beside that, one
 task follows the weights: fetch and verify while vLLM keeps generating, then pause -> load ->
 resume. Requests in flight go on with the new weights, and vLLM says of every token which version
 sampled it.
@@ -30,17 +30,17 @@ import aiohttp
 
 from bridge import receive, weights
 from bridge.client import HubRefusal, RunChanged, RunOver, ask, check_url
+from bridge.episodes import Players
 from bridge.flags import parse_flags
-from bridge.groups import damage, join_choices, pack_group
+from bridge.groups import pack_group
 from bridge.processes import log, node_name, own_directory
 from bridge.reward_pool import Away, RewardsEnd, RewardWorkers
 from bridge.reward_process import reward_digest
+from bridge.sample import Damaged, Sample, interrupted
 from bridge.vllm import NO_ANSWER, VLLM, VLLMUnfit
 from bridge.waits import Wait, WaitOver, backoff_s
 from config import RolloutConfig
 from task import Codec
-
-THINK_END = "</think>"  # Qwen3's
 
 
 def next_limit(limit: int, most: int, in_flight: int, vitals: dict, preempted: bool) -> int:
@@ -56,6 +56,33 @@ def next_limit(limit: int, most: int, in_flight: int, vitals: dict, preempted: b
     return limit
 
 
+class NotGenerated(Exception):
+    """vLLM has given no answer, as often as it was asked."""
+
+
+async def all_of(coroutines) -> list:
+    """Their results. When one raises, the others are cancelled and seen to end."""
+    tasks = [asyncio.ensure_future(c) for c in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def what_was_wrong(scores: list, example: dict) -> str:
+    """Of samples without a reward: how many, and why; "" if there is none."""
+    wrong = [str(x) for x in scores if isinstance(x, Damaged)]
+    wrong += [f"reward: {x}" for x in scores if isinstance(x, str)]
+    # time-outs differ by their time of day
+    kinds = [bad.partition(" since ")[0] for bad in wrong]
+    reasons = ", ".join(
+        f"{kinds.count(kind)} x {wrong[kinds.index(kind)]}" for kind in dict.fromkeys(kinds)
+    )
+    return f"samples dropped: {reasons[:600]}; of {str(example)[:200]}" if wrong else ""
+
+
 # ---- the node ------------------------------------------------------------------------------------
 class Node:
     """The tasks of a rollout node around one vLLM."""
@@ -66,7 +93,7 @@ class Node:
             os.getpid(), os.environ.get("CISPO_NODE_MARK") or secrets.token_hex(4)
         )
         self.root = own_directory(cfg)
-        self.vllm = self.workers = None
+        self.vllm = self.workers = self.players = None
         self.run: dict = {}
         self.ready = asyncio.Event()  # vLLM is up on the weights of self.version, and the hub knows
         self.engine = asyncio.Lock()  # held by whoever starts vLLM or loads weights into it
@@ -108,6 +135,7 @@ class Node:
                 self.cfg.reward_start_timeout_s,
                 self.cfg.reward_away_timeout_s,
             )
+            self.players = Players(self.workers)
         self.run = self.vllm.run = run
         self.hub.headers["X-Run"] = run["id"]
         # an answer that met the change would raise it for ever
@@ -321,42 +349,34 @@ class Node:
             log(wait.message())
 
     async def try_to_answer(self, lease: dict) -> None:
-        """One prompt, from lease to push, or back to the hub after max_tries. A vLLM that dies
-        under it is waited for, and counts as a try: it may be this prompt that kills it."""
+        """One prompt, from lease to push, or back to the hub. Where damage leaves too few samples
+        all are made again, max_tries times."""
         name, why = lease["lease"], ""
         # A sample that is trained on needs a sibling to be compared with.
         kind, fewest = ("sampling", 2) if lease["validates"] is None else ("val_sampling", 1)
-        sampling = self.run[kind]
         for attempt in range(self.cfg.max_tries):
             if attempt:
                 log(f"lease {name}: {why}; trying again")
                 await asyncio.sleep(backoff_s(attempt))
-            await self.ready.wait()
-            start = time.perf_counter()
-            self.in_flight(+1)
+            samples = self.samples_of(lease, self.run[kind])
             try:
-                choices = await self.generate(lease["prompt_ids"], sampling)
-            except (*NO_ANSWER, RuntimeError) as e:
-                why = f"generation failed: {e!r}"[:300]
-                continue
-            finally:
-                self.in_flight(-1)
-            gen_s = time.perf_counter() - start
-            sampled = len(choices)
-            choices, rewards, failed, why = await self.score(choices, lease["example"])
-            if why:
+                scores = await self.scores_of(samples, lease["example"])
+            except NotGenerated as e:
+                why = str(e)
+                break
+            if why := what_was_wrong(scores, lease["example"]):
                 log(f"lease {name}: {why}")
+            scored = [(s, score) for s, score in zip(samples, scores) if isinstance(score, float)]
+            failed = sum(isinstance(x, str) and not isinstance(x, Away) for x in scores)
             # here another try would cost as much, and most likely end alike
-            if len(choices) < fewest and failed:
-                by_reward = failed == sampled
+            if len(scored) < fewest and failed:
+                by_reward = failed == sum(not isinstance(x, Damaged) for x in scores)
                 return await self.give_back(name, why, self.cfg.hub_timeout_s, by_reward)
-            if len(choices) < fewest:
+            if len(scored) < fewest:
                 continue
             try:
                 async with self.pushing:
-                    await self.ask(
-                        "POST", "/groups", data=pack_group(choices, rewards, name, gen_s)
-                    )
+                    await self.ask("POST", "/groups", data=pack_group(*zip(*scored), name))
                 return
             except HubRefusal as e:
                 log(f"lease {name}: {e}")
@@ -368,38 +388,72 @@ class Node:
             name, f"{self.cfg.max_tries} tries, the last: {why}", self.cfg.hub_timeout_s
         )
 
-    async def generate(self, prompt_ids: list[int], sampling: dict) -> list[dict]:
-        """All samples of a prompt in one request. With --interrupt-at-tokens those that are not
-        done by then go on in a request each, after the text that ends their thinking, unless they
-        have ended it themselves (ScaleRL)."""
-        inserted = self.run.get("interrupt_ids", [])
-        most = min(self.run["max_new_tokens"], self.run["max_model_len"] - len(prompt_ids))
-        first = self.run.get("interrupt_at", 0)
-        if not 0 < first < most - len(inserted):
-            first = most
-        choices = await self.vllm.generate(
-            prompt_ids, {**sampling, "max_tokens": first}, self.version
-        )
-        choices = choices[: sampling["n"]]
+    def samples_of(self, lease: dict, sampling: dict) -> list[Sample]:
+        """The samples of a prompt, not begun. Those that ask for the same at the same time share a
+        request, which costs half of what a request each does where samples are short."""
+        most = min(self.run["max_new_tokens"], self.run["max_model_len"] - len(lease["prompt_ids"]))
+        waiting: dict[tuple, list[asyncio.Future]] = {}
 
-        async def go_on(choice: dict) -> dict:
-            if damage(choice, first) or choice["finish_reason"] != "length":
-                return choice
-            thought = choice["token_ids"]
-            text = self.codec.tokenizer.decode(thought, skip_special_tokens=False)
-            insert = [] if THINK_END in text else inserted
-            left = {**sampling, "n": 1, "max_tokens": most - len(thought) - len(insert)}
+        async def request(context: list[int], sampling: dict) -> dict:
+            mine, key = asyncio.get_running_loop().create_future(), (tuple(context), str(sampling))
+            waiting.setdefault(key, []).append(mine)
+            await asyncio.sleep(0)  # the others may ask, too; who goes on first asks for all
+            if asking := waiting.pop(key, None):
+                for_all = {**sampling, "n": len(asking)}
+                choices = await self.generate(context, for_all, lease["lease"])
+                for place, choice in zip(asking, choices + [{}] * len(asking)):
+                    place.done() or place.set_result(choice)
+            return await mine
+
+        return [Sample(lease["prompt_ids"], sampling, most, request) for _ in range(sampling["n"])]
+
+    async def generate(self, context: list[int], sampling: dict, lease: str) -> list[dict]:
+        """vLLM's choices. A request that fails is made again, max_tries times in all: it may be
+        this prompt that kills it. Raises: NotGenerated."""
+        for attempt in range(1, self.cfg.max_tries + 1):
             await self.ready.wait()
-            rest = await self.vllm.generate(prompt_ids + thought + insert, left, self.version)
-            return join_choices(choice, insert, rest[0] if rest else {})
+            self.in_flight(+1)
+            try:
+                return await self.vllm.generate(context, sampling, self.version)
+            except (*NO_ANSWER, RuntimeError) as e:
+                why = f"generation failed: {e!r}"[:300]
+            finally:
+                self.in_flight(-1)
+            if attempt < self.cfg.max_tries:
+                log(f"lease {lease}: {why}; trying again")
+                await asyncio.sleep(backoff_s(attempt))
+        raise NotGenerated(why)
 
-        if first == most:
-            return choices
-        # none is left running
-        found = await asyncio.gather(*map(go_on, choices), return_exceptions=True)
-        if errors := [e for e in found if isinstance(e, BaseException)]:
-            raise errors[0]
-        return found
+    async def scores_of(self, samples: list[Sample], example: dict) -> list:
+        """Make the samples of a prompt. Returns, of each, its reward, or why it has none: Damaged,
+        Away, or another str. A sample is scored when it ends; a function that judges all of them
+        waits for the last."""
+        ended, scores, left = [], {}, len(samples)
+        interruption = self.run.get("interrupt_at", 0), self.run.get("interrupt_ids", [])
+
+        async def make(sample: Sample) -> None:
+            nonlocal left
+            ask = interrupted(sample, *interruption, self.codec.decode)
+            try:
+                if self.workers.takes == "sample":
+                    scores[sample] = await self.players.play(sample, ask, example)
+                    return
+                sample.turns = 1
+                await ask()
+                ended.append(sample)
+            except Damaged as e:
+                scores[sample] = e
+            finally:
+                left -= 1
+            await asyncio.sleep(0)  # those that end together are scored together
+            if not ended or (left and self.workers.takes == "completions"):
+                return
+            scoring, ended[:] = ended[:], []
+            texts = [self.codec.decode(s.token_ids) for s in scoring]
+            scores.update(zip(scoring, await self.workers.score(texts, example)))
+
+        await all_of(make(sample) for sample in samples)
+        return [scores[sample] for sample in samples]
 
     async def give_back(
         self, lease: str, why: str, patience_s: float, by_reward: bool = False
@@ -410,31 +464,11 @@ class Node:
         except HubRefusal as e:
             log(f"lease {lease}: {e}")  # expired meanwhile
 
-    async def score(
-        self, choices: list[dict], example: dict
-    ) -> tuple[list[dict], list[float], int, str]:
-        """The samples that can be trained on, their rewards, how many others the reward function is
-        to blame for, and what was wrong with the others."""
-        wrong = [damage(c, self.run["max_new_tokens"]) for c in choices]
-        whole = [c for c, bad in zip(choices, wrong) if not bad]
-        scores = await self.workers.score(
-            [self.codec.decode(c["token_ids"]) for c in whole], example
-        )
-        unscored = [s for s in scores if isinstance(s, str)]
-        wrong = [*filter(None, wrong), *(f"reward: {s}" for s in unscored)]
-        scored = [(c, s) for c, s in zip(whole, scores) if not isinstance(s, str)]
-        # time-outs differ by their time of day
-        kinds = [bad.partition(" since ")[0] for bad in wrong]
-        reasons = ", ".join(
-            f"{kinds.count(kind)} x {wrong[kinds.index(kind)]}" for kind in dict.fromkeys(kinds)
-        )
-        why = f"samples dropped: {reasons[:600]}; of {str(example)[:200]}" if wrong else ""
-        failed = sum(not isinstance(s, Away) for s in unscored)
-        return [c for c, _ in scored], [s for _, s in scored], failed, why
-
     async def answer_prompts(self) -> None:
         await asyncio.gather(self.workers.start(), self.ready.wait())
-        self.codec = Codec(self.checkpoint)
+        self.codec = self.players.codec = Codec(self.checkpoint)
+        if self.workers.takes == "sample":
+            await asyncio.to_thread(self.codec.warm_up)
         try:
             while True:
                 if len(self.held) >= self.limit:  # the second is for when the limit has grown

@@ -14,6 +14,7 @@ The built-in tasks come with a tokenizer of single characters and a supervised w
 from random weights no sample is ever right and a policy gradient has nothing to reinforce.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -100,7 +101,37 @@ class Codec:
 
     def encode(self, example: dict) -> list[int]:
         """Raises: ValueError when the chat template refuses the chat or leaves a message out."""
-        return self.tokenizer.encode(self._text(example), add_special_tokens=False).ids
+        return self.ids(self._text(example))
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def between(self, role: str, text: str) -> str:
+        """What stands between two turns of the policy when a user or a tool says this: the chat
+        template's own text, from the end of the turn before to where the next begins.
+
+        Raises: ValueError when the template has no such role, or there is none.
+        """
+        if not self.chat:
+            raise ValueError(
+                f"sample({role}=...): {self.path} has no chat template, or it is switched off; "
+                "use sample(insert=...)"
+            )
+        mark = "\ue000"  # for private use: the template has no such character
+        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        chat = self._chat([*said, {"role": role, "content": text}])
+        _, found, after = chat.partition(mark)
+        if not found or text.strip() not in after:
+            raise ValueError(
+                f"sample({role}=...): the chat template of {self.path} loses the "
+                f"{role if found else 'assistant'}'s message"
+            )
+        return after
+
+    def warm_up(self) -> None:
+        """Import what the chat template needs, which takes seconds."""
+        with contextlib.suppress(ValueError):
+            self.between("user", "?")
 
     def most_tokens(self, example: dict) -> float:
         """A bound on them that is quickly known: a token is at least a byte of the text as the

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 # ---- a group -------------------------------------------------------------------------------------
-# in place of a policy version: a token that was put there, as --interrupt-text is; no loss row
+# in place of a policy version: a token that was put there, by --interrupt-text or by the sample's
+# environment; no loss row
 NOT_SAMPLED = -1
 
 
@@ -70,50 +71,23 @@ def damage(choice: dict, max_new_tokens: int | None = None) -> str:
     return ""
 
 
-def join_choices(first: dict, inserted: list[int], rest: dict) -> dict:
-    """A sample of two requests, with tokens between them that no policy sampled, as one."""
-    cut, start = len(first["token_ids"]), len(first["token_ids"]) + len(inserted)
-
-    def entries(choice):
-        return (choice.get("logprobs") or {}).get("content") or []
-
-    spans = [
-        {**s, "start": s["start"] + start, "end": s["end"] + start}
-        for s in rest.get("weight_versions") or []
-    ]
-    return {
-        "token_ids": [*first["token_ids"], *inserted, *(rest.get("token_ids") or [])],
-        "logprobs": {
-            "content": [*entries(first), *[{"logprob": 0.0}] * len(inserted), *entries(rest)]
-        },
-        "weight_versions": [
-            *first["weight_versions"],
-            {"version": NOT_SAMPLED, "start": cut, "end": start},
-            *spans,
-        ],
-        "finish_reason": rest.get("finish_reason"),
-    }
-
-
-def pack_group(choices: list[dict], rewards: list[float], lease: str, gen_s: float) -> bytes:
-    """The safetensors body of POST /groups; hub.Group says what each tensor is."""
-    versions = [
-        int(span["version"])
-        for c in choices
-        for span in c["weight_versions"]
-        for _ in range(span["start"], span["end"])
-    ]
+def pack_group(samples: list, rewards: list[float], lease: str) -> bytes:
+    """The safetensors body of POST /groups, of `sample.Sample`s; Group says what each tensor is."""
+    S = len(samples)
     tensors = {
-        "lengths": torch.tensor([len(c["token_ids"]) for c in choices], dtype=torch.int32),
-        "token_ids": torch.tensor([t for c in choices for t in c["token_ids"]], dtype=torch.int32),
-        "logprobs": torch.tensor([x["logprob"] for c in choices for x in c["logprobs"]["content"]]),
-        "versions": torch.tensor(versions, dtype=torch.int32),
+        "lengths": torch.tensor([len(s.token_ids) for s in samples], dtype=torch.int32),
+        "token_ids": torch.tensor([t for s in samples for t in s.token_ids], dtype=torch.int32),
+        "logprobs": torch.tensor([x for s in samples for x in s.logprobs], dtype=torch.float32),
+        "versions": torch.tensor([v for s in samples for v in s.versions], dtype=torch.int32),
         "rewards": torch.tensor(rewards, dtype=torch.float32),
-        "truncated": torch.tensor(
-            [c["finish_reason"] == "length" for c in choices], dtype=torch.uint8
-        ),
+        "truncated": torch.tensor([s.truncated for s in samples], dtype=torch.uint8),
     }
-    return save(tensors, metadata={"lease": lease, "gen_s": f"{gen_s:.6f}"})
+    numbers = {
+        "gen_s": max(s.generate_s for s in samples),
+        "turns": sum(s.turns for s in samples) / S,
+        "environment_s": sum(s.environment_s for s in samples) / S,
+    }
+    return save(tensors, metadata={"lease": lease, **{n: f"{x:.6f}" for n, x in numbers.items()}})
 
 
 # ---- from bytes to tensors, at the hub -----------------------------------------------------------
@@ -142,8 +116,9 @@ def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         tensors = load(body)
         (header_bytes,) = struct.unpack("<Q", body[:8])
         metadata = json.loads(body[8 : 8 + header_bytes]).get("__metadata__") or {}
-        given = metadata.get("gen_s", "nan")
-        metadata["gen_s"] = float(given) if len(given) < 32 else math.nan
+        for name in ("gen_s", "turns", "environment_s"):
+            given = metadata.get(name, "nan")
+            metadata[name] = float(given) if len(given) < 32 else math.nan
     except (SafetensorError, struct.error, ValueError, RecursionError) as e:
         raise Refused(400, f"body is not safetensors: {str(e)[:200]}") from None
     for name, dtype in GROUP_TENSORS.items():

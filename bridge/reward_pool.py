@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import json
+import mmap
 import os
 import signal
 import sys
@@ -10,7 +12,7 @@ import time
 from collections import Counter
 
 from bridge.processes import REPO, guarded, log
-from bridge.reward_process import KEPT, reward_sources
+from bridge.reward_process import KEPT, RUNS, reward_sources
 from bridge.waits import Wait, backoff_s
 
 
@@ -21,6 +23,18 @@ class RewardsEnd(ValueError):
 
 class Away(str):
     """Why a sample has no reward, where the service that judges it did not answer."""
+
+
+def _each(job: dict, answer: dict) -> list[dict]:
+    """The answers for the samples of a job, of which a judge of a whole group has several."""
+    return answer.get("each") or [answer] * len(job.get("completions", [""]))
+
+
+def reward_or_why(answer: dict) -> float | str:
+    """Of a sample: its reward, or the line that says why it has none."""
+    if "reward" in answer:
+        return answer["reward"]
+    return (Away if answer["kind"] == "away" else str)(answer["error"])
 
 
 class RewardWorkers:
@@ -45,6 +59,7 @@ class RewardWorkers:
         self.processes: set[asyncio.subprocess.Process] = set()
         self.starting: set[asyncio.Task] = set()
         self.free: asyncio.Queue = asyncio.Queue()
+        self.takes = "completion"  # what the function judges, once a process has told it
         self.failed: Counter[str] = Counter()
         # rewards; the wait for a service; when that was last told
         self.judged, self.away, self.said = 0, None, 0.0
@@ -59,32 +74,29 @@ class RewardWorkers:
 
     async def start(self) -> None:
         """All workers, so that a file that cannot be imported is known before the first sample."""
-        await asyncio.gather(*(self._score([], {}) for _ in range(self.count)))
+        await asyncio.gather(*(self._score([]) for _ in range(self.count)))
 
     async def score(self, completions: list[str], example: dict) -> list[float | str]:
         """A reward for each completion, or a line that says why it has none (Away: not for want of
         a good function). While the service that the function asks is away, one of them asks again
         and again; then the others follow."""
         judged, patience, attempt = self.judged, Wait("reward away", self.PATIENCE_S), 0
-        answers = await self._score(completions, example)
+        jobs = [{"completion": completion, "example": example} for completion in completions]
+        if self.takes == "completions" and completions:
+            jobs = [{"completions": completions, "example": example}]
+        answers = await self._score(jobs)
         while again := [i for i, answer in enumerate(answers) if answer.get("kind") == "away"]:
             if patience.over and self.judged > judged:
                 self.failed["raised"] += len(again)
                 break
-            await self._be_patient(answers[again[0]]["error"], attempt)
+            await self.be_patient(answers[again[0]]["error"], attempt)
             again, attempt = again[:1] if self.away else again, attempt + 1
-            for i, answer in zip(
-                again, await self._score([completions[i] for i in again], example)
-            ):
+            for i, answer in zip(again, await self._score([jobs[i] for i in again])):
                 answers[i] = answer
-        return [
-            answer["reward"]
-            if "reward" in answer
-            else (Away if answer["kind"] == "away" else str)(answer["error"])
-            for answer in answers
-        ]
+        each = [one for job, answer in zip(jobs, answers) for one in _each(job, answer)]
+        return [reward_or_why(answer) for answer in each]
 
-    async def _be_patient(self, why: str, attempt: int) -> None:
+    async def be_patient(self, why: str, attempt: int) -> None:
         """Before a service is asked again. Raises: RewardsEnd when it has answered nobody for too
         long."""
         if self.away and self.away.over:
@@ -97,26 +109,36 @@ class RewardWorkers:
             )
         await asyncio.sleep(min(backoff_s(attempt), max(0.05, self.away_timeout_s / 4)))
 
-    async def _score(self, completions: list[str], example: dict) -> list[dict]:
+    async def new(self) -> asyncio.subprocess.Process:
+        """A worker that is the caller's. When it ends, `free` has to get a None in its place."""
+        worker = await self.free.get()
+        try:
+            return worker or await self._start()
+        except BaseException:
+            self.free.put_nowait(None)
+            raise
+
+    async def _score(self, jobs: list[dict]) -> list[dict]:
         worker = await self.free.get()
         try:
             answers: list[dict] = []
             worker = worker or await self._start()
-            while left := completions[len(answers) :]:
+            while left := jobs[len(answers) :]:
                 worker = worker or await self._start()
                 # All at once: worker and node would else wait for each other's turn on the CPU at
                 # every sample.
                 # it has died; its silence is dealt with below
                 with contextlib.suppress(ConnectionError):
-                    for completion in left:
-                        job = {"completion": completion, "example": example}
+                    for job in left:
                         worker.stdin.write(json.dumps(job).encode() + b"\n")
-                while worker is not None and len(answers) < len(completions):
+                while worker is not None and len(answers) < len(jobs):
                     answer, worker = await self._answer(worker)
+                    for one in _each(jobs[len(answers)], answer):
+                        self.count_answer(one)
                     answers.append(answer)
             return answers
         except asyncio.CancelledError:
-            self._kill(worker)  # its answer would be taken for the next one's
+            self.kill(worker)  # its answer would be taken for the next one's
             worker = None
             raise
         finally:
@@ -124,7 +146,8 @@ class RewardWorkers:
 
     async def _start(self) -> asyncio.subprocess.Process:
         """A worker that has loaded the function."""
-        env = {**os.environ, KEPT: f"/proc/{os.getpid()}/fd/{self.kept.fileno()}"}
+        files = f"/proc/{os.getpid()}/fd"
+        env = {**os.environ, KEPT: f"{files}/{self.kept.fileno()}"}
         env.pop("CISPO_TOKEN", None)
         # -P: this directory is not on its path, or a module of ours would be in the place of a
         # user's or a library's.
@@ -133,27 +156,35 @@ class RewardWorkers:
         )
         attempt = 0
         while True:
+            runs = os.memfd_create("runs")
+            os.ftruncate(runs, 8)
             start = asyncio.create_task(
                 asyncio.create_subprocess_exec(
                     *command,
-                    env=env,
+                    env={**env, RUNS: f"{files}/{runs}"},
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     start_new_session=True,
+                    limit=1 << 28,  # of a line
                 )
             )
             self.starting.add(start)
-            # cancelled here, it would be a process nobody knows
-            worker = await asyncio.shield(start)
-            self.starting.discard(start)
-            self.processes.add(worker)
+            wait = Wait("reward start", self.start_timeout_s)
             try:
-                wait = Wait("reward start", self.start_timeout_s)
+                # cancelled here, it would be a process nobody knows
+                worker = await asyncio.shield(start)
+                self.starting.discard(start)
+                self.processes.add(worker)
+                worker.runs = mmap.mmap(runs, 8)  # the episode whose code runs there
                 said = await self._line(worker, wait)
             except asyncio.CancelledError:
-                self._kill(worker)
+                if start not in self.starting:
+                    self.kill(worker)
                 raise
-            if said == {}:
+            finally:
+                os.close(runs)
+            if isinstance(said, dict) and "takes" in said:
+                self.takes = said["takes"]
                 return worker
             await self._end(worker)
             if said is None:
@@ -163,10 +194,10 @@ class RewardWorkers:
                     f"--reward {self.spec!r}: its process ended with status {said} while it was "
                     "imported"
                 )
-            self._count(said)
+            self.count_answer(said)
             if said["kind"] != "away":
                 raise RewardsEnd(said["error"])
-            await self._be_patient(said["error"], attempt)
+            await self.be_patient(said["error"], attempt)
             attempt += 1
 
     async def _line(self, worker, wait: Wait) -> dict | int | None:
@@ -177,13 +208,14 @@ class RewardWorkers:
                 line = await worker.stdout.readline()
         except TimeoutError:
             return None
-        if line:
-            return json.loads(line)
-        # it has closed its end: its own status, if it has one
+        return json.loads(line) if line else await self.ended(worker)
+
+    async def ended(self, worker) -> int:
+        """The status of a worker that has closed its end: its own, if it has one."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
                 await worker.wait()
-        self._kill(worker)
+        self.kill(worker)
         return await worker.wait()
 
     async def _answer(self, worker) -> tuple[dict, asyncio.subprocess.Process | None]:
@@ -196,10 +228,9 @@ class RewardWorkers:
             ended = f"the reward function's process ended with status {answer}"
             kind, why = ("timed_out", wait.message()) if answer is None else ("exited", ended)
             answer, worker = {"kind": kind, "error": why}, None
-        self._count(answer)
         return answer, worker
 
-    def _count(self, answer: dict) -> None:
+    def count_answer(self, answer: dict) -> None:
         if kind := answer.get("kind"):
             self.failed[kind] += 1
         if "reward" in answer:
@@ -207,7 +238,7 @@ class RewardWorkers:
         elif kind == "away" and self.away is None:
             self.away = Wait("reward away", self.away_timeout_s)
 
-    def _kill(self, worker) -> None:
+    def kill(self, worker) -> None:
         self.processes.discard(worker)
         if worker is None:
             return
@@ -220,7 +251,7 @@ class RewardWorkers:
 
     async def _end(self, worker) -> None:
         """Kill a worker and see it gone."""
-        self._kill(worker)
+        self.kill(worker)
         try:
             async with asyncio.timeout(15.0):  # its guard has 10
                 await worker.wait()
@@ -231,22 +262,25 @@ class RewardWorkers:
     async def close(self) -> None:
         workers = [*self.processes, *[await start for start in self.starting]]
         for worker in workers:
-            self._kill(worker)
+            self.kill(worker)
         for worker in workers:
             await self._end(worker)
         self.processes, self.starting = set(), set()
         self.kept.close()
 
 
-def check_reward(spec: str, start_timeout_s: float, away_timeout_s: float) -> None:
-    """Load a reward function once, in a process of its own. Raises: ValueError that says why it
-    cannot be."""
+@functools.cache
+def check_reward(spec: str, start_timeout_s: float, away_timeout_s: float) -> str:
+    """Load a reward function once, in a process of its own. Returns what it judges: a "completion",
+    all "completions" of a prompt, or a "sample" that it makes itself. Raises: ValueError that says
+    why it cannot be."""
 
-    async def load() -> None:
+    async def load() -> str:
         workers = RewardWorkers(spec, 1, 0.0, start_timeout_s, away_timeout_s)
         try:
             await workers.start()
         finally:
             await workers.close()
+        return workers.takes
 
-    asyncio.run(load())
+    return asyncio.run(load())

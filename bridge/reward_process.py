@@ -6,6 +6,7 @@ run goes on with what it has started with. reward_pool.py is the other end of th
 
 import ast
 import asyncio
+import contextlib
 import errno
 import functools
 import hashlib
@@ -14,13 +15,15 @@ import importlib.util
 import inspect
 import json
 import math
+import mmap
 import numbers
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import NamedTuple
 
 
 # ---- the file of a function ----------------------------------------------------------------------
@@ -173,11 +176,43 @@ def load_reward(spec: str, sources: dict[str, bytes] | None = None) -> Callable[
         inspect.signature(reward).bind("completion", {})
     except TypeError as e:
         raise ValueError(
-            f"--reward {spec!r}: it is called with (completion, example): {e}"
+            f"--reward {spec!r}: it is called with ({takes(reward)}, example): {e}"
         ) from None
     except ValueError:  # a builtin may not tell
         pass
+    if takes(reward) == "sample" and not is_async(reward):
+        raise ValueError(
+            f"--reward {spec!r}: its first parameter is called sample, so it plays, and has to be "
+            "`async def`"
+        )
     return reward
+
+
+def takes(reward) -> str:
+    """What a function judges, by the name of its first parameter: a "completion", all "completions"
+    of a prompt, or a "sample" that it makes itself, turn by turn."""
+    try:
+        first = next(iter(inspect.signature(reward).parameters), "")
+    except ValueError:
+        first = ""
+    return first if first in ("completions", "sample") else "completion"
+
+
+def is_async(reward) -> bool:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
+
+
+def roles_asked_for(sources: dict[str, bytes]) -> set[str]:
+    """Who speaks between two turns, as far as it can be read: the roles in calls `sample(ROLE=`."""
+    found = set()
+    for source in sources.values():
+        with contextlib.suppress(SyntaxError, ValueError):  # who loads it says so
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "sample":
+                    found |= {keyword.arg for keyword in node.keywords} & {"user", "tool"}
+    return found
 
 
 # ---- the worker ----------------------------------------------------------------------------------
@@ -287,11 +322,23 @@ def raised(e: BaseException) -> dict:
     return {"error": f"it raised {told(e)}", "kind": kind}
 
 
+def answer_to(job: dict, value) -> dict:
+    """What a function returned, as the answer to its job: of a judge of a whole group a list."""
+    if "completions" not in job:
+        return judge(value)
+    wanted = len(job["completions"])
+    if not hasattr(value, "__len__") or isinstance(value, str) or len(value) != wanted:
+        what = f"{value!r:.100}, expected a list of {wanted} numbers"
+        return {"error": f"it returned {what}", "kind": "wrong_type"}
+    return {"each": [judge(x) for x in value]}
+
+
 def serve_rewards(spec: str, sources: dict[str, bytes] | None = None) -> None:
-    """A line of JSON out once the function is loaded (or why it cannot be, and no more). Then a
-    line in ("completion", "example") and one out ("reward", or "error" and "kind"), in the same
-    order, until the jobs end. What the function and its children read and print is not that: stdin
-    is empty, and stdout goes to stderr."""
+    """A line of JSON out once the function is loaded: what it `takes` (or why it cannot be loaded,
+    and no more). Then a line in ("completion" or "completions", and "example") and one out
+    ("reward", or "each" of the completions' answers, or "error" and "kind"), in the same order,
+    until the jobs end; of a function that plays as `serve_episodes` says. What the function and its
+    children read and print is not that: stdin is empty, and stdout goes to stderr."""
     # no child inherits these
     jobs, answers = (os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -303,14 +350,20 @@ def serve_rewards(spec: str, sources: dict[str, bytes] | None = None) -> None:
             json.dumps({"error": str(e), "kind": "away" if is_away(e) else "raised"}) + "\n"
         )
         return
-    answers.write("{}\n")
-    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+    with open(os.environ[RUNS], "r+b") as file:
+        runs = mmap.mmap(file.fileno(), 8)
+    kind = takes(reward)
+    answers.write(json.dumps({"takes": kind}) + "\n")
+    if kind == "sample":
+        asyncio.run(serve_episodes(reward, jobs, answers, runs))
+        return
+    if is_async(reward):
         asyncio.run(serve_async(reward, jobs, answers))
         return
     for line in jobs:
         job = json.loads(line)
         try:
-            answer = judge(reward(job["completion"], job["example"]))
+            answer = answer_to(job, reward(job[kind], job["example"]))
         except Exception as e:  # any: the user's code
             answer = raised(e)
         answers.write(json.dumps(answer) + "\n")
@@ -319,14 +372,11 @@ def serve_rewards(spec: str, sources: dict[str, bytes] | None = None) -> None:
 async def serve_async(reward, jobs_pipe, answers) -> None:
     """The same for a function that waits, for a judge model say: all jobs at hand run together."""
     jobs: asyncio.Queue[asyncio.Task] = asyncio.Queue()
-    lines = asyncio.StreamReader(limit=1 << 28)
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(lines), jobs_pipe
-    )
+    lines, kind = await lines_of(jobs_pipe), takes(reward)
 
     async def one(job: dict) -> dict:
         try:
-            return judge(await reward(job["completion"], job["example"]))
+            return answer_to(job, await reward(job[kind], job["example"]))
         except (Exception, asyncio.CancelledError) as e:  # any: the user's code
             return raised(e)
 
@@ -340,6 +390,134 @@ async def serve_async(reward, jobs_pipe, answers) -> None:
         jobs.put_nowait(asyncio.create_task(one(json.loads(line))))
     await jobs.join()
     teller.cancel()
+
+
+async def lines_of(pipe) -> asyncio.StreamReader:
+    lines = asyncio.StreamReader(limit=1 << 28)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(lines), pipe
+    )
+    return lines
+
+
+# ---- episodes ------------------------------------------------------------------------------------
+# names 8 bytes that the node reads: the episode whose code runs, 0 for none
+RUNS = "CISPO_REWARD_RUNS"
+
+
+class Turn(NamedTuple):
+    """What the policy wrote."""
+
+    text: str  # without the end token
+    finish: str  # "stop": it ended by itself; "length": no token is left, or max_tokens are reached
+
+
+class Episode:
+    """One call of a function that plays, and its clock, which stands still while the policy
+    writes."""
+
+    def __init__(self, id: int, timeout_s: float, say):
+        self.id, self.timeout_s, self.say = id, timeout_s, say
+        self.turn: asyncio.Future | None = None
+
+    async def sample(
+        self,
+        insert: str = "",
+        *,
+        user: str | None = None,
+        tool: str | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Turn:
+        """Put text into the context, and let the policy go on.
+
+        insert: as it is; user, tool: as a message, with what the model's chat template puts around
+        it. None of it is trained on. max_tokens: of this turn; stop: texts that end it, and stay in
+        it. Raises: TypeError, ValueError for what it cannot take.
+        """
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        given = {"insert": insert or None, "user": user, "tool": tool}
+        given = {name: text for name, text in given.items() if text is not None}
+        for name, text in given.items():
+            if not isinstance(text, str):
+                raise TypeError(f"sample({name}=...) takes text, not {type(text).__name__}")
+        if len(given) > 1:
+            raise ValueError(f"sample takes one of {' and '.join(given)} at a time")
+        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+            raise ValueError(f"sample(max_tokens={max_tokens!r}): expected a whole number above 0")
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"sample(stop={stop!r}): expected texts that are not empty")
+        if self.turn and not self.turn.done():
+            raise RuntimeError("sample was called again before it had answered")
+        loop = asyncio.get_running_loop()
+        self.turn, left_s = loop.create_future(), self.clock.when() - loop.time()
+        self.say({"id": self.id, "sample": {**given, "max_tokens": max_tokens, "stop": stop}})
+        self.clock.reschedule(None)
+        answer = await self.turn
+        self.clock.reschedule(loop.time() + left_s)
+        if "refused" in answer:
+            raise ValueError(answer["refused"])
+        return Turn(answer["text"], answer["finish"])
+
+    async def run(self, play, example: dict, runs) -> None:
+        try:
+            async with asyncio.timeout(self.timeout_s) as self.clock:
+                answer = judge(await Marked(play(self.sample, example), self.id, runs))
+        except SystemExit as e:
+            answer = {"error": f"it called sys.exit({e.code!r})", "kind": "exited"}
+        except (Exception, asyncio.CancelledError) as e:  # any: the user's code
+            answer = raised(e)
+            if isinstance(e, TimeoutError) and self.clock.expired():
+                what = f"no answer in {self.timeout_s:g} s of its own"
+                answer = {"error": what, "kind": "timed_out"}
+        self.say({"id": self.id, **answer})
+
+
+class Marked:
+    """A coroutine that says in `runs` when its code runs: whoever ends or blocks the process can
+    then be told from the others."""
+
+    def __init__(self, coroutine, id: int, runs):
+        self.coroutine, self.id, self.runs = coroutine, id, runs
+
+    def __await__(self):
+        step, given = self.coroutine.send, None
+        while True:
+            self.runs[:] = self.id.to_bytes(8)
+            try:
+                waits_for = step(given)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self.runs[:] = bytes(8)
+            try:
+                step, given = self.coroutine.send, (yield waits_for)
+            except BaseException as e:
+                step, given = self.coroutine.throw, e
+
+
+async def serve_episodes(play, jobs_pipe, answers, runs) -> None:
+    """Many episodes at once. In: {"id", "example", "timeout_s"} begins one, {"id", "text",
+    "finish"} or {"id", "refused"} answers its `sample`, {"id"} drops it. Out: {"id", "sample":
+    {...}}, and last {"id", "reward"} or {"id", "error", "kind"}."""
+    episodes: dict[int, tuple[Episode, asyncio.Task]] = {}
+
+    def say(message: dict) -> None:
+        if message["id"] in episodes:  # else it was dropped
+            answers.write(json.dumps(message) + "\n")
+
+    lines = await lines_of(jobs_pipe)
+    while line := await lines.readline():
+        message = json.loads(line)
+        id = message.pop("id")
+        if "example" in message:
+            episode = Episode(id, message["timeout_s"], say)
+            task = asyncio.create_task(episode.run(play, message["example"], runs))
+            episodes[id] = episode, task
+        elif id in episodes and message:
+            episodes[id][0].turn.set_result(message)
+        elif id in episodes:
+            episodes.pop(id)[1].cancel()
 
 
 # the second: a process that the reward has started with multiprocessing

@@ -37,7 +37,7 @@ from bridge.weights import digest
 LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks again
 MAX_NODES = 4096  # that are remembered at once
 # Samples without a reward, by kind. "away": calls that were made again, for want of an answer.
-FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type", "away")
+FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type", "endless", "away")
 # Of a beat: seconds since the one before, those in which vLLM was idle, tokens made.
 LOAD = ("over_s", "idle_s", "made")
 VITALS = ("running", "waiting", "kv", "limit", "preemptions", *LOAD)
@@ -201,7 +201,9 @@ class Routes:
             hub.run["max_new_tokens"],
             hub.vocab_size,
             (lease.version, hub.version),
-            len(hub.run.get("interrupt_ids", ())),
+            hub.run["max_new_tokens"]
+            if hub.run.get("plays")
+            else len(hub.run.get("interrupt_ids", ())),
         )
         prompt_ids = hub.encode(hub.example_of(lease))
         books.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))

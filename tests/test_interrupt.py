@@ -9,8 +9,7 @@ from batches import unpack_batch
 from test_batch import CFG
 from test_failures import SAMPLES, groups, make_hub, run_node
 
-import rollout
-from bridge import weights
+from bridge import sample, weights
 from bridge.groups import NOT_SAMPLED, Group, Refused, check_group
 from config import Config
 from model import ModelConfig, Qwen3MoE
@@ -29,7 +28,7 @@ def run_interrupted(
         tmp_path, tiny_checkpoint, prompts=[{"prompt": p, "answer": "x"} for p in prompts] * 100
     )
     hub.run |= {"interrupt_at": AT, "interrupt_ids": PUT, "max_model_len": max_model_len}
-    monkeypatch.setattr(rollout, "THINK_END", think_end)
+    monkeypatch.setattr(sample, "THINK_END", think_end)
     try:
         run_node(hub, tmp_path, command, lambda node: groups(hub, 12))
         return hub.ledger.buffer

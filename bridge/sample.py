@@ -1,0 +1,109 @@
+"""A sample in the making: a prompt, and then turn by turn what the policy writes and what is put
+between.
+
+Token in, token out. Ids are appended and never encoded again, so what the trainer sees is what the
+policy saw. Every token has its log-prob and the version that sampled it, or NOT_SAMPLED.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from bridge.groups import NOT_SAMPLED, damage
+
+THINK_END = "</think>"  # Qwen3's
+
+
+class Damaged(Exception):
+    """What vLLM sent is no sample that can be trained on."""
+
+
+class Turn(NamedTuple):
+    """What came of one turn."""
+
+    token_ids: list[int]  # that are new, those that an interruption has put in among them
+    finish: str  # "stop": it ended by itself; "length": no token is left, or max_tokens are reached
+
+
+# (insert, max_tokens, stop) -> Turn; as Sample.__call__
+Ask = Callable[[Sequence[int], int | None, Sequence[str]], Awaitable[Turn]]
+
+
+class Sample:
+    """One sample. `request(context, sampling)` is a request to vLLM and gives its one choice;
+    `most` bounds the response's tokens, those put in included."""
+
+    def __init__(self, prompt_ids: list[int], sampling: dict, most: int, request):
+        self.prompt_ids, self.sampling, self.most, self.request = (
+            prompt_ids,
+            sampling,
+            most,
+            request,
+        )
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing but the prompt: an episode is played again from here."""
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []  # in nats; 0 of a token that was put in
+        self.versions: list[int] = []
+        self.truncated = False  # no token was left
+        self.turns = 0  # that the policy was asked for
+        self.generate_s = 0.0  # how long it has waited for vLLM,
+        self.environment_s = 0.0  # and for its environment
+
+    @property
+    def left(self) -> int:
+        return self.most - len(self.token_ids)
+
+    async def __call__(
+        self, insert: Sequence[int] = (), max_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Turn:
+        """Put tokens into the context and let the policy go on. Where none is left for the policy
+        nothing is put in either. Raises: Damaged, and what `request` raises."""
+        room = self.left - len(insert)
+        if room < 1 and not self.token_ids:
+            raise Damaged("no tokens: the prompt, or what was put in, leaves no room")
+        if room < 1:
+            self.truncated = True
+            return Turn([], "length")
+        limit = min(room, max_tokens or room)
+        sampling = {**self.sampling, "n": 1, "max_tokens": limit}
+        if stop:  # vLLM looks for them in the text
+            sampling |= {"stop": list(stop), "detokenize": True}
+        start = time.perf_counter()
+        choice = await self.request([*self.prompt_ids, *self.token_ids, *insert], sampling)
+        self.generate_s += time.perf_counter() - start
+        if why := damage(choice, limit):
+            raise Damaged(why)
+        new = choice["token_ids"]
+        self.token_ids += [*insert, *new]
+        self.logprobs += [0.0] * len(insert)
+        self.logprobs += [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        self.versions += [NOT_SAMPLED] * len(insert)
+        for span in choice["weight_versions"]:
+            self.versions += [int(span["version"])] * (span["end"] - span["start"])
+        self.truncated = choice["finish_reason"] == "length" and not self.left
+        return Turn(new, choice["finish_reason"])
+
+
+def interrupted(sample: Sample, at: int, text_ids: list[int], decode) -> Ask:
+    """`sample` with --interrupt-at-tokens (ScaleRL): a turn that is not done after `at` tokens goes
+    on after the text that ends its thinking, unless it has ended that itself, or the text would
+    leave no room to answer."""
+
+    async def ask(
+        insert: Sequence[int] = (), max_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Turn:
+        room = sample.left - len(insert)
+        limit = min(room, max_tokens or room)
+        if not 0 < at < limit - len(text_ids):
+            return await sample(insert, max_tokens, stop)
+        thought = await sample(insert, at, stop)
+        if thought.finish != "length":
+            return thought
+        put = [] if THINK_END in decode(thought.token_ids, special=True) else text_ids
+        rest = await sample(put, limit - at - len(put), stop)
+        return Turn([*thought.token_ids, *put, *rest.token_ids], rest.finish)
+
+    return ask
