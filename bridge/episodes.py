@@ -6,7 +6,6 @@ holds ids, log-probs and versions; an episode sees text, and cannot touch them.
 """
 
 import asyncio
-import contextlib
 import itertools
 import json
 import time
@@ -27,16 +26,18 @@ class Player:
     def __init__(self, process: asyncio.subprocess.Process, workers: RewardWorkers):
         self.process, self.workers = process, workers
         self.inboxes: dict[int, asyncio.Queue] = {}
+        self.over = False  # it takes no more episodes
         self.blames: tuple[int, dict] | None = None  # who is to blame for its end, and for what
         self.reading = asyncio.create_task(self._read())
 
     def say(self, **message) -> None:
-        with contextlib.suppress(ConnectionError):  # it has died; `_read` tells
+        if not self.over and not self.process.stdin.is_closing():  # it may have died: `_read` tells
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
 
     def blocked_by(self, id: int, wait: Wait) -> None:
         """Its process gives no answer to an episode: it is ended."""
         id = int.from_bytes(self.process.runs) or id
+        self.over = True
         self.blames = id, {"error": f"it blocks: {wait.message()}", "kind": "timed_out"}
         self.workers.kill(self.process)
 
@@ -45,6 +46,7 @@ class Player:
             message = json.loads(line)
             if inbox := self.inboxes.get(message.pop("id")):
                 inbox.put_nowait(message)
+        self.over = True
         # the code that ran when it ended, if any did
         runs = int.from_bytes(self.process.runs)
         status = await self.workers.ended(self.process)
@@ -100,7 +102,7 @@ class Players:
                 left_s = max(0.0, left_s - waited_s)
                 sample.environment_s += waited_s
                 if "sample" not in answer:
-                    return answer if sample.token_ids or "error" in answer else NO_TURN
+                    return NO_TURN if "reward" in answer and not sample.token_ids else answer
                 if sample.turns >= MOST_TURNS:
                     return {"error": f"more than {MOST_TURNS} turns", "kind": "endless"}
                 sample.turns += 1
@@ -132,7 +134,8 @@ class Players:
     async def _player(self) -> Player:
         """The one with the fewest episodes."""
         async with self.starting:
-            self.players = [p for p in self.players if not p.reading.done() and not p.blames]
-            while len(self.players) < self.workers.count:
+            while True:  # one may end while another starts
+                self.players = [player for player in self.players if not player.over]
+                if len(self.players) == self.workers.count:
+                    return min(self.players, key=lambda player: len(player.inboxes))
                 self.players.append(Player(await self.workers.new(), self.workers))
-        return min(self.players, key=lambda player: len(player.inboxes))
