@@ -34,6 +34,7 @@ from bridge.weights import (
 )
 from config import Config, RolloutConfig
 from model import KNOWN_MODELS, ModelConfig
+from presets import PRESETS
 from ranks import ops, plan
 from ranks.checkpoint import CheckpointError
 from ranks.run_dir import checkpoints_to_try, hold
@@ -71,7 +72,7 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
 def use_cpu(cfg: Config, local_world_size: int) -> None:
     """For a machine without a GPU. Raises: ValueError for what it cannot train or compile."""
     # a directory may hold a small one
-    if cfg.preset not in ("tiny", "add") and not Path(cfg.model).is_dir():
+    if PRESETS[cfg.preset].model and not Path(cfg.model).is_dir():
         raise ValueError(
             f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
             "--dry-run prints the plan"

@@ -18,6 +18,7 @@ MATH_PROMPT = (
 PRESET_NOTES = {
     "tiny": "0.5 M parameters learn to reverse five letters: two minutes on a laptop's CPU",
     "add": "the same model, two-digit sums: harder",
+    "rounds": "the same model, over several turns: the next word is shown when one is reversed",
     "qwen3-0.6b": "dense Qwen3 on math: a GPU of 80 GB with vLLM on it too, or two of 24 GB",
     "qwen3-30b-a3b": "NeMo RL's CISPO recipe: Qwen3-30B-A3B on math, 16 GPUs train, 8 sample",
     "scalerl": "ScaleRL's algorithm on the same model and GPUs, answers of up to 14k tokens",
@@ -58,6 +59,11 @@ NIGHTLY = Config(
 PRESETS = {
     "tiny": Config(),
     "add": dataclasses.replace(Config(), preset="add", name="add", task="add", max_num_steps=300),
+    # Three turns of four tokens, and twice five between them.
+    "rounds": dataclasses.replace(
+        Config(), preset="rounds", name="rounds", task="rounds", reward="rounds", max_new_tokens=22,
+        warm_start_accuracy=0.25,
+    ),
     "qwen3-30b-a3b": NIGHTLY,
     # The recipe on what one has at hand. Sizes and learning rate are ours, nothing is tuned: a
     # fourth of the samples an update, four updates a batch. By --dry-run the trainer takes 15 GiB;
@@ -122,7 +128,7 @@ def parse_config(argv: list[str]) -> Config:
         cfg = dataclasses.replace(cfg, max_total_sequence_length=total)
     cfg.validate()
     check_what_flags_name(cfg)
-    bare = cfg.preset in ("tiny", "add") and not {"--lr", "--max-new-tokens"} <= given
+    bare = not PRESETS[cfg.preset].model and not {"--lr", "--max-new-tokens"} <= given
     if bare and not cfg.dry_run and cfg.real_model:
         raise ValueError(
             f"--model {cfg.model}: --preset {cfg.preset} has a tiny model's --lr {cfg.lr:g} and "

@@ -125,6 +125,8 @@ def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
             for v in g.versions.split(g.lengths.tolist())
         )
         / len(rewards),
+        "train/inserted_share": sum(int((g.versions == NOT_SAMPLED).sum()) for g in groups)
+        / lengths.sum().item(),
         "train/avg_trajectory_age": ages.mean().item(),
         "train/max_trajectory_age": ages.max().item(),
     }

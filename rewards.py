@@ -306,7 +306,18 @@ def word_in(text: str) -> str:
     return found[1].lower() if found else ""
 
 
-REWARDS = {"exact": exact_match, "numeric": numeric_match, "math": math_match}
+async def rounds(sample, example: dict) -> float:
+    """Plays --task rounds: the share of its words that the policy reverses. The prompt shows it the
+    first; it writes, and is shown the next."""
+    words, right = example["words"], 0
+    for i, word in enumerate(words):
+        turn = await sample(f"{word}>" if i else "", max_tokens=len(word))
+        right += turn.text == word[::-1]
+    return right / len(words)
+
+
+MATCH = {"exact": exact_match, "numeric": numeric_match, "math": math_match}
+REWARDS = {**MATCH, "rounds": rounds}
 
 
 def check_answers(spec: str, examples, name: str) -> str:
@@ -318,7 +329,7 @@ def check_answers(spec: str, examples, name: str) -> str:
     if spec == "math":
         pass
     tried, failed, end = 0, [], time.monotonic() + 0.5
-    for i in range(0, len(examples) if spec in REWARDS else 0, max(1, len(examples) // 50)):
+    for i in range(0, len(examples) if spec in MATCH else 0, max(1, len(examples) // 50)):
         tried, why = tried + 1, "scored against itself it is worth 0"
         answer = (example := examples[i])["answer"]
         try:
@@ -329,7 +340,7 @@ def check_answers(spec: str, examples, name: str) -> str:
                 )
             same = str(reference(answer if not isinstance(answer, list) else answer[:1]))
             right = (
-                REWARDS[spec](same if spec == "exact" else f"\\boxed{{{stated(answer)}}}", example)
+                MATCH[spec](same if spec == "exact" else f"\\boxed{{{stated(answer)}}}", example)
                 == 1
             )
         except Exception as e:  # any: sympy's too

@@ -214,7 +214,7 @@ def eos_token_ids(checkpoint: str | Path) -> list[int]:
 
 # ---- the built-in character tasks ----------------------------------------------------------------
 def _reverse(rng: random.Random) -> dict:
-    word = "".join(rng.sample("abcdefghijklmnopqrstuvwxyz", k=5))
+    word = "".join(rng.sample(LETTERS, k=5))
     return {"prompt": word + ">", "answer": word[::-1]}
 
 
@@ -223,9 +223,22 @@ def _add(rng: random.Random) -> dict:
     return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
 
 
+def _rounds(rng: random.Random) -> dict:
+    """Three words: rewards.rounds shows the next when the one before has been reversed. Up to two
+    more are there already, with their answers."""
+    words = ["".join(rng.sample(LETTERS, k=4)) for _ in range(3 + rng.randrange(3))]
+    before, words = "".join(f"{word}>{word[::-1]}" for word in words[3:]), words[:3]
+    return {"prompt": f"{before}{words[0]}>", "answer": words[0][::-1], "words": words}
+
+
 # FORK HERE: an entry is a function that makes an example, and all characters of its prompts and
 # answers; --task takes its name. An answer and its end must fit --max-new-tokens.
-TASKS = {"reverse": (_reverse, "abcdefghijklmnopqrstuvwxyz>"), "add": (_add, "0123456789+=")}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TASKS = {
+    "reverse": (_reverse, f"{LETTERS}>"),
+    "add": (_add, "0123456789+="),
+    "rounds": (_rounds, f"{LETTERS}>"),  # over several turns, with --reward rounds
+}
 PAD, EOS = "<pad>", "<eos>"
 MAX_WARM_STEPS = 2000
 

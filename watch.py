@@ -238,6 +238,11 @@ class Screen:
             f"{'a group in vLLM':17} {self.seconds('rollout/generate_group_s'):7.2f} s",
             f"{'stopped to load':17} {self.seconds('rollout/stopped_s'):7.2f} s an update",
         ]
+        if (turns := mean(self.records, "rollout/turns_per_sample") or 1) > 1:
+            tools_s = self.seconds("rollout/environment_s")
+            right.append(
+                f"{'a sample waited':17} {tools_s:7.2f} s for its tools, {turns:.1f} turns"
+            )
         samples = config["num_prompts_per_step"] * config["num_generations_per_prompt"]
         tokens_per_s = samples / step_s * self.train("mean_gen_tokens_per_sample")
         count = len(self.nodes)

@@ -83,8 +83,8 @@ def pack_group(samples: list, rewards: list[float], lease: str) -> bytes:
         "truncated": torch.tensor([s.truncated for s in samples], dtype=torch.uint8),
     }
     numbers = {
-        "gen_s": max(s.generate_s for s in samples),
-        "turns": sum(s.turns for s in samples) / S,
+        "generate_group_s": max(s.generate_s for s in samples),
+        "turns_per_sample": sum(s.turns for s in samples) / S,
         "environment_s": sum(s.environment_s for s in samples) / S,
     }
     return save(tensors, metadata={"lease": lease, **{n: f"{x:.6f}" for n, x in numbers.items()}})
@@ -99,6 +99,7 @@ class Refused(Exception):
         self.status, self.reason = status, reason
 
 
+GROUP_NUMBERS = ("generate_group_s", "turns_per_sample", "environment_s")  # for the metrics
 GROUP_TENSORS = {
     "lengths": torch.int32,
     "token_ids": torch.int32,
@@ -116,7 +117,7 @@ def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         tensors = load(body)
         (header_bytes,) = struct.unpack("<Q", body[:8])
         metadata = json.loads(body[8 : 8 + header_bytes]).get("__metadata__") or {}
-        for name in ("gen_s", "turns", "environment_s"):
+        for name in GROUP_NUMBERS:
             given = metadata.get(name, "nan")
             metadata[name] = float(given) if len(given) < 32 else math.nan
     except (SafetensorError, struct.error, ValueError, RecursionError) as e:

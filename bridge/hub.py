@@ -153,7 +153,8 @@ class Hub:
         self.nodes: dict[str, Node] = {}
         self.reloads: list[dict] = []  # seconds of each weight update, by part
         self.load: Counter[str] = Counter()  # node seconds, those of an idle vLLM, tokens made
-        self.gen_s: list[float] = []  # seconds that each group took in vLLM
+        # of each group: seconds in vLLM, turns a sample, its seconds of waiting for an environment
+        self.group_numbers: list[dict[str, float]] = []
         self._loop = asyncio.new_event_loop()
         self._changed, self._news = asyncio.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hub", daemon=True)
@@ -248,14 +249,19 @@ class Hub:
 
     @in_hub_thread
     def take_timing(self) -> dict[str, float]:
-        """Mean seconds of the rollout nodes' parts since the last call: reloads, and generation of
-        a group."""
-        rows, self.reloads, gen_s, self.gen_s = self.reloads, [], self.gen_s, []
+        """Means since the last call: seconds of the rollout nodes' parts in reloads, and the
+        numbers of the groups."""
+        rows, self.reloads = self.reloads, []
+        groups, self.group_numbers = self.group_numbers, []
         timing = {part: [row[part] for row in rows if part in row] for part in TIMING_PARTS}
         load, self.load = self.load, Counter()
-        timing["generate_group_s"] = [s for s in gen_s if math.isfinite(s)]
+        for name in ("generate_group_s", "environment_s", "turns_per_sample"):
+            timing[name] = [x for group in groups if math.isfinite(x := group[name])]
+        means = {name: sum(s) / len(s) for name, s in timing.items() if s}
+        turns = means.pop("turns_per_sample", None)
         return {
-            **{f"timing/rollout/{name}": sum(s) / len(s) for name, s in timing.items() if s},
+            **{f"timing/rollout/{name}": mean for name, mean in means.items()},
+            **({} if turns is None else {"rollout/turns_per_sample": turns}),
             "rollout/node_s": load["over_s"],
             "rollout/idle_s": load["idle_s"],
             "rollout/tokens": load["made"],

@@ -28,7 +28,7 @@ import time
 from aiohttp import web
 
 from bridge.files import has_token, served_file
-from bridge.groups import Group, Refused, check_group, parse_group
+from bridge.groups import GROUP_NUMBERS, Group, Refused, check_group, parse_group
 from bridge.ledger import Lease
 from bridge.prometheus import prometheus_text
 from bridge.waits import Wait
@@ -209,7 +209,7 @@ class Routes:
         books.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))
         books.counts["samples_dropped"] += most - len(tensors["lengths"])
         if trains:
-            hub.gen_s.append(metadata["gen_s"])
+            hub.group_numbers.append({name: metadata[name] for name in GROUP_NUMBERS})
             if lease.node in hub.nodes:
                 hub.nodes[lease.node].groups += 1
         hub.notify()

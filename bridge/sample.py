@@ -76,15 +76,18 @@ class Sample:
         self.generate_s += time.perf_counter() - start
         if why := damage(choice, limit):
             raise Damaged(why)
-        new = choice["token_ids"]
-        self.token_ids += [*insert, *new]
+        self.add(insert, choice)
+        return Turn(choice["token_ids"], choice["finish_reason"])
+
+    def add(self, insert: Sequence[int], choice: dict) -> None:
+        """What was put in, and what vLLM has made of it."""
+        self.token_ids += [*insert, *choice["token_ids"]]
         self.logprobs += [0.0] * len(insert)
         self.logprobs += [entry["logprob"] for entry in choice["logprobs"]["content"]]
         self.versions += [NOT_SAMPLED] * len(insert)
         for span in choice["weight_versions"]:
             self.versions += [int(span["version"])] * (span["end"] - span["start"])
         self.truncated = choice["finish_reason"] == "length" and not self.left
-        return Turn(new, choice["finish_reason"])
 
 
 def interrupted(sample: Sample, at: int, text_ids: list[int], decode) -> Ask:

@@ -161,8 +161,8 @@ def samples(done: Round, examples, decode: Callable[[list[int]], str]) -> list[d
 
 def readable(group: Group, which, answer, decode: Callable[[list[int]], str]) -> list[dict]:
     """These samples of a group as text, with what was expected. `decode` keeps special tokens: from
-    here one sees whether the chat template is the right one. inserted: what --interrupt-at-tokens
-    has put in."""
+    here one sees whether the chat template is the right one. turns: where something was put in,
+    who wrote what."""
     ids, versions = (t.split(group.lengths.tolist()) for t in (group.token_ids, group.versions))
     found = []
     for i in which:
@@ -177,10 +177,17 @@ def readable(group: Group, which, answer, decode: Callable[[list[int]], str]) ->
                 "prompt_tokens": len(group.prompt_ids),
                 "tokens": len(ids[i]),
                 "versions": [int(v) for v in versions[i][sampled].aminmax()],
-                **({} if sampled.all() else {"inserted": decode(ids[i][~sampled].tolist())}),
+                **({} if sampled.all() else {"turns": turns_of(ids[i], sampled, decode)}),
             }
         )
     return found
+
+
+def turns_of(ids, sampled, decode: Callable[[list[int]], str]) -> list[dict[str, str]]:
+    """A sample's text in pieces, by who wrote them: the policy, or the environment."""
+    edges = (sampled[1:] != sampled[:-1]).nonzero().flatten() + 1
+    pieces = zip(ids.tensor_split(edges), sampled.tensor_split(edges))
+    return [{"policy" if own[0] else "environment": decode(x.tolist())} for x, own in pieces]
 
 
 def read_scores(run_dir: Path, num_samples: int) -> dict[int, float]:

@@ -197,7 +197,7 @@ TIS, HIGH, LOW = (
         (["--data", long_data, "--model", no_tokenizer], "has no tokenizer.json"),
         (
             ["--reward", "x.py:f"],
-            "--reward 'x.py:f': expected exact, numeric, math, or FILE.py:FUNCTION",
+            "--reward 'x.py:f': expected exact, numeric, math, rounds, or FILE.py:FUNCTION",
         ),
         (
             ["--prompt-template", "Solve it."],

@@ -111,7 +111,10 @@ def hostile(rng: random.Random, held: str):
         blob = bytearray(
             save(
                 group_tensors(),
-                metadata={"lease": rng.choice(["0-9", "9-1", "", held + "x"]), "gen_s": "NaN"},
+                metadata={
+                    "lease": rng.choice(["0-9", "9-1", "", held + "x"]),
+                    "turns_per_sample": "NaN",
+                },
             )
         )
         for _ in range(rng.randrange(4)):

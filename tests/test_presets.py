@@ -172,7 +172,9 @@ def test_every_preset_is_valid_named_and_fits(name, capsys):
 
 @pytest.mark.parametrize("argv", [["--preset", "qwen"], ["--preset=qwen", "--help"]])
 def test_an_unknown_preset_is_refused_with_those_that_there_are(argv):
-    with pytest.raises(ValueError, match=r"--preset 'qwen': expected tiny, add, qwen3-0\.6b, "):
+    with pytest.raises(
+        ValueError, match=r"--preset 'qwen': expected tiny, add, rounds, qwen3-0\.6b, "
+    ):
         parse_config(argv)
 
 

@@ -539,7 +539,7 @@ def test_own_rewards_are_loaded_and_a_wrong_spec_says_what_is_wrong(tmp_path):
     for spec, reason in [
         (f"{file}:nothing", "has no function"),
         (f"{file}:other", "has no function"),
-        (f"{tmp_path}/no.py:f", "expected exact, numeric, math, or FILE.py:FUNCTION"),
+        (f"{tmp_path}/no.py:f", "expected exact, numeric, math, rounds, or FILE.py:FUNCTION"),
         ("length", "expected exact"),
     ]:
         with pytest.raises(ValueError, match=reason):

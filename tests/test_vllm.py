@@ -23,6 +23,7 @@ from bridge import publish, receive, weights
 from bridge.groups import damage, pack_group
 from bridge.hub import Hub
 from bridge.ledger import Ledger
+from bridge.sample import Sample
 from bridge.vllm import VLLM
 from bridge.weights import read_tensors
 from config import RolloutConfig
@@ -138,7 +139,10 @@ def test_requests_in_flight_at_an_update_carry_both_versions(
     choices = loop.run_until_complete(asyncio.wait_for(scenario(), 120))
     mixed = [c for c in choices if [s["version"] for s in c["weight_versions"]] == ["3", "4"]]
     assert mixed, [c["weight_versions"] for c in choices]
-    blob = pack_group(choices, [0.0] * len(choices), lease="1-1", gen_s=0.0)
+    samples = [Sample(prompt, sampling, 500, None) for _ in choices]
+    for sample, choice in zip(samples, choices):
+        sample.add([], choice)
+    blob = pack_group(samples, [0.0] * len(samples), lease="1-1")
     _, tensors = weights_of_blob(blob)
     assert (
         sorted(set(tensors["versions"].tolist())) == [3, 4] and len(tensors["versions"]) == 32 * 500

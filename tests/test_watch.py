@@ -306,9 +306,9 @@ def test_a_logged_sample_shows_the_template_the_answer_the_counts_and_what_was_i
         "prompt_tokens": 2,
         "tokens": 4,
         "versions": [3, 4],
-        "inserted": "<6><7>",
+        "turns": [{"policy": "<5>"}, {"environment": "<6><7>"}, {"policy": "<8>"}],
     }
-    assert worst["tokens"] == 2 and worst["versions"] == [3, 3] and "inserted" not in worst
+    assert worst["tokens"] == 2 and worst["versions"] == [3, 3] and "turns" not in worst
 
 
 def test_signs_of_life_state_the_present_and_tell_news_once(tmp_path, monkeypatch, capsys):
