@@ -418,7 +418,7 @@ class Training(Group):
     adam_eps: Annotated[float, Bounds(TINIEST, 1e30)] = 1e-8  # AdamW
     max_grad_norm: Positive = 1.0  # over all parameters
     freeze_moe_router: bool = True  # no gradient for the routers
-    router_replay: bool = False  # the updates use the experts chosen at the step's start
+    router_replay: Literal["off", "trainer", "sampler"] = "off"  # whose experts it uses
 
 
 @dataclass(frozen=True)
@@ -528,11 +528,9 @@ class Config(*reversed(GROUPS)):  # reversed: the fields of the last base class 
                 "--use-importance-sampling-correction or --ratio-anchor sampler; without them it "
                 "must be 0"
             )
-        if self.router_replay and not self.needs_prev:
-            yield (
-                "--router-replay: takes the experts of a pass at the step's start, which this loss "
-                "spares"
-            )
+        if self.router_replay == "trainer" and not self.needs_prev:
+            pass_ = "a pass at the step's start, which this loss spares"
+            yield f"--router-replay trainer: takes the experts of {pass_}; sampler does not"
 
     def _size_faults(self) -> Iterator[str]:
         """Rules between lengths and batches."""

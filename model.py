@@ -39,7 +39,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ranks.ops import attend, copy_rows, grouped_mm
-from ranks.parallel import Mesh, Split, all_gather, all_to_all, exchange_counts, reduce_scatter
+from ranks.parallel import (
+    Mesh,
+    Split,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    exchange_counts,
+    reduce_scatter,
+)
 
 
 # ---- config --------------------------------------------------------------------------------------
@@ -66,6 +74,15 @@ class ModelConfig:
     norm_topk_prob: bool = False  # the file's default; Qwen3-30B-A3B sets true
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+
+    @property
+    def expert_dtype(self) -> torch.dtype:
+        """The smallest that holds an expert's number: there are L * K of them for each token."""
+        return torch.uint8 if self.num_experts <= 256 else torch.int16
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [i for i in range(self.num_hidden_layers) if self.is_moe_layer(i)]
 
     def is_moe_layer(self, layer: int) -> bool:
         sparse_here = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
@@ -264,26 +281,24 @@ class MoE(nn.Module):
     def __init__(self, cfg: ModelConfig, mesh: Mesh):
         super().__init__()
         self.num_experts_per_tok, self.norm_topk_prob = cfg.num_experts_per_tok, cfg.norm_topk_prob
-        self.ep, self.ep_group = mesh.ep, mesh.ep_group
+        self.ep, self.ep_group, self.id_dtype = mesh.ep, mesh.ep_group, cfg.expert_dtype
         self.gate = nn.Linear(cfg.hidden_size, cfg.num_experts, bias=False)  # (E, D): the router
         self.experts = Experts(cfg, mesh)
 
     def route(self, x_tD, given_ids_tK=None):
         """Each token's K experts and their weights: fp32 softmax over all experts, then top-k, or
-        the given experts (router replay), whose weights come from the same softmax."""
+        the given experts (router replay), whose weights come from the same softmax. Last, what
+        top-k chooses in either case."""
         probs_tE = at_least_fp32(F.linear(x_tD, self.gate.weight)).softmax(-1)
-        ids_tK = (
-            probs_tE.topk(self.num_experts_per_tok, dim=-1).indices
-            if given_ids_tK is None
-            else given_ids_tK
-        )
+        chosen_tK = probs_tE.topk(self.num_experts_per_tok, dim=-1).indices
+        ids_tK = chosen_tK if given_ids_tK is None else given_ids_tK.long()
         weights_tK = probs_tE.gather(-1, ids_tK)
         if self.norm_topk_prob:
             weights_tK = weights_tK / weights_tK.sum(-1, keepdim=True)
-        return weights_tK.to(x_tD.dtype), ids_tK
+        return weights_tK.to(x_tD.dtype), ids_tK, chosen_tK
 
     def forward(self, x_tD, given_ids_tK=None):
-        weights_tK, ids_tK = self.route(x_tD, given_ids_tK)
+        weights_tK, ids_tK, chosen_tK = self.route(x_tD, given_ids_tK)
         ids_N, K = ids_tK.flatten(), self.num_experts_per_tok
         order_N = ids_N.argsort(stable=True)  # copies of tokens, sorted by expert
         inverse_N = order_N.argsort()
@@ -293,7 +308,7 @@ class MoE(nn.Module):
         copies_ND = copy_rows(x_tD, order_N, inverse_N, K)
         y_ND = self.run_experts(copies_ND, counts_E)
         y_tKD = copy_rows(y_ND, inverse_N, order_N, 1).unflatten(0, (-1, K))
-        return (y_tKD * weights_tK[..., None]).sum(1), ids_tK
+        return (y_tKD * weights_tK[..., None]).sum(1), chosen_tK.to(self.id_dtype)
 
     def run_experts(self, copies_ND, counts_E):
         """Rows sorted by expert, to the ranks that have the experts and back."""
@@ -334,8 +349,8 @@ class Block(nn.Module):
         )
         if not self.is_moe:
             return x_tD + self.mlp(self.post_attention_layernorm(x_tD)), None
-        y_tD, ids_tK = self.mlp(self.post_attention_layernorm(x_tD), given_ids_tK)
-        return x_tD + y_tD, ids_tK
+        y_tD, chosen_tK = self.mlp(self.post_attention_layernorm(x_tD), given_ids_tK)
+        return x_tD + y_tD, chosen_tK
 
 
 class Qwen3MoE(nn.Module):
@@ -387,13 +402,13 @@ class Qwen3MoE(nn.Module):
 
     def forward(self, tokens_T, cu_seqlens, max_seqlen: int, given_ids_LtK=None):
         """The row's final hidden states, whole on every rank of the tp group, and the experts that
-        were chosen.
+        the routers would choose.
 
         The hidden states' gradient is this rank's share: the ranks' shares are added up on the way
         back. Shapes: tokens_T (T,) int64, T a multiple of tp; cu_seqlens (sequences+1,) int32;
-        given_ids_LtK: experts to
-            use instead of the router's choice -> hidden_TD (T, D) in the head's dtype, ids_LtK (L,
-            t, K) int64.
+        given_ids_LtK:
+        experts to use instead, of the layers that have any -> hidden_TD (T, D) in the head's dtype,
+        ids_LtK (L, t, K); both in `ModelConfig.expert_dtype`.
         """
         cos_TC, sin_TC = rope_tables(
             cu_seqlens, len(tokens_T), self.cfg.head_dim, self.cfg.rope_theta
@@ -474,19 +489,32 @@ class Qwen3MoE(nn.Module):
 
 
 # ---- how evenly the router spreads the tokens ----------------------------------------------------
-def expert_tokens(expert_ids_LtK, num_tokens: int, model):
-    """Rows that this rank sent to each expert of each layer, (L, E), padding left out."""
-    # the row's padding is at its end
-    mine = max(0, num_tokens - model.mesh.tp_rank * expert_ids_LtK.shape[1])
+def expert_stats(chosen_LtK, mb, num_tokens, model) -> dict[str, torch.Tensor]:
+    """Of a micro-batch on this rank: the rows that it sent to each expert of each layer, (L, E),
+    padding left out; and, where experts are replayed, the share of them that the routers would have
+    chosen, of the tokens that predict a sampled one, over all num_tokens of the update.
+
+    Shapes: chosen_LtK (L, t, K), the routers' choice. Both are sums; the second over the tp group.
+    """
+    used_LtK = chosen_LtK if mb.expert_ids is None else mb.expert_ids
+    t, first = chosen_LtK.shape[1], model.mesh.tp_rank * chosen_LtK.shape[1]
+    mine = max(0, mb.num_tokens - first)  # the row's padding is at its end
 
     def count(ids_tK):
-        return ids_tK[:mine].flatten().bincount(minlength=model.cfg.num_experts)
+        return ids_tK[:mine].flatten().long().bincount(minlength=model.cfg.num_experts)
 
-    return torch.stack([count(ids_tK) for ids_tK in expert_ids_LtK])
+    stats = {"expert_tokens": torch.stack([count(ids_tK) for ids_tK in used_LtK])}
+    if mb.expert_ids is not None:
+        at_N = mb.rows_N[mb.mask[: len(mb.rows_N)]] - first
+        at_n = at_N[(at_N >= 0) & (at_N < t)]
+        same_LnK = (used_LtK[:, at_n, :, None] == chosen_LtK[:, at_n, None, :]).any(-1)
+        share = same_LnK.float().mean((0, 2)).sum() / num_tokens
+        stats["router_agreement"] = all_reduce(share, model.mesh.tp_group)
+    return stats
 
 
 def expert_load(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`expert_tokens` (L, E), rows that each layer sent to each expert, as what one looks at: the
+    """ "expert_tokens" (L, E), rows that each layer sent to each expert, as what one looks at: the
     busiest expert's share of an even one, layer by layer (1 is balanced, E / K is everything to the
     same experts), and the share of experts that got nothing."""
     if "expert_tokens" not in metrics:

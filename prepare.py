@@ -21,6 +21,7 @@ from bridge.hub import check_address
 from bridge.processes import cores
 from bridge.reward_pool import check_reward
 from bridge.reward_process import built_in, reward_digest, reward_sources, roles_asked_for, takes
+from bridge.vllm import no_replay
 from bridge.waits import WaitOver
 from bridge.weights import (
     INDEX,
@@ -52,6 +53,7 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
         check_address(cfg.hub_host, cfg.hub_port)
         hold(cfg.run_dir)
     if rank == 0:
+        check_replay(cfg)
         reward_takes(cfg)
     examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
     held_out = load_held_out(cfg, examples) if rank == 0 else None
@@ -233,12 +235,27 @@ def load_prompts(
     return task.Prompts(examples, cfg.seed, skip), codec, val_examples
 
 
+def node_config(cfg: Config) -> RolloutConfig:
+    """The flags of the rollout node that is started here."""
+    return parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
+
+
+def check_replay(cfg: Config) -> None:
+    """Raises: ValueError when the vLLM that is started here cannot tell the experts to replay."""
+    if (
+        cfg.router_replay == "sampler"
+        and cfg.local_rollout
+        and (why := no_replay(node_config(cfg).vllm_args))
+    ):
+        raise ValueError(why)
+
+
 def reward_takes(cfg: Config) -> str:
     """What the reward function judges: a "completion", all "completions" of a prompt, or a "sample"
     that it makes itself. Raises: ValueError when it cannot be loaded."""
     if not reward_sources(cfg.reward):
         return takes(built_in()[cfg.reward])
-    node = parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
+    node = node_config(cfg)
     return check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
 
 
@@ -304,6 +321,7 @@ def run_for_nodes(cfg: Config, checkpoint: Path, data, dtype: torch.dtype) -> di
     if data is None:
         return {}
     _, codec, _ = data
+    m = ModelConfig.from_dir(checkpoint)
     sampling = {
         "n": cfg.num_generations_per_prompt,
         "temperature": cfg.temperature,
@@ -326,6 +344,8 @@ def run_for_nodes(cfg: Config, checkpoint: Path, data, dtype: torch.dtype) -> di
         "reward": cfg.reward,
         "reward_digest": reward_digest(cfg.reward),
         "plays": reward_takes(cfg) == "sample",
+        "experts": cfg.router_replay == "sampler"
+        and (m.num_hidden_layers, m.num_experts_per_tok, m.num_experts),
         "sampling": sampling,
         "val_sampling": {**sampling, "n": cfg.val_samples, "temperature": cfg.val_temperature},
     }

@@ -36,7 +36,7 @@ from bridge.groups import pack_group
 from bridge.processes import log, node_name, own_directory
 from bridge.reward_pool import Away, RewardsEnd, RewardWorkers
 from bridge.reward_process import reward_digest
-from bridge.sample import Damaged, Sample, interrupted
+from bridge.sample import Damaged, Sample, experts_of, interrupted
 from bridge.vllm import NO_ANSWER, VLLM, VLLMUnfit
 from bridge.waits import Wait, WaitOver, backoff_s
 from config import RolloutConfig
@@ -353,17 +353,26 @@ class Node:
         all are made again, max_tries times."""
         name, why = lease["lease"], ""
         # A sample that is trained on needs a sibling to be compared with.
-        kind, fewest = ("sampling", 2) if lease["validates"] is None else ("val_sampling", 1)
+        trains = lease["validates"] is None
+        kind, fewest = ("sampling", 2) if trains else ("val_sampling", 1)
         for attempt in range(self.cfg.max_tries):
             if attempt:
                 log(f"lease {name}: {why}; trying again")
                 await asyncio.sleep(backoff_s(attempt))
-            samples = self.samples_of(lease, self.run[kind])
+            request, room = self.requests_of(lease), self.run["max_model_len"]
+            most = min(self.run["max_new_tokens"], room - len(lease["prompt_ids"]))
+            how = (self.run[kind], most, request, trains and bool(self.run.get("experts")))
+            samples = [Sample(lease["prompt_ids"], *how) for _ in range(self.run[kind]["n"])]
             try:
-                scores = await self.scores_of(samples, lease["example"])
+                scores, prompt_experts = await all_of(
+                    [self.scores_of(samples, lease["example"]), self.prompt_experts(lease, request)]
+                )
             except NotGenerated as e:
                 why = str(e)
                 break
+            except Damaged as e:
+                why = str(e)
+                continue
             if why := what_was_wrong(scores, lease["example"]):
                 log(f"lease {name}: {why}")
             scored = [(s, score) for s, score in zip(samples, scores) if isinstance(score, float)]
@@ -376,7 +385,9 @@ class Node:
                 continue
             try:
                 async with self.pushing:
-                    await self.ask("POST", "/groups", data=pack_group(*zip(*scored), name))
+                    await self.ask(
+                        "POST", "/groups", data=pack_group(*zip(*scored), name, prompt_experts)
+                    )
                 return
             except HubRefusal as e:
                 log(f"lease {name}: {e}")
@@ -388,10 +399,9 @@ class Node:
             name, f"{self.cfg.max_tries} tries, the last: {why}", self.cfg.hub_timeout_s
         )
 
-    def samples_of(self, lease: dict, sampling: dict) -> list[Sample]:
-        """The samples of a prompt, not begun. Those that ask for the same at the same time share a
-        request, which costs half of what a request each does where samples are short."""
-        most = min(self.run["max_new_tokens"], self.run["max_model_len"] - len(lease["prompt_ids"]))
+    def requests_of(self, lease: dict):
+        """How the samples of a prompt ask vLLM. Those that ask for the same at the same time share
+        a request, which costs half of what a request each does where samples are short."""
         waiting: dict[tuple, list[asyncio.Future]] = {}
 
         async def request(context: list[int], sampling: dict) -> dict:
@@ -405,7 +415,16 @@ class Node:
                     place.done() or place.set_result(choice)
             return await mine
 
-        return [Sample(lease["prompt_ids"], sampling, most, request) for _ in range(sampling["n"])]
+        return request
+
+    async def prompt_experts(self, lease: dict, request):
+        """For router replay, vLLM's experts of the prompt's tokens but the last, (P - 1, L, K): one
+        token is sampled for them. Raises: Damaged."""
+        if not self.run.get("experts") or lease["validates"] is not None:
+            return None
+        asked = {**self.run["sampling"], "max_tokens": 1, "routed_experts_prompt_start": 0}
+        choice = await request(lease["prompt_ids"], asked)
+        return experts_of(choice, len(lease["prompt_ids"]))[:-1]
 
     async def generate(self, context: list[int], sampling: dict, lease: str) -> list[dict]:
         """vLLM's choices. A request that fails is made again, max_tries times in all: it may be

@@ -40,7 +40,7 @@ from bridge.rollouts import Rollouts, Stop
 from bridge.waits import Signals
 from bridge.weights import WeightsError, load_hf
 from config import Config
-from model import ModelConfig, Qwen3MoE, expert_load, expert_tokens
+from model import ModelConfig, Qwen3MoE, expert_load, expert_stats
 from prepare import (
     ADVICE,
     known_config,
@@ -65,6 +65,7 @@ from ranks.parallel import (
     reduce_metrics,
     reduction_of,
 )
+from ranks.replay import give_experts
 from ranks.resume import about, checkpoint_due, start_or_resume
 from ranks.run_dir import share_model
 from report import Log, say_flags
@@ -86,8 +87,8 @@ def fix_for_the_step(
     updates: list[list[MicroBatch]], step: int, model, reference, cfg: Config
 ) -> None:
     """Fill in what stays as it is during all updates of a step: the tokens' ages, the trainer's own
-    log-probs ("prev"), the reference's, and, for router replay, the experts that this pass
-    chose."""
+    log-probs ("prev"), the reference's, and, for the trainer's router replay, the experts that this
+    pass chose."""
     for mb in (mb for micro_batches in updates for mb in micro_batches):
         mb.age = step - mb.versions
         # keeps its place where the loss has no use for prev, and the pass is spared
@@ -95,13 +96,14 @@ def fix_for_the_step(
         if cfg.algorithm.needs_prev:
             mb.prev_logprobs, _, expert_ids = micro_batch_logprobs(model, mb, cfg)
         if reference is not None:
-            # those that are given are the policy's
+            # those that are replayed are the policy's
             own_experts = dataclasses.replace(mb, expert_ids=None)
             mb.ref_logprobs, *_ = micro_batch_logprobs(reference, own_experts, cfg)
             if cfg.use_kl_in_reward:
                 kl = loss.kl_estimate(mb.prev_logprobs, mb.ref_logprobs, cfg.algorithm)
                 mb.advantages = mb.advantages - cfg.reference_policy_kl_penalty * kl
-        mb.expert_ids = expert_ids if cfg.router_replay else None
+        if cfg.router_replay == "trainer":
+            mb.expert_ids = expert_ids
 
 
 def tokens_of(mb: MicroBatch) -> loss.Tokens:
@@ -147,7 +149,7 @@ def train_update(
             _, stats = policy_loss(logprobs, tokens, *rest)
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
         if expert_ids is not None:
-            stats["expert_tokens"] = expert_tokens(expert_ids, mb.num_tokens, model)
+            stats |= expert_stats(expert_ids, mb, num_tokens, model)
         metrics = merge(metrics, stats)
     if "expert_tokens" in metrics:  # each rank of a tp group has routed its own slice of the tokens
         all_reduce(metrics["expert_tokens"], tp_group)
@@ -255,6 +257,7 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
             updates, counts = micro_batches_of(
                 batch, advantages_PS, cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp
             )
+            give_experts(groups, batch, updates, cfg, mesh, model_cfg)
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
             log.begin("policy_and_reference_logprobs")
             fix_for_the_step(updates, step, model, reference, cfg)

@@ -7,7 +7,9 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -31,6 +33,10 @@ class Group:
     versions: torch.Tensor  # (R,) int32: the policy version that sampled each token, or NOT_SAMPLED
     rewards: torch.Tensor  # (S,) float32
     truncated: torch.Tensor  # (S,) uint8: 1 where max_new_tokens cut the sample off
+    # for router replay, of all layers: vLLM's experts of the prompt's tokens but the last,
+    prompt_experts: torch.Tensor | None = None  # (P - 1, L, K)
+    # and of the token before each response token, which is the pass that predicts it
+    experts: torch.Tensor | None = None  # (R, L, K)
 
     @cached_property
     def oldest_version(self) -> int:
@@ -71,7 +77,7 @@ def damage(choice: dict, max_new_tokens: int | None = None) -> str:
     return ""
 
 
-def pack_group(samples: list, rewards: list[float], lease: str) -> bytes:
+def pack_group(samples: list, rewards: list[float], lease: str, prompt_experts=None) -> bytes:
     """The safetensors body of POST /groups, of `sample.Sample`s; Group says what each tensor is."""
     S = len(samples)
     tensors = {
@@ -82,6 +88,10 @@ def pack_group(samples: list, rewards: list[float], lease: str) -> bytes:
         "rewards": torch.tensor(rewards, dtype=torch.float32),
         "truncated": torch.tensor([s.truncated for s in samples], dtype=torch.uint8),
     }
+    if prompt_experts is not None:
+        experts = np.concatenate([x for s in samples for x in s.experts])
+        tensors["prompt_experts"] = torch.from_numpy(prompt_experts)
+        tensors["experts"] = torch.from_numpy(experts)
     numbers = {
         "generate_group_s": max(s.generate_s for s in samples),
         "turns_per_sample": sum(s.turns for s in samples) / S,
@@ -109,6 +119,24 @@ GROUP_TENSORS = {
     "truncated": torch.uint8,
 }
 
+EXPERT_TENSORS = ("prompt_experts", "experts")  # of a run with router replay, see Group
+
+
+class Experts(NamedTuple):
+    """What a run with router replay expects of vLLM's experts."""
+
+    layers: int  # of the model, with those that have no experts
+    per_token: int
+    count: int  # that a layer has
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8 if self.count <= 256 else torch.int16
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.layers * self.per_token * self.dtype.itemsize
+
 
 def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a /groups body. Raises: Refused (400) unless it is exactly the format
@@ -131,7 +159,7 @@ def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
                 f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected 1-D "
                 f"{dtype}",
             )
-    if extra := tensors.keys() - GROUP_TENSORS.keys():
+    if extra := tensors.keys() - GROUP_TENSORS.keys() - set(EXPERT_TENSORS):
         raise Refused(400, f"unexpected tensor {sorted(extra)[0]}")
     return metadata, tensors
 
@@ -143,14 +171,17 @@ def check_group(
     vocab_size: int,
     versions,
     max_inserted: int = 0,
+    prompt_tokens: int = 0,
+    experts: Experts | None = None,
 ):
     """Raises: Refused (422) unless the tensors are what was asked for. `num_samples`: (fewest,
     most) of the prompt; `versions`: (oldest, newest) that are possible; max_inserted: tokens of a
-    sample that may be NOT_SAMPLED."""
+    sample that may be NOT_SAMPLED; experts: for router replay."""
     faults = itertools.chain(  # one after the other: values make sense where shapes are right
         _shape_faults(t, *num_samples, max_new_tokens),
         _inserted_faults(t, max_inserted),
         _value_faults(t, vocab_size, *versions),
+        _expert_faults(t, prompt_tokens, experts),
     )
     for fault in faults:
         raise Refused(422, fault)
@@ -192,3 +223,17 @@ def _value_faults(t, vocab_size: int, oldest: int, newest: int) -> Iterator[str]
         yield "a reward is not finite"
     if not oldest <= low <= high <= newest:
         yield f"policy versions {low}..{high} outside {oldest}..{newest}"
+
+
+def _expert_faults(t, prompt_tokens: int, experts: Experts | None) -> Iterator[str]:
+    rows = {"prompt_experts": prompt_tokens - 1, "experts": len(t["token_ids"])}
+    for name in EXPERT_TENSORS:
+        if (name in t) != (experts is not None):
+            yield f"{name}: {'missing' if experts else 'the run has no use for it'}"
+        if experts is None:
+            continue
+        shape, found = [rows[name], experts.layers, experts.per_token], t[name]
+        if list(found.shape) != shape or found.dtype != experts.dtype:
+            yield f"{name} is {found.dtype} {list(found.shape)}, expected {experts.dtype} {shape}"
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < experts.count:
+            yield f"{name} names an expert outside 0..{experts.count - 1}"

@@ -25,7 +25,7 @@ from pathlib import Path
 from aiohttp import web
 
 from bridge.files import http_url
-from bridge.groups import Group
+from bridge.groups import Experts, Group
 from bridge.ledger import Books, Lease, Ledger
 from bridge.routes import TIMING_PARTS, application
 from bridge.validation import Round, Validation
@@ -134,6 +134,7 @@ class Hub:
         self.validation = validation or Validation()
         self.run = {**run, "id": secrets.token_hex(8)}
         self.weights_dir, self.vocab_size = weights_dir, vocab_size
+        self.experts = Experts(*run["experts"]) if run.get("experts") else None
         self.trouble = ""  # why no batch should be waited for any more
         self.over, self.told = False, set()  # the run has ended; nodes that know
         self.record: dict = {}  # of the last step; the trainer puts a new one in its place

@@ -48,7 +48,10 @@ TIMING_PARTS += ("fetch_bytes",)
 def application(hub) -> web.Application:
     """The hub's routes. A body may be as large as the largest group of the run."""
     most_samples = max(hub.run["num_generations"], hub.validation.num_samples)
-    group_bytes = most_samples * (hub.run["max_new_tokens"] * 12 + 16)
+    most_tokens = most_samples * hub.run["max_new_tokens"]
+    group_bytes = most_tokens * 12 + most_samples * 16
+    if hub.experts:
+        group_bytes += (most_tokens + hub.run["max_model_len"]) * hub.experts.bytes_per_token
     routes = Routes(hub)
     app = web.Application(client_max_size=group_bytes + (1 << 20), middlewares=[routes.authorize])
     app.add_routes(
@@ -195,17 +198,18 @@ class Routes:
         fewest, most = (
             (2, hub.run["num_generations"]) if trains else (1, hub.validation.num_samples)
         )
+        prompt_ids = hub.encode(hub.example_of(lease))
+        inserted = len(hub.run.get("interrupt_ids", ()))
         check_group(
             tensors,
             (fewest, most),
             hub.run["max_new_tokens"],
             hub.vocab_size,
             (lease.version, hub.version),
-            hub.run["max_new_tokens"]
-            if hub.run.get("plays")
-            else len(hub.run.get("interrupt_ids", ())),
+            hub.run["max_new_tokens"] if hub.run.get("plays") else inserted,
+            len(prompt_ids),
+            hub.experts if trains else None,
         )
-        prompt_ids = hub.encode(hub.example_of(lease))
         books.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))
         books.counts["samples_dropped"] += most - len(tensors["lengths"])
         if trains:

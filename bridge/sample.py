@@ -5,9 +5,13 @@ Token in, token out. Ids are appended and never encoded again, so what the train
 policy saw. Every token has its log-prob and the version that sampled it, or NOT_SAMPLED.
 """
 
+import base64
+import io
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from bridge.groups import NOT_SAMPLED, damage
 
@@ -31,15 +35,13 @@ Ask = Callable[[Sequence[int], int | None, Sequence[str]], Awaitable[Turn]]
 
 class Sample:
     """One sample. `request(context, sampling)` is a request to vLLM and gives its one choice;
-    `most` bounds the response's tokens, those put in included."""
+    `most` bounds the response's tokens, those put in included. experts: for router replay."""
 
-    def __init__(self, prompt_ids: list[int], sampling: dict, most: int, request):
-        self.prompt_ids, self.sampling, self.most, self.request = (
-            prompt_ids,
-            sampling,
-            most,
-            request,
-        )
+    def __init__(
+        self, prompt_ids: list[int], sampling: dict, most: int, request, experts: bool = False
+    ):
+        self.prompt_ids, self.sampling, self.most = prompt_ids, sampling, most
+        self.request, self.wants_experts = request, experts
         self.begin()
 
     def begin(self) -> None:
@@ -47,6 +49,7 @@ class Sample:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []  # in nats; 0 of a token that was put in
         self.versions: list[int] = []
+        self.experts: list[np.ndarray] = []  # (n, L, K): of the token before each
         self.truncated = False  # no token was left
         self.turns = 0  # that the policy was asked for
         self.generate_s = 0.0  # how long it has waited for vLLM,
@@ -71,11 +74,17 @@ class Sample:
         sampling = {**self.sampling, "n": 1, "max_tokens": limit}
         if stop:  # vLLM looks for them in the text
             sampling |= {"stop": list(stop), "detokenize": True}
+        # vLLM has chosen experts for every token but the last, which nobody has read yet
+        first = len(self.prompt_ids) + len(self.token_ids) - 1
+        if self.wants_experts:
+            sampling["routed_experts_prompt_start"] = first
         start = time.perf_counter()
         choice = await self.request([*self.prompt_ids, *self.token_ids, *insert], sampling)
         self.generate_s += time.perf_counter() - start
         if why := damage(choice, limit):
             raise Damaged(why)
+        if self.wants_experts:
+            self.experts.append(experts_of(choice, len(insert) + len(choice["token_ids"])))
         self.add(insert, choice)
         return Turn(choice["token_ids"], choice["finish_reason"])
 
@@ -88,6 +97,17 @@ class Sample:
         for span in choice["weight_versions"]:
             self.versions += [int(span["version"])] * (span["end"] - span["start"])
         self.truncated = choice["finish_reason"] == "length" and not self.left
+
+
+def experts_of(choice: dict, rows: int) -> np.ndarray:
+    """The experts in vLLM's answer, (rows, L, K). Raises: Damaged when they are not so many."""
+    try:
+        experts = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
+    except (KeyError, TypeError, ValueError, EOFError) as e:
+        raise Damaged(f"its experts cannot be read: {e!r:.100}") from None
+    if experts.ndim != 3 or len(experts) != rows:
+        raise Damaged(f"experts of shape {list(experts.shape)}, expected {rows} rows")
+    return experts.astype(np.uint8 if experts.dtype == np.uint8 else np.int16)
 
 
 def interrupted(sample: Sample, at: int, text_ids: list[int], decode) -> Ask:

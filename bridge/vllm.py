@@ -74,6 +74,16 @@ def reason_of(output: str) -> str:
 HOPELESS = r"(Value|Import|ModuleNotFound|FileNotFound|NotImplemented)Error: |: No module "
 
 
+def no_replay(vllm_args: str) -> str:
+    """Why a vLLM with these arguments cannot tell its experts, or ""."""
+    args = " ".join(shlex.split(vllm_args.replace("=", " ")))
+    if re.search(r"--pipeline-parallel-size (?!1\b)|-pp (?!1\b)", args):
+        return "--router-replay sampler: vLLM has no experts to tell with --pipeline-parallel-size"
+    if "--no-enable-prefix-caching" in args:
+        return "--router-replay sampler: vLLM needs its prefix cache; no --no-enable-prefix-caching"
+    return ""
+
+
 class VLLM:
     """One vLLM server process on the loopback address. All that depends on vLLM's version is here,
     its flags and its routes, but for the part that runs inside of it (vllm_engine.py)."""
@@ -161,11 +171,15 @@ class VLLM:
         }
         if self.run.get("fp32_lm_head"):
             flags["--hf-overrides"] = '{"head_dtype": "float32"}'
+        if self.run.get("experts") and (why := no_replay(self.cfg.vllm_args)):
+            raise VLLMUnfit(why)
+        replay = ["--enable-return-routed-experts"] if self.run.get("experts") else []
         command = [
             *(shlex.split(self.cfg.vllm_command) or server),
             *(word for flag_and_value in flags.items() for word in flag_and_value),
             "--enable-scale-out",  # opens /inference/v1/generate: token ids in, token ids out
             "--disable-uvicorn-access-log",
+            *replay,
             *shlex.split(self.cfg.vllm_args),
         ]
         # The engine's folder alone, and by -P above not the directory that this was started in: a

@@ -154,25 +154,40 @@ def micro_batches_of(
     """
     rows = _Rows(batch, advantages_PS)
     updates, counts = [], []
-    for number in range(cfg.samples_per_step // cfg.train_global_batch_size):
-        mine = (batch.update == number).nonzero().flatten()
-        if not len(mine):
-            continue  # every sample of it was left out
+    for mine, by_rank in rows_by_rank(batch, cfg, dp):
         lengths, rewarded = rows.num_sampled[mine], batch.positive[mine]
         units = batch.prompt[mine] if cfg.prompt_level_loss else torch.zeros_like(mine)
         weights = row_weights(lengths, units if cfg.token_level_loss else torch.arange(len(mine)))
         nll_weights = rewarded / (lengths * rewarded).sum().clamp(min=1)
-        row_lengths = [rows.lengths[row] for row in mine.tolist()]
-        shortest = row_lengths.index(min(row_lengths))
         packed = []
-        for picked in assign_rows(row_lengths, dp, cfg.max_tokens_per_micro_batch)[dp_rank]:
-            # Fewer rows than micro-batches: a masked one keeps this rank's collectives in step.
-            live, picked = bool(picked), picked or [shortest]
+        for picked, live in by_rank[dp_rank]:
             counted = (weights[picked] * live, nll_weights[picked] * live)
             packed.append(rows.pack(mine[picked].tolist(), *counted, live, cfg, device, pad_to))
         updates.append(packed)
         counts.append((int(lengths.sum()), len(mine)))
     return updates, counts
+
+
+def rows_by_rank(batch: Batch, cfg, dp: int) -> list[tuple[torch.Tensor, list]]:
+    """For each update of the step that has any: its rows of the batch, (n,), and as [dp
+    rank][micro-batch] which of those, and whether they count. Fewer rows than micro-batches: a
+    masked one keeps the rank's collectives in step."""
+    found = []
+    all_lengths = (batch.prompt_lengths + batch.lengths).tolist()
+    for number in range(cfg.samples_per_step // cfg.train_global_batch_size):
+        mine = (batch.update == number).nonzero().flatten()
+        if not len(mine):
+            continue  # every sample of it was left out
+        lengths = [all_lengths[row] for row in mine.tolist()]
+        shortest = lengths.index(min(lengths))
+        by_rank = assign_rows(lengths, dp, cfg.max_tokens_per_micro_batch)
+        found.append((mine, [[(x or [shortest], bool(x)) for x in rank] for rank in by_rank]))
+    return found
+
+
+def padded_length(tokens: int, pad_to: int) -> int:
+    """Of a micro-batch: a multiple of pad_to, and at least two tokens for each."""
+    return max(2, -(-tokens // pad_to)) * pad_to
 
 
 class _Rows:
@@ -193,7 +208,7 @@ class _Rows:
     def pack(self, rows: list[int], weights, nll_weights, live, cfg, device, pad_to) -> MicroBatch:
         """These rows end to end. weights, nll_weights: of each row; live: they count."""
         ends = list(accumulate(self.lengths[r] for r in rows))
-        padded = max(2, -(-ends[-1] // pad_to)) * pad_to
+        padded = padded_length(ends[-1], pad_to)
         last = [padded] if padded > ends[-1] else []
         cu_seqlens = torch.tensor([0, *ends, *last], dtype=torch.int32)
         tokens = torch.cat([part for r in rows for part in (self.prompts[r], self.samples[r])])

@@ -181,6 +181,8 @@ def memory(m, cfg, world: int) -> dict[str, float]:
     if cfg.reference_policy_kl_penalty:
         terms["reference model"] = terms["parameters"]
     act, recompute = activation_memory(m, cfg), cfg.activation_checkpointing
+    if cfg.router_replay != "off":
+        terms["experts to replay"] = replayed_bytes(m, cfg) * cfg.samples_per_step / world
     terms["saved activations"] = act["inputs" if recompute else "all layers"]
     # The backward of one layer, or the loss. Without recompute most of the layer is in the term
     # above already.
@@ -190,6 +192,12 @@ def memory(m, cfg, world: int) -> dict[str, float]:
     if share := vllm_share(cfg, world):
         gib["vLLM on the same GPU"] = share * cfg.gpu_memory_gib
     return gib
+
+
+def replayed_bytes(m, cfg) -> int:
+    """Of the experts of one sample of the longest kind."""
+    per_token = len(m.moe_layers) * m.num_experts_per_tok * m.expert_dtype.itemsize
+    return cfg.max_total_sequence_length * per_token
 
 
 # ---- traffic and work ----------------------------------------------------------------------------
@@ -291,21 +299,23 @@ def check_memory(m, cfg, world: int) -> None:
         )
 
 
-def check_length(m, cfg) -> None:
+def check_model(m, cfg) -> None:
     """Raises: ValueError for samples longer than the model's positions, which vLLM would refuse at
-    its start."""
+    its start, and for router replay without experts."""
     if cfg.max_total_sequence_length > m.max_position_embeddings:
         raise ValueError(
             f"--max-total-sequence-length {cfg.max_total_sequence_length} is above the model's "
             f"max_position_embeddings={m.max_position_embeddings} (its config.json)"
         )
+    if cfg.router_replay != "off" and not m.num_experts:
+        raise ValueError(f"--router-replay {cfg.router_replay}: the model is dense, num_experts=0")
 
 
 def check(m, cfg, world: int) -> None:
     """Raises: ValueError for a layout that is impossible, or does not fit, and for samples that are
     too long."""
     check_layout(m, world, cfg.tp, cfg.ep)
-    check_length(m, cfg)
+    check_model(m, cfg)
     check_memory(m, cfg, world)
 
 
@@ -314,7 +324,7 @@ def print_report(m, cfg, world: int) -> None:
     would."""
     cfg = dataclasses.replace(cfg, dry_run=True)
     check_layout(m, world, cfg.tp, cfg.ep)
-    check_length(m, cfg)
+    check_model(m, cfg)
     cfg.validate()
     print(cfg.text + "\n")
     terms = memory(m, cfg, world)
@@ -350,6 +360,9 @@ def print_report(m, cfg, world: int) -> None:
         f"  {'weights to rollouts':24}{size / m.num_hidden_layers / 1e6:9.1f}  a version, of all "
         f"ranks; {total:,} parameters are {size / 1e9:.2f} GB"
     )
+    if cfg.router_replay == "sampler":
+        sent = replayed_bytes(m, cfg) * cfg.samples_per_step
+        print(f"  {'experts to rank 0':24}{sent / 1e6:9.1f}  a step, with all layers, at most")
     print(
         f"\n{'sequence length':26}{'GFLOP':>9}  a token, forward and backward; tokens/s of a GPU "
         f"at MFU {cfg.mfu:g}"

@@ -24,6 +24,8 @@ nothing else that is in flight, which is what lets a test compare whole runs bit
 
 import argparse
 import asyncio
+import base64
+import io
 import json
 import math
 import os
@@ -31,6 +33,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from aiohttp import web
@@ -66,9 +69,10 @@ class Policy:
         )
 
     @torch.inference_mode()
-    def logits(self, ids_BL, cache: list) -> torch.Tensor:
-        """(B, V) after the last token; `cache` holds each layer's keys and values and grows by
-        L."""
+    def logits(self, ids_BL, cache: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, V) after the last token, and the experts of all, (B, L, layers, K); `cache` holds
+        each layer's keys and values and grows by L."""
+        experts = []
         c, w = self.cfg, self.w
         C, past = c["head_dim"], cache[0][0].shape[2] if cache else 0
         angles = torch.outer(
@@ -97,6 +101,7 @@ class Policy:
             top, chosen = (
                 F.linear(h, w[at + "mlp.gate.weight"]).softmax(-1).topk(c["num_experts_per_tok"])
             )
+            experts.append(chosen)
             top = top / top.sum(-1, keepdim=True) if c["norm_topk_prob"] else top
             weights_BLE = torch.zeros(*h.shape[:2], c["num_experts"]).scatter(-1, chosen, top)
             gate, up = (
@@ -106,7 +111,8 @@ class Policy:
             y = torch.einsum("belf,edf->beld", F.silu(gate) * up, w[f"{i}.down_proj"])
             x = x + torch.einsum("beld,ble->bld", y, weights_BLE)
         head = "model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"
-        return F.linear(self.norm(x[:, -1], "model.norm.weight"), w[head])
+        logits = F.linear(self.norm(x[:, -1], "model.norm.weight"), w[head])
+        return logits, torch.stack(experts, 2)
 
 
 class Request:
@@ -121,6 +127,8 @@ class Request:
         self.rng = torch.Generator().manual_seed(
             random.Random(f"{seed}/{version}/{prompt}").getrandbits(63)
         )
+        self.first_row = sampling.get("routed_experts_prompt_start", 0)
+        self.experts: torch.Tensor | None = None  # of all tokens but the last, as first read
         self.tokens = torch.empty(self.n, 0, dtype=torch.long)
         self.logprobs, self.versions, self.cache = torch.empty(self.n, 0), [], []
         self.open = torch.ones(self.n, dtype=torch.bool)
@@ -136,7 +144,12 @@ class Request:
             new = torch.cat((torch.tensor(self.prompt).expand(self.n, -1), self.tokens), 1)
         else:
             new = torch.tensor([self.prompt])  # one prefill for all samples
-        logits = policy.logits(new, self.cache)
+        logits, experts = policy.logits(new, self.cache)
+        experts = experts.expand(self.n, -1, -1, -1)
+        known = 0 if self.experts is None else self.experts.shape[1]
+        read = len(self.prompt) + self.tokens.shape[1]  # with `new`, whose end is the last token
+        added = experts[:, experts.shape[1] - (read - known) :]
+        self.experts = added if self.experts is None else torch.cat((self.experts, added), 1)
         if len(logits) < self.n:
             logits = logits.expand(self.n, -1)
             self.cache = [
@@ -176,9 +189,17 @@ class Request:
                         {"version": self.versions[a], "start": a, "end": b}
                         for a, b in zip(edges, [*edges[1:], length])
                     ],
+                    "routed_experts": self.rows_of(i, length),
                 }
             )
         return found
+
+    def rows_of(self, sample: int, length: int) -> str:
+        """Its experts from first_row on, as vLLM sends them: a .npy file in base64."""
+        rows = self.experts[sample, self.first_row : len(self.prompt) + length - 1]
+        file = io.BytesIO()
+        np.save(file, rows.to(torch.uint8).numpy())
+        return base64.b64encode(file.getvalue()).decode()
 
 
 # ---- the server ----------------------------------------------------------------------------------

@@ -250,8 +250,8 @@ TIS, HIGH, LOW = (
             "GiB are above --gpu-memory-gib 4. What breaks it: ",
         ),
         (
-            ["--router-replay", *ANCHOR, *UNCORRECTED],
-            "--router-replay: takes the experts of a pass at the step's start",
+            ["--router-replay", "trainer", *ANCHOR, *UNCORRECTED],
+            "--router-replay trainer: takes the experts of a pass at the step's start",
         ),
     ],
 )

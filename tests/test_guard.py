@@ -115,7 +115,7 @@ def test_the_records_of_skipped_updates_are_json_and_their_step_is_said(capsys):
 
 def test_the_reference_of_the_kl_penalty_chooses_its_own_experts():
     cfg = dataclasses.replace(
-        SMALL, reference_policy_kl_penalty=0.1, router_replay=True, freeze_moe_router=False
+        SMALL, reference_policy_kl_penalty=0.1, router_replay="trainer", freeze_moe_router=False
     )
     model, reference = Qwen3MoE(TINY), Qwen3MoE(TINY)
     for seed, m in enumerate((model, reference)):

@@ -50,7 +50,7 @@ RECIPE = [
     ("optimizer.clip_grad", 1.0, "max_grad_norm"),
     ("megatron_cfg.expert_model_parallel_size", 8, "ep"),
     ("megatron_cfg.freeze_moe_router", True, "freeze_moe_router"),
-    ("router_replay", False, "router_replay"),
+    ("router_replay", "off", "router_replay"),
     ("data.dataset_name", "nvidia/OpenMathInstruct-2", "data"),
     ("data.split less split_validation_size, 5 %", "train_1M[5%:]", "data_split"),
     ("of which grpo.max_val_samples", "train_1M[:128]", "val_data_split"),

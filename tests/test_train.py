@@ -250,7 +250,7 @@ class Standby:
             "advantage_std": "batch",
             "prompt_level_loss": True,
         },
-        {"router_replay": True, "freeze_moe_router": False, "activation_checkpointing": True},
+        {"router_replay": "trainer", "freeze_moe_router": False, "activation_checkpointing": True},
     ],
 )
 def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_path, monkeypatch):
