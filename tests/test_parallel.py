@@ -30,9 +30,10 @@ from bridge.weights import load_hf, own_hf
 from config import Config
 from model import ModelConfig, Qwen3MoE, expert_load
 from ranks import parallel
-from ranks.batch import pack_batch
+from ranks.batch import Batch, pack_batch
 from ranks.checkpoint import MANIFEST, CheckpointError, Pieces, load_state_tensors, state_tensors
 from ranks.parallel import Mesh, ShardedAdamW, Split, join_ranks, make_mesh, reduce_metrics
+from ranks.replay import give_experts
 from train_cispo import micro_batch_logprobs, train_update
 
 # No two widths agree; 2 kv heads, so that tp 4 has to replicate them; a dense layer between two
@@ -72,6 +73,7 @@ CASES = {
     "all tokens to two experts": {"steered": True},  # the ranks of the other six get no row
     "one short sample": {"samples": 1},  # all other ranks run a masked one
     "tied": {"tied": True},
+    "replayed": {"run": {"router_replay": "sampler"}},  # experts that no router would choose
     "sequence weights, recompute": {"run": GSPO | {"activation_checkpointing": True}},
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -119,9 +121,11 @@ def train(case, dtype, checkpoint, mesh, num_updates=3):
     for group in groups:
         group.token_ids %= 32
         group.prompt_ids = [t % 32 for t in group.prompt_ids]
-    updates, counts = unpack_batch(
-        pack_batch(groups, cfg), cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp
-    )
+    if cfg.router_replay == "sampler":
+        with_experts(groups)
+    blob = pack_batch(groups, cfg)
+    updates, counts = unpack_batch(blob, cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
+    give_experts(None if mesh.rank else groups, Batch.unpack(blob), updates, cfg, mesh, model.cfg)
     metrics, grads = [], {}
     with torch.no_grad():
         for mb in updates[0]:
@@ -140,6 +144,16 @@ def train(case, dtype, checkpoint, mesh, num_updates=3):
         stats = expert_load(reduce_metrics(stats, mesh.dp_group))
         metrics.append({name: value.tolist() for name, value in {**stats, "norm": norm}.items()})
     return model, optimizer, metrics, grads
+
+
+def with_experts(groups):
+    """Two different ones for each token and layer, those of the dense layer among them."""
+    g, (L, E) = torch.Generator().manual_seed(3), (MODEL.num_hidden_layers, MODEL.num_experts)
+    for group in groups:
+        rows = (len(group.prompt_ids) - 1, len(group.token_ids))
+        group.prompt_experts, group.experts = (
+            torch.rand(n, L, E, generator=g).argsort(-1)[..., :2].to(torch.uint8) for n in rows
+        )
 
 
 def keep_grads(bucket, grads):
