@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import LOG_RATIO_MAX, Algorithm
+from algorithm import LOG_RATIO_MAX, Algorithm
 
 
 # ---- advantages ----------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Flags: a dataclass is parsed by tyro, and what is wrong with the flags is one line.
+"""Flags: a dataclass in groups with their rules; it is parsed by tyro, and what is wrong with the
+flags is one line.
 
 The comment behind a field of the dataclass is its help text, and `Flags` shows it with the field's
 value: whoever adds a field has documented it.
@@ -11,6 +12,7 @@ import difflib
 import inspect
 import io
 import itertools
+import math
 import os
 import re
 import sys
@@ -18,6 +20,7 @@ import textwrap
 import tokenize
 import types
 import typing
+from collections.abc import Iterator
 
 import tyro
 
@@ -32,6 +35,41 @@ def piped():
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
         raise SystemExit(0) from None
+
+
+# ---- groups and their rules ----------------------------------------------------------------------
+TINIEST = 1e-30  # the least value of what must be above 0
+
+
+class Bounds(typing.NamedTuple):
+    """What a number may be, both ends included."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def flag_of(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+class Group:
+    """Some flags and their rules. `faults` yields a line for each rule that is broken: it names the
+    value, the limit and the flag."""
+
+    def faults(self) -> Iterator[str]:
+        return iter(())
+
+    def out_of_bounds(self) -> Iterator[str]:
+        """The same for numbers that their type bounds, and for those that are none."""
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            value, bounds = getattr(self, name), next(iter(getattr(kind, "__metadata__", ())), None)
+            low, high = bounds if isinstance(bounds, Bounds) else Bounds()
+            if isinstance(value, int | float) and not low <= value <= high:  # nor is nan in them
+                least = f"at least {low:g}" if low > -math.inf else "a number"
+                least = "above 0" if low == TINIEST else least
+                most = f" and at most {high:g}" if high < math.inf else ""
+                exclusive = " (exclusive)" if most and high < float(f"{high:g}") else ""
+                yield f"{flag_of(name)} {value}: must be {least}{most}{exclusive}"
 
 
 # ---- parsing -------------------------------------------------------------------------------------
