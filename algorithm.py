@@ -11,6 +11,10 @@ from bridge.flags import Group, flag_of
 LOG_RATIO_MAX = 20.0  # nats; exp(20) = 4.9e8: far outside any clip, far inside fp32
 
 Truncation = Literal["tis", "icepop", "seq-mask-tis"]
+Region = Literal["tv", "kl", "kpop"]
+Scale = Literal["group", "batch", "mean"]
+# How far a token may go if nothing is set: what DPPO's and KPop's authors train with.
+REGION_BOUNDS = {"tv": 0.15, "kl": 0.05, "kpop": 0.1}
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,11 @@ class Loss(Group):
     use_cispo: bool = True  # CISPO; --no-use-cispo is the PPO/GRPO clipped loss
     ratio_clip_min: float | None = None  # ratio at least 1 - this; unset: 1.0 with CISPO, else 0.2
     ratio_clip_max: float | None = None  # ratio at most 1 + this; unset: 5.0 with CISPO, else 0.2
+    ratio_clip_min_negative: float | None = None  # as --ratio-clip-min, where A < 0 (DISPO)
+    ratio_clip_max_negative: float | None = None  # as --ratio-clip-max, where A < 0 (DISPO)
+    trust_region: Region | None = None  # tokens too far from vLLM's probability lose their gradient
+    trust_region_low: float | None = None  # its bound where A < 0; unset: tv 0.15, kl 0.05
+    trust_region_high: float | None = None  # its bound where A > 0; unset: 0.15, 0.05, kpop: 0.1
     ratio_clip_c: float | None = None  # PPO dual clip: ratio at most this where A < 0
     ratio_anchor: Literal["prev", "sampler"] = "prev"  # ratio to the step's start, or to vLLM
     disable_ppo_ratio: bool = False  # REINFORCE: -A * log pi, no ratio
@@ -52,15 +61,22 @@ class Loss(Group):
 
     @property
     def algorithm(self) -> "Algorithm":
-        """The loss's flags with the clip's bounds filled in."""
+        """The loss's flags with the bounds of clip and trust region filled in."""
         low, high = (1.0, 5.0) if self.use_cispo else (0.2, 0.2)
+        bound = REGION_BOUNDS.get(self.trust_region)
+        unset = {
+            "ratio_clip_min": low,
+            "ratio_clip_max": high,
+            "trust_region_low": None if self.trust_region == "kpop" else bound,
+            "trust_region_high": bound,
+        }
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Loss)}
-        values["ratio_clip_min"] = low if self.ratio_clip_min is None else self.ratio_clip_min
-        values["ratio_clip_max"] = high if self.ratio_clip_max is None else self.ratio_clip_max
-        return Algorithm(**values)
+        return Algorithm(**values | {n: x for n, x in unset.items() if values[n] is None})
 
     def faults(self) -> Iterator[str]:
         yield from self._ratio_faults()
+        yield from self._bound_faults()
+        yield from self._trust_region_faults()
         yield from self._correction_faults()
         for name in ("reference_policy_kl_penalty", "positive_example_nll_weight"):
             if (value := getattr(self, name)) < 0:
@@ -93,16 +109,47 @@ class Loss(Group):
                 "--ratio-anchor sampler: a ratio that --force-on-policy-ratio sets to 1 has no "
                 "anchor"
             )
-        low, high = self.algorithm.ratio_clip_min, self.algorithm.ratio_clip_max
-        if not 0 <= low <= 1:
-            yield (
-                f"--ratio-clip-min {low}: must be in 0..1, or the weight 1 - ratio_clip_min is "
-                "negative"
-            )
-        if high < 0:
-            yield f"--ratio-clip-max {high}: must be at least 0"
+
+    def _bound_faults(self) -> Iterator[str]:
+        alg = self.algorithm
+        for end in ("", "_negative"):
+            low, high = (getattr(alg, f"ratio_clip_{side}{end}") for side in ("min", "max"))
+            low_flag, high_flag = (flag_of(f"ratio_clip_{side}{end}") for side in ("min", "max"))
+            if end and not self.use_cispo and (low, high) != (None, None):
+                yield (
+                    f"{low_flag} {low}, {high_flag} {high}: CISPO's; of PPO's clip one bound is "
+                    "for A > 0 and the other for A < 0 anyhow"
+                )
+            if low is not None and not 0 <= low <= 1:
+                yield f"{low_flag} {low}: must be in 0..1; 1 less it is the least weight"
+            if high is not None and high < 0:
+                yield f"{high_flag} {high}: must be at least 0"
         if self.ratio_clip_c is not None and self.ratio_clip_c <= 1:
             yield f"--ratio-clip-c {self.ratio_clip_c}: must be above 1"
+
+    def _trust_region_faults(self) -> Iterator[str]:
+        kind, low, high = self.trust_region, self.trust_region_low, self.trust_region_high
+        if kind is None:
+            if (low, high) != (None, None):
+                yield (
+                    f"--trust-region-low {low}, --trust-region-high {high}: without --trust-region "
+                    "they do nothing"
+                )
+            return
+        if not self.use_cispo:
+            yield f"--trust-region {kind}: CISPO's; leave it out with --no-use-cispo"
+        if kind == "kpop" and low is not None:
+            yield (
+                f"--trust-region-low {low}: kpop has one bound for both ways, --trust-region-high"
+            )
+        for end, bound in (("low", low), ("high", high)):
+            if bound is not None and bound <= 0:
+                yield f"--trust-region-{end} {bound}: must be above 0; at 0 any rounding is too far"
+            if bound is not None and bound > 1 and kind == "tv":
+                yield (
+                    f"--trust-region-{end} {bound}: must be at most 1 with tv, the most that a "
+                    "probability can change by"
+                )
 
     def _correction_faults(self) -> Iterator[str]:
         corrected = self.use_importance_sampling_correction
@@ -139,11 +186,25 @@ class Loss(Group):
 
 @dataclass(frozen=True)
 class Algorithm(Loss):
-    """The loss's flags with the clip's bounds filled in: what loss.py reads. Bounds are offsets
-    from 1, as in NeMo RL: the ratio is clamped to [1 - ratio_clip_min, 1 + ratio_clip_max]."""
+    """The loss's flags with the bounds filled in: what loss.py reads. The clip's are offsets from
+    1, as in NeMo RL: the ratio is clamped to [1 - ratio_clip_min, 1 + ratio_clip_max]."""
 
     ratio_clip_min: float = 1.0
     ratio_clip_max: float = 5.0
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        """Least and largest weight of a token."""
+        return 1 - self.ratio_clip_min, 1 + self.ratio_clip_max
+
+    @property
+    def negative_weight_bounds(self) -> tuple[float, float]:
+        """Those of a token with A < 0 (DISPO)."""
+        low, high = self.ratio_clip_min_negative, self.ratio_clip_max_negative
+        return (
+            1 - (self.ratio_clip_min if low is None else low),
+            1 + (self.ratio_clip_max if high is None else high),
+        )
 
 
 @dataclass(frozen=True)
@@ -153,13 +214,13 @@ class Advantages(Group):
     token_level_loss: bool = True  # the batch's tokens; else mean over samples of their token mean
     prompt_level_loss: bool = False  # mean over prompts of their token mean (ScaleRL)
     use_leave_one_out_baseline: bool = True  # compare a sample with its siblings only
-    normalize_rewards: bool = True  # divide advantages by a standard deviation
-    advantage_std: Literal["group", "batch"] = "group"  # that of the sample's group, or of the step
+    normalize_rewards: bool = True  # divide advantages, see --advantage-std
+    advantage_std: Scale = "group"  # std of the group, of the step, or the group's mean (MaxRL)
     drop_zero_variance: bool = False  # groups of equal rewards leave the batch (unless all are)
 
     @property
     def advantage_scale(self) -> str | None:
-        """Whose standard deviation advantages are divided by."""
+        """What advantages are divided by."""
         return self.advantage_std if self.normalize_rewards else None
 
     def faults(self) -> Iterator[str]:
@@ -168,5 +229,5 @@ class Advantages(Group):
                 "--prompt-level-loss: a mean over a prompt's tokens; it excludes "
                 "--no-token-level-loss"
             )
-        if self.advantage_std == "batch" and not self.normalize_rewards:
-            yield "--advantage-std batch: --no-normalize-rewards divides by none"
+        if self.advantage_std != "group" and not self.normalize_rewards:
+            yield f"--advantage-std {self.advantage_std}: --no-normalize-rewards divides by nothing"

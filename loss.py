@@ -30,7 +30,11 @@ def group_advantages(rewards_PS, valid_PS, leave_one_out: bool, std: str | None,
     The baseline of a sample is the mean reward of its group (with `leave_one_out`: of the group's
     other samples); with std "group" the difference is divided by the standard deviation (n-1) of
     the same samples, where that is not zero; with "batch" by the one of all differences of the step
-    (ScaleRL). Invalid samples take no part and get 0; so does a sample without a sibling.
+    (ScaleRL); with "mean" by the mean reward of the whole group (MaxRL, arXiv:2602.02710), where
+    that is not zero. MaxRL is made for rewards of 0 and 1. Others are taken by their absolute
+    values in that mean: the same where none is negative, and else it would turn the sign of
+    advantages, or come near 0 between rewards that are not. Invalid samples take no part and get 0;
+    so does a sample without a sibling.
 
     Shapes: rewards_PS (P, S) float, valid_PS (P, S) bool -> (P, S).
     Source: NeMo RL's leave-one-out baseline and std (facts checked in tests against its numbers).
@@ -52,6 +56,11 @@ def group_advantages(rewards_PS, valid_PS, leave_one_out: bool, std: str | None,
         # A spread below the rounding of the mean is no spread: 16 x 0.3 must count as a constant
         # group.
         advantages_PS = torch.where(std_PS > 1e-12, advantages_PS / (std_PS + eps), advantages_PS)
+    if std == "mean":
+        sizes_P1 = torch.where(valid_PS, rewards_PS.double().abs(), 0).sum(-1, keepdim=True)
+        mean_P1 = sizes_P1 / valid_PS.sum(-1, keepdim=True).clamp(min=1)
+        # 0: no sample was rewarded, and all differences are 0.
+        advantages_PS = torch.where(mean_P1 > 0, advantages_PS / mean_P1, 0)
     compared_PS = valid_PS & (valid_PS.sum(-1, keepdim=True) > 1)
     if (
         std == "batch"
@@ -70,7 +79,9 @@ def cispo_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
     Shapes: all (T,) -> loss, ratio, clamped ratio: (T,). The loss alone carries gradient.
     """
     ratio = bounded_exp(logprobs - prev_logprobs).detach()
-    weight = ratio.clamp(1 - alg.ratio_clip_min, 1 + alg.ratio_clip_max)
+    weight = ratio.clamp(*alg.weight_bounds)
+    if alg.negative_weight_bounds != alg.weight_bounds:  # DISPO, arXiv:2602.00983
+        weight = torch.where(advantages < 0, ratio.clamp(*alg.negative_weight_bounds), weight)
     return -advantages * weight * logprobs, ratio, weight
 
 
@@ -79,7 +90,7 @@ def ppo_clip_loss(logprobs, prev_logprobs, advantages, alg: Algorithm):
     (arXiv:1912.09729): where A < 0 the loss is at most -A c. Shapes and results as in
     `cispo_loss`."""
     ratio = bounded_exp(logprobs - prev_logprobs)
-    clamped = ratio.clamp(1 - alg.ratio_clip_min, 1 + alg.ratio_clip_max)
+    clamped = ratio.clamp(*alg.weight_bounds)
     loss = torch.maximum(-advantages * ratio, -advantages * clamped)
     if alg.ratio_clip_c is not None:
         loss = torch.where(
@@ -118,6 +129,36 @@ def correction_weight(own, gen, mask, alg: Algorithm, sequence):
     outside = (judged < low) | (judged > high)
     used = raw.clamp(low, high) if kind == "tis" else torch.where(outside, 0.0, raw)
     return raw, used, outside
+
+
+def left_trust_region(logprobs, gen_logprobs, advantages, alg: Algorithm):
+    """Which tokens are outside of the trust region around the sampler, and would be moved further
+    out. What counts is the distance of two choices, this token or any other: a ratio of 10 is
+    nothing from 1e-6 to 1e-5, and 0.4 is much from 0.5 to 0.2.
+
+    tv and kl (DPPO, arXiv:2602.04879): total variation |p - q|, or KL(q || p), of the trainer's
+    probability p and the sampler's q. Where A > 0 the token becomes likelier: it has left if p is
+    above q by more than trust_region_high; where A < 0, below by more than trust_region_low. kpop
+    (ringtech.notion.site/kpop): the larger of both KL above trust_region_high, whatever the sign.
+
+    Shapes: all (T,) -> (T,) bool; logprobs without gradient. A log-prob that is no number has left
+    nothing: it must reach the gradient, whose check finds it.
+    """
+    low, high = alg.trust_region_low, alg.trust_region_high
+    p, q = logprobs.exp(), gen_logprobs.exp()
+    if alg.trust_region == "tv":
+        return torch.where(advantages > 0, p - q > high, q - p > low)
+    # KPop's bounds, since 1 - p must not be 0; and what is rarer is the same to both.
+    p, q = (x.clamp(1e-6, 1 - 1e-6) for x in (p, q))
+    if alg.trust_region == "kl":
+        far = binary_kl(q, p)
+        return torch.where(advantages > 0, (p > q) & (far > high), (p < q) & (far > low))
+    return torch.maximum(binary_kl(p, q), binary_kl(q, p)) > high
+
+
+def binary_kl(p, q):
+    """KL divergence of two choices with probabilities p, 1 - p from q, 1 - q. Units: nats."""
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
 
 def kl_estimate(logprobs, ref_logprobs, alg: Algorithm, weight=None):
@@ -186,6 +227,10 @@ def token_loss(logprobs, tokens: Tokens, alg: Algorithm, sequence=None):
     raw, used, outside = correction_weight(own, gen, mask, alg, sequence)
     if alg.use_importance_sampling_correction:
         loss_T = loss_T * used
+    left = torch.zeros_like(mask)
+    if alg.trust_region:  # such a token still counts in what the loss is divided by
+        left = left_trust_region(curr.detach(), gen, advantages, alg)
+        loss_T = torch.where(left, 0.0, loss_T)
     kl = torch.zeros_like(curr)
     if alg.reference_policy_kl_penalty:
         # The samples come from the policy itself, so their probability has a gradient too, though
@@ -197,9 +242,8 @@ def token_loss(logprobs, tokens: Tokens, alg: Algorithm, sequence=None):
     loss_T = loss_T * tokens.weights
     if alg.positive_example_nll_weight:
         loss_T = loss_T - alg.positive_example_nll_weight * tokens.nll_weights * curr
-    parts = Parts(
-        curr.detach(), own, token_anchor, gen, advantages, ratio, clamped, raw, outside, kl.detach()
-    )
+    ratios = (ratio, clamped, raw, outside, left)
+    parts = Parts(curr.detach(), own, token_anchor, gen, advantages, *ratios, kl.detach())
     return loss_T, parts
 
 
@@ -261,6 +305,7 @@ class Parts(NamedTuple):
     clamped: torch.Tensor
     correction: torch.Tensor  # exp(own - gen), before truncation
     outside: torch.Tensor  # of the truncation's bounds
+    left: torch.Tensor  # the trust region
     kl: torch.Tensor  # to the starting model, estimated
 
 
@@ -271,7 +316,7 @@ def token_metrics(parts: Parts, tokens: Tokens, num_tokens, num_seqs, sequence, 
 
     Shapes: all (T,) -> a dict of 0-D tensors and one histogram.
     """
-    curr, own, anchor, gen, advantages, ratio, clamped, correction, outside, kl = parts
+    curr, own, anchor, gen, advantages, ratio, clamped, correction, outside, left, kl = parts
     mask, nll_weights = tokens.mask, tokens.nll_weights
 
     def mean(x):
@@ -301,10 +346,15 @@ def token_metrics(parts: Parts, tokens: Tokens, num_tokens, num_seqs, sequence, 
         "positive_nll_loss": mean(kl * 0) if nll_weights is None else -(nll_weights * curr).sum(),
         **{name: mean(x) for name, x in mismatch(own, gen).items()},
         **clip_diagnostics(curr, anchor, advantages, mask, mean),
+        **weight_sums(curr, gen, mask),
     }
     if alg.truncated_importance_sampling_type:
         over = seq_mean if alg.truncated_importance_sampling_type == "seq-mask-tis" else mean
         metrics["is_oob_ratio"] = over(outside.float())
+    if alg.trust_region:
+        signs = {"": advantages != 0, "_pos": advantages > 0, "_neg": advantages < 0}
+        for end, sign in signs.items():
+            metrics[f"trust_masked{end}"] = mean((left & sign).float())
     return metrics
 
 
@@ -336,6 +386,20 @@ def clip_diagnostics(curr, anchor, advantages, mask, mean):
         **{name: mean(x.float()) for name, x in shares.items()},
         "ratio_histogram": torch.zeros(BINS, device=curr.device).index_add(0, bins, mask.float()),
     }
+
+
+def weight_sums(curr, gen, mask):
+    """Sums over tokens of the importance weight w = pi / pi_sampler, before any clip, and of its
+    square. They add up over micro-batches, ranks and updates, and `effective_share` reads them."""
+    weight = torch.where(mask, bounded_exp(curr - gen), 0.0)
+    return {"weight_sum": weight.sum(), "weight_square_sum": weight.square().sum()}
+
+
+def effective_share(weight_sum: float, weight_square_sum: float, num_tokens: int) -> float | None:
+    """Effective sample size (sum w)^2 / sum w^2 as a share of the tokens: 1 where all weights are
+    equal, 1 / n where one token is all there is. None without tokens. Source: VCPO,
+    arXiv:2602.17616, which takes it of samples: it falls before a run collapses."""
+    return weight_sum**2 / (num_tokens * weight_square_sum) if weight_square_sum else None
 
 
 def ratio_quantile(histogram: list[float], q: float) -> float | None:

@@ -28,7 +28,7 @@ from bridge.logs import last_line, read_jsonl, without_time
 from bridge.prometheus import numbers
 from bridge.validation import Round, Validation, readable, samples, score
 from bridge.weights import checkpoint_files
-from loss import ratio_quantile
+from loss import effective_share, ratio_quantile
 from ranks.batch import left_out
 from ranks.checkpoint import best_step, whole
 from ranks.parallel import SUM, merge, reduction_of
@@ -147,20 +147,16 @@ def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> d
     """Means over the updates of a step that were made, null if there was none; the drift values are
     sums over tokens, divided by their own counts here. counts: loss tokens and samples of each."""
     record = {}
+    parts = ("ratio_histogram", "weight_sum", "weight_square_sum")  # others are made of them
     if not counts:
-        kept = [name for name in values if name != "ratio_histogram"] + [
-            "ratio_p50",
-            "ratio_p95",
-            "ratio_p99",
-        ]
-        return dict.fromkeys([f"train/{name}" for name in kept])
+        made = ["ratio_p50", "ratio_p95", "ratio_p99", "effective_sample_size"]
+        kept = [name for name in values if name not in parts]
+        return dict.fromkeys([f"train/{name}" for name in kept + made])
     for name, value in values.items():
+        if name in parts:
+            continue
         if name.startswith("tokens_"):
             record[f"train/{name}"] = int(value)
-        elif name == "ratio_histogram":
-            record.update(
-                {f"train/ratio_p{q}": ratio_quantile(value, q / 100) for q in (50, 95, 99)}
-            )
         elif name.startswith("moe_"):
             record[f"train/{name}"] = value
         elif name.endswith("_version"):  # null where no token is of that kind
@@ -169,11 +165,15 @@ def update_metrics(values: dict[str, float], counts: list[tuple[int, int]]) -> d
         else:
             is_sum = reduction_of(name) is SUM
             record[f"train/{name}"] = value / len(counts) if is_sum else value
+    for q in (50, 95, 99):
+        record[f"train/ratio_p{q}"] = ratio_quantile(values["ratio_histogram"], q / 100)
+    tokens, weights = sum(tokens for tokens, _ in counts), [values[name] for name in parts[1:]]
+    record["train/effective_sample_size"] = effective_share(*weights, tokens)
     clipped = values["would_clip"]
     record["train/low_prob_share_of_would_clip"] = (
         values["low_prob_would_clip"] / clipped if clipped else None
     )
-    record["train/global_valid_toks"] = sum(tokens for tokens, _ in counts) / len(counts)
+    record["train/global_valid_toks"] = tokens / len(counts)
     record["train/global_valid_seqs"] = sum(seqs for _, seqs in counts) / len(counts)
     return record
 
@@ -501,11 +501,13 @@ class Log:
     def begin_run(self, model) -> None:
         if self.speaks:
             alg, size = self.cfg.algorithm, model.cfg.num_parameters
-            low, high = 1 - alg.ratio_clip_min, 1 + alg.ratio_clip_max
+            (low, high), negative = alg.weight_bounds, alg.negative_weight_bounds
+            clamp = f"[{low:g}, {high:g}]"
+            if negative != alg.weight_bounds:
+                clamp += f" ([{negative[0]:g}, {negative[1]:g}] where A < 0)"
             say(
                 f"{size / 1e6:.1f} M parameters on {model.mesh.world_size} rank(s), hub at "
-                f"{self.rollouts.hub.url}, weight clamped to [{low:g}, {high:g}], results in "
-                f"{self.cfg.run_dir}"
+                f"{self.rollouts.hub.url}, weight clamped to {clamp}, results in {self.cfg.run_dir}"
             )
 
     def record(self, groups, lr: float, metrics: dict[str, torch.Tensor], counts) -> None:

@@ -217,10 +217,17 @@ class Screen:
             f"{BOLD}TRAINER AGAINST SAMPLER{OFF}",
             self.metric("tokens PPO would clip", "would_clip", ".2%"),
             self.row("ratio, median and largest", ratio, "probs_ratio_max"),
+            self.metric("effective sample size", "effective_sample_size", ".1%"),
+            *self.trust_region(),
             self.metric("KL, same weights", "gen_kl_error_same_version", ".1e"),
             self.metric("KL, older weights", "gen_kl_error_older_version", ".1e"),
             self.row("age in steps, mean and largest", age, "avg_trajectory_age"),
         ]
+
+    def trust_region(self) -> list[str]:
+        """How much of the batch it takes, where there is one."""
+        masked = "train/trust_masked" in self.now
+        return [self.metric("tokens out of trust region", "trust_masked", ".2%")] * masked
 
     def speed(self) -> list[str]:
         """What trainer and rollout nodes do with their time, side by side."""
@@ -297,6 +304,7 @@ PANELS = [
             "max": "train/probs_ratio_max",
             "mean": "train/probs_ratio",
             "min": "train/probs_ratio_min",
+            "effective sample size": "train/effective_sample_size",
         },
     ),
     (

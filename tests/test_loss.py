@@ -24,9 +24,17 @@ RECIPE, NARROW = (
     dict(ratio_clip_min=1.0, ratio_clip_max=5.0),
     dict(ratio_clip_min=0.2, ratio_clip_max=0.2),
 )
+REGIONS = {  # DPPO's and KPop's own bounds
+    "tv": dict(trust_region="tv", trust_region_low=0.15, trust_region_high=0.15),
+    "kl": dict(trust_region="kl", trust_region_low=0.05, trust_region_high=0.05),
+    "kpop": dict(trust_region="kpop", trust_region_high=0.1),
+}
+BY_SIGN = dict(ratio_clip_min_negative=0.4, ratio_clip_max_negative=0.7)
 ALGORITHMS = {
     "cispo": Algorithm(use_importance_sampling_correction=False),
     "cispo, IS": Algorithm(),
+    "cispo, bounds by sign": Algorithm(**BY_SIGN),
+    **{f"cispo, IS, {kind}": Algorithm(**region) for kind, region in REGIONS.items()},
     "ppo": Algorithm(use_cispo=False, use_importance_sampling_correction=False, **NARROW),
     "ppo, IS": Algorithm(use_cispo=False, **NARROW),
     "ppo, dual clip, IS": Algorithm(use_cispo=False, ratio_clip_c=3.0, **NARROW),
@@ -131,6 +139,9 @@ def test_cispo_gives_nemo_rls_numbers(case):
             "would_clip_neg": 0.0,
             "low_prob": 0.0,
             "low_prob_would_clip": 0.0,
+            # of pi / pi_sampler
+            "weight_sum": sum(math.exp(p - q) for p, q in zip(inputs[0], inputs[2])),
+            "weight_square_sum": sum(math.exp(2 * (p - q)) for p, q in zip(inputs[0], inputs[2])),
             **{
                 "probs_ratio_clamped" + end: value
                 for end, value in zip(("", "_min", "_max"), clamped[case])
@@ -181,11 +192,28 @@ def test_a_clipped_token_still_gets_gradient_under_cispo_and_none_under_ppo(adva
         assert_close(gradient.item(), wanted, rtol=1e-6, atol=0)
 
 
+def too_far(p, q, advantage, alg):
+    """Whether a token is masked by the trust region: p under the trainer's weights, q under the
+    sampler's."""
+    low, high = alg.trust_region_low, alg.trust_region_high
+    kl = lambda a, b: a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
+    if alg.trust_region == "tv":
+        return p - q > high if advantage > 0 else q - p > low
+    if alg.trust_region == "kl":
+        return (p > q and kl(q, p) > high) if advantage > 0 else (p < q and kl(q, p) > low)
+    return alg.trust_region == "kpop" and max(kl(p, q), kl(q, p)) > high
+
+
 def by_hand(curr, prev, gen, advantage, alg):
     """Loss of one token and its derivative, in Python floats, by the formulas of the papers."""
     ratio = math.exp(curr - prev)
-    clipped = min(max(ratio, 1 - alg.ratio_clip_min), 1 + alg.ratio_clip_max)
+    low, high = alg.ratio_clip_min, alg.ratio_clip_max
+    if advantage < 0 and alg.ratio_clip_max_negative is not None:
+        low, high = alg.ratio_clip_min_negative, alg.ratio_clip_max_negative
+    clipped = min(max(ratio, 1 - low), 1 + high)
     correction = math.exp(prev - gen) if alg.use_importance_sampling_correction else 1.0
+    if too_far(math.exp(curr), math.exp(gen), advantage, alg):
+        return 0.0, 0.0
     if alg.use_cispo:
         return correction * -advantage * clipped * curr, correction * -advantage * clipped
     loss, slope = -advantage * ratio, -advantage * ratio
@@ -202,9 +230,16 @@ def test_loss_and_gradient_match_a_per_token_loop(seed):
     inputs = batch(97, seed, torch.float64)
     mask = torch.rand(97, generator=torch.Generator().manual_seed(seed)) < 0.7
     weights = torch.where(mask, torch.linspace(0.1, 1.0, 97, dtype=torch.float64), 0.0)
+    # log-probs, so that each is a probability below 1 whatever the noise has added
+    inputs = (*((x.detach().clamp(max=-0.01)) for x in inputs[:3]), inputs[3])
+    inputs[0].requires_grad_()
     for use_cispo, correction, dual in [(1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 0), (0, 1, 1)]:
         clip = dict(ratio_clip_min=rng.uniform(0.1, 1), ratio_clip_max=rng.uniform(0.1, 3))
         clip["ratio_clip_c"] = rng.uniform(1.05, 3) if dual else None
+        if use_cispo:
+            kind = rng.choice([None, "tv", "kl", "kpop"])
+            bounds = {f"trust_region_{end}": rng.uniform(0.01, 0.2) for end in ("low", "high")}
+            clip |= dict(trust_region=kind, **bounds) | rng.choice([{}, BY_SIGN])
         alg = Algorithm(
             use_cispo=bool(use_cispo), use_importance_sampling_correction=bool(correction), **clip
         )

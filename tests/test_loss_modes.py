@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from batches import policy_loss, rows_of, token_loss
-from test_loss import INPUTS, NARROW, PRINTED
+from test_loss import BY_SIGN, INPUTS, NARROW, PRINTED, REGIONS
 from torch.testing import assert_close
 
 from bridge.groups import Group
@@ -270,6 +270,9 @@ MODES = {
     "cispo, corrected": Algorithm(),
     "cispo, 0.2": Algorithm(**NARROW),
     "cispo, sampler": Algorithm(ratio_anchor="sampler", use_importance_sampling_correction=False),
+    "cispo, bounds by sign": Algorithm(**BY_SIGN),
+    **{f"cispo, {kind}": Algorithm(**region) for kind, region in REGIONS.items()},
+    "cispo, tv, kl": Algorithm(**REGIONS["tv"], **KL),
     "cispo, kl, nll": Algorithm(**KL, positive_example_nll_weight=0.7),
     "ppo": PPO,
     "ppo, corrected": CORRECTED,
@@ -367,7 +370,10 @@ def test_token_loss_is_elementwise_so_a_head_may_call_it_on_any_piece(name):
     assert torch.equal(torch.cat(gradient), whole)
 
 
-@pytest.mark.parametrize("name", ["gspo", "seq-mask-tis", "k3, gen", "cispo, kl, nll"])
+COMPILED = ["gspo", "seq-mask-tis", "k3, gen", "cispo, kl, nll", "cispo, bounds by sign"]
+
+
+@pytest.mark.parametrize("name", [*COMPILED, *(f"cispo, {kind}" for kind in REGIONS)])
 def test_modes_compile_without_a_graph_break_and_equal_eager(name):
     compiled = torch.compile(policy_loss, dynamic=True, fullgraph=True)
     curr, args, extra = random_case(torch.float32)
