@@ -46,13 +46,27 @@ COUNTED = ("drop", "nan", "null", "empty", "long", "twice", "odd", "oom")
 
 
 # ---- the model -----------------------------------------------------------------------------------
+class Read(dict):
+    """Tensors by name, and which of them were read."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name):
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
 class Policy:
-    """Qwen3-MoE on the tensors of a checkpoint directory. Shapes: B samples, L new tokens, T tokens
-    in all."""
+    """Qwen3-MoE on the tensors of a checkpoint directory. A fork that changes model.py changes it
+    here too. Shapes: B samples, L new tokens, T tokens in all.
+
+    Raises: ValueError for a tensor that has no part in the logits."""
 
     def __init__(self, path: Path):
         self.cfg = vars(ModelConfig.from_dir(path))  # in whichever spelling it is
-        self.w = {name: t.float() for name, t in read_tensors(path)}
+        self.w = Read((name, t.float()) for name, t in read_tensors(path))
         for i in range(self.cfg["num_hidden_layers"]):
             for p in ("gate_proj", "up_proj", "down_proj"):
                 names = [
@@ -60,6 +74,11 @@ class Policy:
                     for e in range(self.cfg["num_experts"])
                 ]
                 self.w[f"{i}.{p}"] = torch.stack([self.w[name] for name in names])  # (E, out, in)
+        self.logits(torch.tensor([[0]]), [])
+        # beside a tied embedding a checkpoint may hold the same head once more
+        spare = {"lm_head.weight"} if self.cfg["tie_word_embeddings"] else set()
+        if unread := sorted(self.w.keys() - self.w.names - spare):
+            raise ValueError(f"tests/fake_vllm.py does not compute {unread[0]}")
 
     def norm(self, x, name):
         return (

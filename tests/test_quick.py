@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from fake_vllm import Policy
+from safetensors.torch import load_file, save_file
 
 import task
 from tools.quick import STEPS, faults
@@ -65,7 +68,10 @@ def test_a_quick_run_that_does_not_start_is_a_failure(directory):
     [
         ({}, ""),
         ({"step": 0}, "records of 12 steps"),
-        ({"train/gen_kl_error_same_version": 1e-3}, "KL between trainer and sampler 1.0e-03"),
+        (
+            {"train/gen_kl_error_same_version": 1e-3},
+            "KL between trainer and sampler 1.0e-03, above 1e-05: a wrong weight update, or model.py",
+        ),
         ({"train/reward": 0.4}, "the reward did not rise"),
     ],
 )
@@ -82,3 +88,14 @@ def test_a_quick_run_fails_by_what_a_broken_loop_would_show(tmp_path, change, fa
     (tmp_path / "metrics.jsonl").write_text(lines)
     found = faults(tmp_path)
     assert bool(found) == bool(fault) and fault in "".join(found)
+
+
+def test_the_stand_in_refuses_a_tensor_that_it_does_not_compute(tmp_path, tiny_checkpoint):
+    """Else a fork's new parameter would be sampled without, and only a KL would tell."""
+    shutil.copytree(tiny_checkpoint, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    assert Policy(tmp_path).w.keys() > tensors.keys()
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    save_file({**tensors, bias: torch.zeros(64)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"^tests/fake_vllm\.py does not compute {bias}$"):
+        Policy(tmp_path)

@@ -49,7 +49,12 @@ def faults(run_dir: Path) -> list[str]:
     if [r["step"] for r in records] != list(range(steps)):
         return [f"metrics.jsonl has {len(records)} records of {steps} steps"]
     kl = max(r["train/gen_kl_error_same_version"] or 0.0 for r in records)
-    found = [] if kl <= max_kl else [f"KL between trainer and sampler {kl:.1e}, above {max_kl:g}"]
+    found = []
+    if kl > max_kl:
+        found.append(
+            f"KL between trainer and sampler {kl:.1e}, above {max_kl:g}: a wrong weight update, or "
+            "model.py and tests/fake_vllm.py compute different models"
+        )
     first, last = (sum(r["train/reward"] for r in part) for part in (records[:5], records[-5:]))
     if steps >= STEPS and last <= first:
         found.append(f"the reward did not rise: {first / 5:.3f}, then {last / 5:.3f}")
