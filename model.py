@@ -430,9 +430,11 @@ class Qwen3MoE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None):
-        """Fresh weights: normal with the config's initializer_range, norms at 1."""
-        for p in self.parameters():
-            if p.dim() > 1:
+        """Fresh weights: normal with the config's initializer_range, norms at 1, biases at 0."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() > 1:
                 p.normal_(0.0, self.cfg.initializer_range, generator=generator)
             else:
                 p.fill_(1.0)

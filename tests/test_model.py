@@ -455,17 +455,29 @@ def test_a_quantized_checkpoint_is_refused_by_its_config(key, method):
 
 
 # ---- a fork's new parameters ---------------------------------------------------------------------
-def test_biases_of_a_fork_are_loaded_and_where_a_tp_group_would_add_one_twice_it_says_so(tmp_path):
-    """The obvious edit, attention_bias: q's is cut like q, o's is whole on every rank."""
+Q_BIAS, O_BIAS = (f"model.layers.0.self_attn.{name}_proj.bias" for name in "qo")
 
-    def with_biases(mesh=Mesh()):  # noqa: B008
-        model = Qwen3MoE(config(), mesh)
-        for name in ("q_proj", "o_proj"):
-            layer = getattr(model.model["layers"][0].self_attn, name)
-            layer.bias = torch.nn.Parameter(torch.zeros(len(layer.weight)))
-        return randomize(model)
 
-    ours, q, o = with_biases(), *(f"model.layers.0.self_attn.{name}_proj.bias" for name in "qo")
+def with_biases(mesh=Mesh()):  # noqa: B008
+    """The obvious edit, attention_bias, in one layer."""
+    model = Qwen3MoE(config(), mesh)
+    for name in ("q_proj", "o_proj"):
+        layer = getattr(model.model["layers"][0].self_attn, name)
+        layer.bias = torch.nn.Parameter(torch.full((len(layer.weight),), torch.nan))
+    return randomize(model)
+
+
+def test_fresh_biases_are_0_and_fresh_norms_1():
+    model = with_biases()
+    model.init_weights(torch.Generator().manual_seed(0))
+    vectors = {n: p.unique().tolist() for n, p in model.named_parameters() if p.dim() == 1}
+    assert vectors == {n: [0.0] if n in (Q_BIAS, O_BIAS) else [1.0] for n in vectors}
+    assert {Q_BIAS, O_BIAS, "model.norm.weight"} < vectors.keys()
+
+
+def test_biases_of_a_fork_are_loaded_and_where_a_tp_group_would_add_one_twice_it_says_so():
+    """q's is cut like q, o's is whole on every rank."""
+    ours, q, o = with_biases(), Q_BIAS, O_BIAS
     parts = {name: split for name, _, split in ours.hf_parts(o)}
     assert parts[o].of((32,)) == (slice(0, 32),)
     assert with_biases(Mesh(tp=2, rank=1)).split_of(q).of((48,)) == (slice(24, 48),)
