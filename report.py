@@ -28,7 +28,7 @@ from bridge.logs import last_line, read_jsonl, without_time
 from bridge.prometheus import numbers
 from bridge.validation import Round, Validation, readable, samples, score
 from bridge.weights import checkpoint_files
-from loss import effective_share, ratio_quantile
+from loss import Algorithm, effective_share, ratio_quantile
 from ranks.batch import left_out
 from ranks.checkpoint import best_step, whole
 from ranks.parallel import SUM, merge, reduction_of
@@ -54,6 +54,18 @@ def say_something(describe: Callable[[], str], log: Path | None, stop: threading
             if news or quiet > 30 or say.last != mine:
                 say(describe() + (f"; {news}" if news else ""))
                 mine = say.last
+
+
+def name_of_loss(alg: Algorithm) -> str:
+    """The loss and its bounds, in a few words."""
+    bounds = f"[{1 - alg.ratio_clip_min:g}, {1 + alg.ratio_clip_max:g}]"
+    if alg.use_cispo:
+        return f"CISPO, weight clamped to {bounds}"
+    if alg.disable_ppo_ratio:
+        return "REINFORCE, no ratio"
+    if alg.force_on_policy_ratio:
+        return "policy gradient, ratio forced to 1"
+    return f"PPO, ratio clipped to {bounds}"
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -501,13 +513,9 @@ class Log:
     def begin_run(self, model) -> None:
         if self.speaks:
             alg, size = self.cfg.algorithm, model.cfg.num_parameters
-            (low, high), negative = alg.weight_bounds, alg.negative_weight_bounds
-            clamp = f"[{low:g}, {high:g}]"
-            if negative != alg.weight_bounds:
-                clamp += f" ([{negative[0]:g}, {negative[1]:g}] where A < 0)"
             say(
                 f"{size / 1e6:.1f} M parameters on {model.mesh.world_size} rank(s), hub at "
-                f"{self.rollouts.hub.url}, weight clamped to {clamp}, results in {self.cfg.run_dir}"
+                f"{self.rollouts.hub.url}, {name_of_loss(alg)}, results in {self.cfg.run_dir}"
             )
 
     def record(self, groups, lr: float, metrics: dict[str, torch.Tensor], counts) -> None:

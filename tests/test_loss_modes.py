@@ -14,7 +14,7 @@ from bridge.groups import Group
 from config import Config
 from loss import BINS, Algorithm, group_advantages, kl_estimate, ratio_quantile
 from ranks.batch import pack_batch, row_weights
-from report import fetch, update_metrics
+from report import fetch, name_of_loss, update_metrics
 
 torch.set_num_threads(1)
 
@@ -448,6 +448,19 @@ def test_the_record_of_a_step_holds_quantiles_and_no_histogram():
     assert (
         record["train/low_prob_share_of_would_clip"] == 0 and "train/ratio_histogram" not in record
     )
+
+
+@pytest.mark.parametrize(
+    ("alg", "name"),
+    [
+        (Algorithm(), "CISPO, weight clamped to [0, 6]"),
+        (ppo(), "PPO, ratio clipped to [0.8, 1.2]"),
+        (ppo(disable_ppo_ratio=True), "REINFORCE, no ratio"),
+        (ppo(force_on_policy_ratio=True), "policy gradient, ratio forced to 1"),
+    ],
+)
+def test_a_run_names_its_loss_and_the_bounds_that_this_loss_has(alg, name):
+    assert name_of_loss(alg) == name
 
 
 def test_mismatch_by_age_is_counted_with_the_loss():
