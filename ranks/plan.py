@@ -319,6 +319,20 @@ def check(m, cfg, world: int) -> None:
     check_memory(m, cfg, world)
 
 
+def how_to_start(cfg, world: int) -> str:
+    """The command for this many ranks, and where the rollout nodes come from."""
+    if cfg.local_rollout:
+        ranks = f"NPROC={world} " * (world > 1)
+        return (
+            f"to start it on one machine: {ranks}bash launch.sh FLAGS; its vLLM gets the GPUs that "
+            "no rank has"
+        )
+    return (
+        f"to start it: {world} rank{'s' * (world > 1)} on trainer nodes and rollout nodes of your "
+        'own, both by NODES="h0 h1 ..." bash launch.sh FLAGS (docs/nodes.md)'
+    )
+
+
 def print_report(m, cfg, world: int) -> None:
     """Raises: ValueError for an impossible layout, and for one that does not fit, with what
     would."""
@@ -371,3 +385,4 @@ def print_report(m, cfg, world: int) -> None:
         flops = flops_per_token(m, length)
         print(f"  {length:<24}{flops / 1e9:9.1f}  {cfg.mfu * PEAK_TFLOPS * 1e12 / flops:,.0f}")
     check_memory(m, cfg, world)
+    print(f"\n{how_to_start(cfg, world)}")

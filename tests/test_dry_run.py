@@ -415,3 +415,22 @@ def test_a_model_that_is_not_known_can_be_planned_for_by_its_config_alone(
     assert (
         "on 8 ranks" in dry_run(monkeypatch, capsys, "--model", qwen3_4b, "--dry-run-ranks", "8")[1]
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        ("--preset tiny", "to start it on one machine: bash launch.sh FLAGS; its vLLM gets the"),
+        ("--preset tiny --dry-run-ranks 4", "machine: NPROC=4 bash launch.sh FLAGS; its vLLM"),
+        ("--preset qwen3-30b-a3b", "to start it: 16 ranks on trainer nodes and rollout nodes of"),
+        ("--preset tiny --no-local-rollout", "to start it: 1 rank on trainer nodes and rollout"),
+    ],
+)
+def test_the_last_line_says_how_to_start_what_was_planned(monkeypatch, capsys, flags, start):
+    status, report, _ = dry_run(monkeypatch, capsys, *flags.split())
+    assert status == 0 and start in report.splitlines()[-1]
+
+
+def test_what_does_not_fit_is_not_told_how_to_start(monkeypatch, capsys):
+    status, report, _ = dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b", "--ep", "1")
+    assert status == 2 and "to start it" not in report
