@@ -345,7 +345,10 @@ def plot(run_dir: Path) -> Path:
     import matplotlib.pyplot as plt
 
     records = read_metrics(run_dir)
-    fig, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    rows = math.ceil(len(PANELS) / 3)
+    fig, axes = plt.subplots(rows, 3, figsize=(15, 4 * rows), layout="constrained")
+    for ax in axes.flat[len(PANELS) :]:
+        ax.set_axis_off()
     for ax, (title, label, log, curves) in zip(axes.flat, PANELS):
         for legend, metric in curves.items():
             points = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]

@@ -281,6 +281,16 @@ def test_a_run_without_a_step_left_ends_well(tmp_path, capsys):
     assert watch.plot(run).exists()  # python watch.py RUN --png before the first step
 
 
+def test_a_seventh_panel_has_a_row_of_its_own(tmp_path, monkeypatch):
+    import matplotlib.image
+
+    run, heights = run_of(tmp_path, [0, 1]), []
+    for more in ([], [("Weight", "share", False, {"above 2": "train/would_clip"})]):
+        monkeypatch.setattr(watch, "PANELS", watch.PANELS + more)
+        heights.append(len(matplotlib.image.imread(watch.plot(run))))
+    assert heights == [800, 1200]
+
+
 def test_a_logged_sample_shows_the_template_the_answer_the_counts_and_what_was_inserted(tmp_path):
     group = Group(
         3,
