@@ -46,6 +46,7 @@ from prepare import (
     known_config,
     model_digest,
     prepare,
+    reward_takes,
     run_for_nodes,
     use_cpu,
     with_advice,
@@ -312,6 +313,7 @@ def main(cfg: Config | None = None) -> None:
                 with piped():
                     planned = ranks if ranks > 1 else cfg.dry_run_ranks
                     plan.print_report(known_config(cfg), cfg, planned)
+                    reward_takes(cfg)  # refuses one that a run would refuse
             return
         if not torch.cuda.is_available():
             use_cpu(cfg, ranks_here)

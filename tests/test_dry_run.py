@@ -379,7 +379,7 @@ def test_qwen3_06b_takes_one_gpu_of_80_gb_or_two_of_24(monkeypatch, capsys):
     assert dry_run(monkeypatch, capsys, *small)[0] == 0
 
 
-# ---- what vLLM would refuse ----------------------------------------------------------------------
+# ---- what a run would refuse ----------------------------------------------------------------------
 @pytest.mark.parametrize("plan", [True, False])
 def test_samples_longer_than_the_model_s_positions_are_refused_before_anything_starts(
     plan, monkeypatch, capsys, tiny_checkpoint
@@ -405,6 +405,28 @@ def test_samples_longer_than_the_model_s_positions_are_refused_before_anything_s
         f"max_position_embeddings={positions}" in error
     )
     assert dry_run(monkeypatch, capsys, *flags, str(positions))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("def score(completion, example):\n    return 1.0\n", ""),
+        ("from .helper import x\n", "cannot be imported: ImportError: attempted relative import"),
+        ("import no_such_package_of_mine\n", "cannot be imported: ModuleNotFoundError"),
+        ("def other(completion, example):\n    return 1.0\n", "has no function 'score'"),
+        ("def score(completion):\n    return 1.0\n", "it is called with (completion, example)"),
+    ],
+)
+def test_a_reward_that_a_run_would_refuse_is_refused_after_the_plan(
+    monkeypatch, capsys, tmp_path, source, why
+):
+    (tmp_path / "my.py").write_text(source)
+    (tmp_path / "helper.py").write_text("x = 1\n")
+    monkeypatch.chdir(tmp_path)
+    status, report, errors = dry_run(monkeypatch, capsys, "--reward", f"{tmp_path}/my.py:score")
+    assert (status, len(errors)) == ((2, 1) if why else (0, 0)) and "to start it" in report, errors
+    assert why in "".join(errors)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["helper.py", "my.py"]
 
 
 def test_a_model_that_is_not_known_can_be_planned_for_by_its_config_alone(
