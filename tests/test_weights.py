@@ -24,7 +24,9 @@ from bridge.receive import fetch
 from bridge.versions import write_index
 from bridge.weights import MANIFEST, WeightsError, load_hf, read_tensors
 from model import ModelConfig, Qwen3MoE
+from presets import parse_config
 from ranks import parallel
+from train_cispo import resolve_dtype
 
 
 @pytest.fixture(scope="module")
@@ -208,22 +210,26 @@ def test_versions_are_deltas_between_whole_ones_and_every_digest_is_of_the_full_
     assert json.loads((tmp_path / "v6/config.json").read_text())["dtype"] == "float32"
 
 
-def test_a_version_whose_delta_would_be_larger_is_written_whole(tmp_path, tiny_checkpoint):
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_version_whose_delta_would_be_larger_is_written_whole(tmp_path, tiny_checkpoint, name):
+    dtype = resolve_dtype(
+        parse_config(["--publish-dtype", name]).publish_dtype, torch.device("cpu")
+    )
     model, listener = loaded(tiny_checkpoint), Listener()
-    p = publisher(model, tmp_path, tiny_checkpoint, listener, dtype=torch.bfloat16)
+    p = publisher(model, tmp_path, tiny_checkpoint, listener, dtype=dtype)
     p.publish(1)
     with torch.no_grad():
         # any bit pattern: nothing of it can be said in fewer bits
         for parameter in model.parameters():
             parameter.copy_(
-                torch.randint(-(2**15), 2**15, parameter.shape).to(torch.int16).view(torch.bfloat16)
+                torch.randint(-(2**15), 2**15, parameter.shape).to(torch.int16).view(dtype)
             )
     p.publish(2)
     p.close()
     assert [f["kind"] for f in listener.published[1]["shards"][0]["files"]] == ["full", "full"]
     assert listener.published[1]["full"] and (tmp_path / "v2/config.json").exists()
-    assert json.loads((tmp_path / "v2/config.json").read_text())["dtype"] == "bfloat16"
-    assert dict(read_tensors(tmp_path / "v2"))["model.norm.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "v2/config.json").read_text())["dtype"] == name
+    assert dict(read_tensors(tmp_path / "v2"))["model.norm.weight"].dtype == dtype
 
 
 def test_what_a_node_still_fetches_is_kept_and_no_more_than_four_copies_of_it(
