@@ -58,9 +58,12 @@ def say_something(describe: Callable[[], str], log: Path | None, stop: threading
 
 def name_of_loss(alg: Algorithm) -> str:
     """The loss and its bounds, in a few words."""
-    bounds = f"[{1 - alg.ratio_clip_min:g}, {1 + alg.ratio_clip_max:g}]"
+    bounds = "[{:g}, {:g}]".format(*alg.weight_bounds)
     if alg.use_cispo:
-        return f"CISPO, weight clamped to {bounds}"
+        if alg.negative_weight_bounds != alg.weight_bounds:
+            bounds += ", [{:g}, {:g}] where A < 0".format(*alg.negative_weight_bounds)
+        region = f", trust region {alg.trust_region}" if alg.trust_region else ""
+        return f"CISPO, weight clamped to {bounds}{region}"
     if alg.disable_ppo_ratio:
         return "REINFORCE, no ratio"
     if alg.force_on_policy_ratio:

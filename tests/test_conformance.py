@@ -7,6 +7,7 @@ weights being trained, under the trainer's at the start of the step (the "old" p
 the sampler.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -115,6 +116,53 @@ PEERS = {
         "arXiv:2510.13786",
     ),
 }
+
+
+# Those whose weight depends on the sign of the advantage A, or on the probability itself.
+def kl(a, b):
+    return a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
+
+
+def dppo_tv(d):
+    return lambda p, g, A: (p - g if A > 0 else g - p) <= d
+
+
+def dppo_kl(d):
+    return lambda p, g, A: not ((p > g) == (A > 0) and p != g and kl(g, p) > d)
+
+
+UNBOUNDED = 1e6  # none of these has an upper clip
+BY_SIGN = {
+    "DPPO, total variation": (
+        lambda p, q, g, A: min(p / g, 20.0) * dppo_tv(0.15)(p, g, A),
+        SAMPLER | bounds(1.0, 19.0) | dict(trust_region="tv"),
+        "arXiv:2602.04879; verl/trainer/ppo/core_algos.py, dppo_tv",
+    ),
+    "DPPO, KL": (
+        lambda p, q, g, A: min(p / g, 20.0) * dppo_kl(0.05)(p, g, A),
+        SAMPLER | bounds(1.0, 19.0) | dict(trust_region="kl"),
+        "arXiv:2602.04879; verl/trainer/ppo/core_algos.py, dppo_kl",
+    ),
+    "prime-rl, default": (
+        lambda p, q, g, A: p / g * dppo_tv(0.2)(p, g, A),
+        SAMPLER
+        | bounds(1.0, UNBOUNDED)
+        | dict(trust_region="tv", trust_region_low=0.2, trust_region_high=0.2),
+        "src/prime_rl/trainer/rl/loss.py; without its 1e-3 * (log ratio)^2",
+    ),
+    "KPop": (
+        lambda p, q, g, A: p / g * (max(kl(p, g), kl(g, p)) <= 0.1),
+        SAMPLER | bounds(1.0, UNBOUNDED) | dict(trust_region="kpop"),
+        "ringtech.notion.site/kpop; its mask, on an unclipped weight",
+    ),
+    "DISPO": (
+        lambda p, q, g, A: clip(p / q, 0.0, 6.0) if A > 0 else clip(p / q, 0.2, 2.0),
+        PREV | bounds(1.0, 5.0) | dict(ratio_clip_min_negative=0.8, ratio_clip_max_negative=1.0),
+        "arXiv:2602.00983; its form, with bounds of ours",
+    ),
+}
+# (p, g): a rare token that is ten times as likely, one likelier, one less likely, a sure one
+PAIRS = [(1e-5, 1e-6), (0.9, 0.6), (0.5, 0.8), (0.02, 0.2), (0.99, 0.999)]
 RATIOS = [0.1, 0.5, 1.0, 1.5, 3.0, 5.5, 30.0]
 
 
@@ -143,6 +191,17 @@ def test_flags_make_our_weights_those_of_the_peer(peer, advantage):
     found = our_weights(cfg, *zip(*cases), advantage)
     # fp64, a few roundings
     assert found == pytest.approx([formula(*case) for case in cases], rel=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [1.5, -0.5])
+@pytest.mark.parametrize("peer", BY_SIGN)
+def test_flags_make_our_weights_those_of_the_peer_by_sign_and_probability(peer, advantage):
+    formula, flags, _ = BY_SIGN[peer]
+    (cfg := Config(**flags)).validate()
+    grid = [0.001, 0.01, 0.03, 0.1, 0.2, 0.31, 0.5, 0.7, 0.81, 0.9, 0.97]
+    cases = [(p, q, g) for p, g in [*PAIRS, *((p, g) for p in grid for g in grid)] for q in (p, g)]
+    found = our_weights(cfg, *zip(*cases), advantage)
+    assert found == pytest.approx([formula(*case, advantage) for case in cases], rel=1e-12)
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -204,6 +263,15 @@ def table_rows():
     ]
 
 
+def rows_by_sign():
+    """Of docs/conformance.md: weights where A > 0, and then where A < 0, by pairs of probabilities."""
+    rows = []
+    for name, (formula, flags, source) in BY_SIGN.items():
+        cells = (" / ".join(f"{formula(p, g, g, A):.3g}" for A in (1, -1)) for p, g in PAIRS)
+        rows.append(f"| {name} | {' | '.join(cells)} | {as_flags(flags)} | {source} |")
+    return rows
+
+
 def as_flags(flags):
     """With the three short names that docs/conformance.md explains."""
     short = (
@@ -235,5 +303,7 @@ def test_the_documented_table_is_what_is_tested_here():
         1:
     ]
     assert found == table_rows()
+    by_sign = text.split("## Weights by sign and probability\n")[1].split("\n## ")[0]
+    assert [line for line in by_sign.splitlines() if line.startswith("| ")][1:] == rows_by_sign()
     header = " | ".join(f"{r:g}" for r in RATIOS)
     assert f"| at ratio | {header} | mean | flags | read in |" in section
