@@ -35,7 +35,6 @@ from bridge.weights import (
 )
 from config import Config, RolloutConfig
 from model import KNOWN_MODELS, ModelConfig
-from presets import PRESETS
 from ranks import ops, plan
 from ranks.checkpoint import CheckpointError
 from ranks.run_dir import checkpoints_to_try, hold
@@ -71,10 +70,10 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
     return checkpoint, data, checkpoints_to_try(cfg, origin) if rank == 0 else [], origin
 
 
-def use_cpu(cfg: Config, local_world_size: int) -> None:
-    """For a machine without a GPU. Raises: ValueError for what it cannot train or compile."""
-    # a directory may hold a small one
-    if PRESETS[cfg.preset].model and not Path(cfg.model).is_dir():
+def use_cpu(cfg: Config, local_world_size: int, real: bool) -> None:
+    """For a machine without a GPU. real: the preset is for a real model. Raises: ValueError for
+    what it cannot train or compile."""
+    if real and not Path(cfg.model).is_dir():  # a directory may hold a small one
         raise ValueError(
             f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
             "--dry-run prints the plan"

@@ -15,6 +15,10 @@ Samples of a plain function are scored one after the other in each of --reward-w
 those of an async one together. The file and those beside it that it imports are read once: a run
 goes on with what it has started with.
 
+By the name of its first parameter a function does more (docs/environments.md):
+    async def play(sample, example) -> float      makes the sample itself, turn by turn
+    def score(completions, example) -> list       judges all samples of a prompt together
+
 The built-in ones judge the final answer: what follows the last </think>. A thought that is begun
 and not ended has none, and is worth 0. (Where the chat template begins it, the sample's text does
 not show that.) `numeric` and `math` take what is marked as the answer: in <answer>...</answer>, in

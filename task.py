@@ -119,7 +119,10 @@ class Codec:
             )
         mark = "\ue000"  # for private use: the template has no such character
         said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        chat = self._chat([*said, {"role": role, "content": text}])
+        try:
+            chat = self._chat([*said, {"role": role, "content": text}])
+        except ValueError as e:
+            raise ValueError(f"sample({role}=...): the message {e}") from None
         _, found, after = chat.partition(mark)
         if not found or text.strip() not in after:
             raise ValueError(

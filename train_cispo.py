@@ -22,7 +22,7 @@ CISPO: MiniMax-M1, arXiv:2506.13585. Flag and metric names are NeMo RL's where i
 
 import sys
 
-from presets import config_or_exit, refuse
+from presets import PRESETS, config_or_exit, refuse
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported: seconds
     FLAGS = config_or_exit(sys.argv[1:])
@@ -316,7 +316,7 @@ def main(cfg: Config | None = None) -> None:
                     reward_takes(cfg)  # refuses one that a run would refuse
             return
         if not torch.cuda.is_available():
-            use_cpu(cfg, ranks_here)
+            use_cpu(cfg, ranks_here, bool(PRESETS[cfg.preset].model))
         what_to_train = prepare(cfg, rank, ranks, local_rank)
     except (ValueError, CheckpointError, WeightsError) as e:
         refuse(e)

@@ -4,6 +4,8 @@ way in which that can fail."""
 import asyncio
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -14,12 +16,14 @@ from test_failures import SAMPLES, groups, make_hub, run_node, until
 
 from bridge import episodes, weights
 from bridge.groups import NOT_SAMPLED
+from bridge.processes import REPO
 from bridge.reward_pool import RewardsEnd, RewardWorkers, check_reward
 from bridge.sample import Sample, Turn, interrupted
 from bridge.validation import turns_of
 from config import Config
 from model import ModelConfig, Qwen3MoE
 from ranks import batch
+from report import read_jsonl
 from task import Codec
 from train_cispo import micro_batch_logprobs
 
@@ -405,3 +409,21 @@ def test_an_interrupted_turn_is_one_turn_for_the_function():
     assert first == Turn([1, 7, 4, 4, 1], "stop") == second
     assert sample.token_ids == [1, 7, 4, 4, 1, 8, 1, 7, 4, 4, 1]
     assert [v == NOT_SAMPLED for v in sample.versions] == [x in (7, 8) for x in sample.token_ids]
+
+
+@pytest.mark.slow
+def test_a_task_of_several_turns_is_learned_with_a_real_vllm(tmp_path):
+    """An environment's token in the loss, or a mask one place off, would show as a mismatch between
+    trainer and sampler, or as a policy that writes what the environment says."""
+    command = [sys.executable, REPO / "train_cispo.py", "--preset", "rounds", "--name", "r"]
+    flags = ["--max-num-steps", "80", "--val-every-steps", "80"]
+    subprocess.run([*command, *flags], cwd=tmp_path, check=True)
+    records = read_jsonl(tmp_path / "runs/r/metrics.jsonl")
+    rewards = [r["train/reward"] for r in records]
+    assert sum(rewards[:5]) <= 0.6 * sum(rewards[-5:]) and sum(rewards[-5:]) > 5 * 0.75, rewards
+    fresh = [r["train/gen_kl_error_same_version"] for r in records]
+    assert max(x for x in fresh if x is not None) <= 1e-5
+    assert all(r["rollout/turns_per_sample"] == 3.0 for r in records)
+    assert all(0.3 < r["train/inserted_share"] < 0.6 for r in records)
+    sample = read_jsonl(tmp_path / "runs/r/samples.jsonl")[0]
+    assert [next(iter(turn)) for turn in sample["turns"]][:3] == ["policy", "environment", "policy"]
