@@ -350,6 +350,12 @@ def run_for_nodes(cfg: Config, checkpoint: Path, data, dtype: torch.dtype) -> di
     }
 
 
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    return getattr(
+        torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name)
+    )
+
+
 def with_chunk_size(cfg: Config, model_cfg: ModelConfig) -> Config:
     """--logprob-chunk-size 0 as the number that it stands for."""
     if cfg.logprob_chunk_size:

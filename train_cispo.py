@@ -46,6 +46,7 @@ from prepare import (
     known_config,
     model_digest,
     prepare,
+    resolve_dtype,
     reward_takes,
     run_for_nodes,
     use_cpu,
@@ -192,12 +193,6 @@ def build_optimizer(cfg: Config, model: Qwen3MoE) -> ShardedAdamW:
     )
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    return getattr(
-        torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name)
-    )
-
-
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up from lr / 10 over lr_warmup_steps rollout batches, then constant. It moves
     once per batch, not per update, as in NeMo RL."""
@@ -255,9 +250,8 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
             batch = Batch.unpack(broadcast_bytes(groups and pack_batch(groups, cfg), mesh))
             against = (cfg.use_leave_one_out_baseline, cfg.advantage_scale)
             advantages_PS = loss.group_advantages(batch.rewards_PS, batch.valid_PS, *against)
-            updates, counts = micro_batches_of(
-                batch, advantages_PS, cfg, mesh.dp_rank, mesh.dp, mesh.device, mesh.tp
-            )
+            share = (mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
+            updates, counts = micro_batches_of(batch, advantages_PS, cfg, *share)
             give_experts(groups, batch, updates, cfg, mesh, model_cfg)
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
             log.begin("policy_and_reference_logprobs")

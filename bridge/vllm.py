@@ -305,8 +305,12 @@ class VLLM:
             ) as response:
                 for line in (await response.text()).splitlines():
                     name, _, rest = line.partition("{")
-                    if name in names:  # one line for each engine of a data-parallel vLLM
-                        found[names[name]] += float(rest.rsplit(" ", 1)[1])
+                    if name not in names:
+                        continue
+                    # A line for each engine of a data-parallel vLLM; the fullest cache is what
+                    # bounds the prompts.
+                    key, value = names[name], float(rest.rsplit(" ", 1)[1])
+                    found[key] = max(found[key], value) if key == "kv" else found[key] + value
         except (*NO_ANSWER, ValueError, IndexError):
             return None
         return found

@@ -113,9 +113,10 @@ def test_the_records_of_skipped_updates_are_json_and_their_step_is_said(capsys):
     assert report.update_metrics({"loss": 0.0, "ratio_histogram": [0.0]}, [])["train/loss"] is None
 
 
-def test_the_reference_of_the_kl_penalty_chooses_its_own_experts():
+@pytest.mark.parametrize("replay", ["trainer", "sampler"])
+def test_the_reference_of_the_kl_penalty_chooses_its_own_experts(replay):
     cfg = dataclasses.replace(
-        SMALL, reference_policy_kl_penalty=0.1, router_replay="trainer", freeze_moe_router=False
+        SMALL, reference_policy_kl_penalty=0.1, router_replay=replay, freeze_moe_router=False
     )
     model, reference = Qwen3MoE(TINY), Qwen3MoE(TINY)
     for seed, m in enumerate((model, reference)):
@@ -123,6 +124,9 @@ def test_the_reference_of_the_kl_penalty_chooses_its_own_experts():
     updates, _ = unpack_batch(pack_batch(random_groups(), cfg), cfg, 0, 1, torch.device("cpu"))
     with torch.no_grad():
         wanted = [micro_batch_logprobs(reference, mb, cfg)[0] for mbs in updates for mb in mbs]
+    for mb in itertools.chain(*updates) if replay == "sampler" else ():
+        shape = (len(TINY.moe_layers), len(mb.tokens_T), TINY.num_experts_per_tok)
+        mb.expert_ids = torch.randint(TINY.num_experts, shape, dtype=torch.uint8)
     fix_for_the_step(updates, 1, model, reference, cfg)
     fix_for_the_step(updates, 1, model, reference, cfg)  # now the policy's experts are there
     for mb, logprobs in zip(itertools.chain(*updates), wanted):

@@ -24,9 +24,9 @@ from bridge.receive import fetch
 from bridge.versions import write_index
 from bridge.weights import MANIFEST, WeightsError, load_hf, read_tensors
 from model import ModelConfig, Qwen3MoE
+from prepare import resolve_dtype
 from presets import parse_config
 from ranks import parallel
-from train_cispo import resolve_dtype
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,11 @@ def score(completion, example):
         if kind == "hang": signal.pause()
         if kind == "nan": return float("nan")
     return float(completion == example["answer"])
+
+async def play(sample, example):
+    turn = await sample(max_tokens=6)
+    await sample(example["prompt"], max_tokens=2)
+    return score(turn.text, example)
 """
 
 
@@ -93,7 +98,7 @@ class Run:
     """A training run in a directory of its own, started again when a fault has ended the
     trainer."""
 
-    def __init__(self, root: Path, real: bool, steps: int):
+    def __init__(self, root: Path, real: bool, steps: int, plays: bool):
         self.root, self.steps = root, steps
         (root / "my.py").write_text(REWARD_FILE)
         self.second = None  # rollout node, which ends with the trainer
@@ -121,7 +126,9 @@ class Run:
             "--resume",
             "auto",
             "--reward",
-            f"{root / 'my.py'}:score",
+            f"{root / 'my.py'}:{'play' if plays else 'score'}",
+            "--max-new-tokens",
+            "14" if plays else "8",
             "--full-version-every",
             "2",
             f"--rollout-args={rollout}",
@@ -276,6 +283,7 @@ def chaos(
     per_run: int = 40,
     steps: int = 160,
     within_s: float = 60.0,
+    plays: bool = False,
 ):
     """Returns (step, fault, seconds to recover) of each fault, and each run's verdict; prints both
     as they come."""
@@ -284,7 +292,7 @@ def chaos(
     deck = []
     for number in range(-(-faults // per_run)):
         with tempfile.TemporaryDirectory() as directory:
-            run = Run(Path(directory), real, steps)
+            run = Run(Path(directory), real, steps, plays)
             try:
                 run.wait(lambda run=run: run.steps_done() >= 3, 240, "the start")
                 for _ in range(min(per_run, faults - len(rows))):
@@ -329,8 +337,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--within-s", type=float, default=60.0, help="to recover from a fault")
     parser.add_argument("--real", action="store_true")
-    args = parser.parse_args()
-    _, verdicts = chaos(args.seed, args.faults, args.real, args.per_run, args.steps, args.within_s)
+    parser.add_argument("--plays", action="store_true", help="samples of two turns")
+    a = parser.parse_args()
+    _, verdicts = chaos(a.seed, a.faults, a.real, a.per_run, a.steps, a.within_s, a.plays)
     bad = [
         v
         for v in verdicts
@@ -338,6 +347,6 @@ if __name__ == "__main__":
         or v["twice"]
         or v["too_old"]
         or v["reward"] < 0.9
-        or v["longest_gap_s"] > args.within_s
+        or v["longest_gap_s"] > a.within_s
     ]
     sys.exit(f"failed: {bad}" if bad else 0)
