@@ -11,11 +11,13 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import aiohttp
 import pytest
 import torch
+from aiohttp import web
 from test_failures import REPO, groups, make_hub, run_node, until
 
 import bridge.publish
@@ -310,3 +312,30 @@ def test_a_hub_on_ipv6_is_reached_by_the_address_it_says(tmp_path, tiny_checkpoi
         hub.close(patience_s=0.0)
     server = files.FileServer(Path(tmp_path), "t", "::1", 0)
     assert re.fullmatch(r"http://\[::1\]:\d+", server.url)
+
+
+def test_of_several_engines_the_fullest_cache_counts_and_requests_add_up(tmp_path):
+    """Two engines that are half full are not one that is full."""
+    text = "".join(
+        f'vllm:{name}{{engine="{i}"}} {value}\n'
+        for name, value in (("kv_cache_usage_perc", 0.45), ("num_requests_running", 3.0))
+        for i in range(2)
+    )
+
+    async def run():
+        app = web.Application()
+        app.router.add_get("/health", lambda request: asyncio.sleep(0, web.Response()))
+        app.router.add_get("/metrics", lambda request: asyncio.sleep(0, web.Response(text=text)))
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        vllm = VLLM(RolloutConfig("http://h:1"), {}, tmp_path / "log")
+        vllm.process = types.SimpleNamespace(returncode=None)
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with aiohttp.ClientSession(url) as vllm.session:
+            found = await vllm.vitals()
+        await runner.cleanup()
+        return found
+
+    found = asyncio.run(run())
+    assert found["kv"] == 0.45 and found["running"] == 6.0
