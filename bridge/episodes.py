@@ -91,7 +91,7 @@ class Players:
         player.say(id=id, example=example, timeout_s=left_s)
         try:
             while True:
-                start, wait = time.monotonic(), Wait("reward", left_s + GRACE_S)
+                start, wait = time.monotonic(), Wait("reward", round(left_s + GRACE_S, 1))
                 try:
                     async with asyncio.timeout(wait.deadline_s):
                         answer = await inbox.get()
