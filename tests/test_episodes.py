@@ -423,7 +423,7 @@ def test_a_task_of_several_turns_is_learned_with_a_real_vllm(tmp_path):
     assert sum(rewards[:5]) <= 0.6 * sum(rewards[-5:]) and sum(rewards[-5:]) > 5 * 0.75, rewards
     fresh = [r["train/gen_kl_error_same_version"] for r in records]
     assert max(x for x in fresh if x is not None) <= 1e-5
-    assert all(r["rollout/turns_per_sample"] == 3.0 for r in records)
+    assert {r.get("rollout/turns_per_sample", 3.0) for r in records} == {3.0}  # where groups came
     assert all(0.3 < r["train/inserted_share"] < 0.6 for r in records)
     sample = read_jsonl(tmp_path / "runs/r/samples.jsonl")[0]
     assert [next(iter(turn)) for turn in sample["turns"]][:3] == ["policy", "environment", "policy"]
