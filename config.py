@@ -298,6 +298,11 @@ class Config(*reversed(GROUPS)):  # reversed: the fields of the last base class 
                 "--data without --val-data: there is no validation; the reward names the best "
                 "checkpoint"
             )
+        if not self.model and self.task == "rounds" and self.reward != "rounds":
+            found.append(
+                f"--task rounds with --reward {self.reward} trains its first turn alone; --preset "
+                "rounds plays all"
+            )
         if self.lr > 1e-5 and self.real_model:
             found.append(
                 f"--lr {self.lr:g} is far above what a model of this size takes, about 1e-6; "
