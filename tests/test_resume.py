@@ -24,6 +24,7 @@ from published import write_version
 import loss
 from bridge import weights
 from bridge.groups import Group, pack_group, parse_group
+from bridge.sample import Sample
 from config import Config
 from model import ModelConfig
 from prepare import load_examples, load_prompts
@@ -138,7 +139,10 @@ def plain_loop(tiny_checkpoint, tmp_path, steps):
                 request.step(policy, str(step))
             choices = request.done.result()
             rewards = [exact_match(codec.decode(c["token_ids"]), example) for c in choices]
-            _, tensors = parse_group(pack_group(choices, rewards, "", 0.0))
+            samples = [Sample(request.prompt, sampling, cfg.max_new_tokens, None) for _ in choices]
+            for sample, choice in zip(samples, choices):
+                sample.add([], choice)
+            _, tensors = parse_group(pack_group(samples, rewards, ""))
             groups.append(Group(ordinal, codec.encode(example), **tensors))
         return groups
 
