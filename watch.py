@@ -8,6 +8,7 @@ The first line under the title says what holds the run back, and which flag woul
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -246,17 +247,16 @@ class Screen:
             f"{'stopped to load':17} {self.seconds('rollout/stopped_s'):7.2f} s an update",
         ]
         if (turns := mean(self.records, "rollout/turns_per_sample") or 1) > 1:
-            tools_s = self.seconds("rollout/environment_s")
-            right.append(
-                f"{'a sample waited':17} {tools_s:7.2f} s for its tools, {turns:.1f} turns"
-            )
+            waited_s = self.seconds("rollout/environment_s")
+            right.append(f"{'waits for tools':17} {waited_s:7.2f} s a sample, {turns:.1f} turns")
         samples = config["num_prompts_per_step"] * config["num_generations_per_prompt"]
         tokens_per_s = samples / step_s * self.train("mean_gen_tokens_per_sample")
         count = len(self.nodes)
         trained = f"{tokens_per_s:,.0f} tokens/s"
         made = f"{node_tokens_per_s * count:,.0f} tokens/s on {count} node{'s' * (count != 1)}"
         title = f"{BOLD}{'TRAINER':14}{OFF}{trained:<34}{BOLD}ROLLOUTS{OFF}      {made}"
-        return ["", title, *(f"  {a:46}{b}" for a, b in zip(left, right))]
+        rows = itertools.zip_longest(left, right, fillvalue="")
+        return ["", title, *(f"  {a:46}{b}" for a, b in rows)]
 
     def books(self) -> list[str]:
         """Weights and prompts: where they are, and what did not go straight through."""

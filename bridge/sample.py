@@ -86,6 +86,8 @@ class Sample:
         if self.wants_experts:
             self.experts.append(experts_of(choice, len(insert) + len(choice["token_ids"])))
         self.add(insert, choice)
+        cut = choice["finish_reason"] == "length" and not self.left
+        self.truncated = cut and (max_tokens is None or max_tokens > room)  # it was to be longer
         return Turn(choice["token_ids"], choice["finish_reason"])
 
     def add(self, insert: Sequence[int], choice: dict) -> None:
@@ -96,7 +98,6 @@ class Sample:
         self.versions += [NOT_SAMPLED] * len(insert)
         for span in choice["weight_versions"]:
             self.versions += [int(span["version"])] * (span["end"] - span["start"])
-        self.truncated = choice["finish_reason"] == "length" and not self.left
 
 
 def experts_of(choice: dict, rows: int) -> np.ndarray:
@@ -126,7 +127,7 @@ def interrupted(sample: Sample, at: int, text_ids: list[int], decode) -> Ask:
         if thought.finish != "length":
             return thought
         put = [] if THINK_END in decode(thought.token_ids, special=True) else text_ids
-        rest = await sample(put, limit - at - len(put), stop)
+        rest = await sample(put, max_tokens and limit - at - len(put), stop)
         return Turn([*thought.token_ids, *put, *rest.token_ids], rest.finish)
 
     return ask

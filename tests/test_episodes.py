@@ -377,7 +377,10 @@ async def play(sample, example):
     results, (cut, full), _ = played(tmp_path, tiny_checkpoint, source, examples, most=7)
     assert results == [1.0, 1.0]
     assert cut.token_ids == [4, 4, 1, 2, 2, 4, 1] and not cut.left
-    assert full.token_ids == [4, 4, 1] and full.truncated
+    assert full.token_ids == [4, 4, 1] and full.truncated and cut.truncated
+    source = "async def play(sample, example):\n    await sample()\n    return len(await sample(max_tokens=2))"
+    _, (asked_for_two,), _ = played(tmp_path, tiny_checkpoint, source, [{}], most=5)
+    assert not asked_for_two.left and not asked_for_two.truncated  # it got what was asked for
 
 
 def test_an_episode_is_played_again_while_the_service_that_it_asks_is_away(
