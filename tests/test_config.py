@@ -52,6 +52,7 @@ def char_model(tmp_path):
 PPO, GSPO = ["--no-use-cispo"], ["--sequence-level-importance-ratios", "--no-token-level-loss"]
 
 
+REGION = ["--trust-region"]
 ANCHOR, UNCORRECTED = ["--ratio-anchor", "sampler"], ["--no-use-importance-sampling-correction"]
 
 
@@ -147,6 +148,38 @@ TIS, HIGH, LOW = (
             ["--advantage-std", "batch", "--no-normalize-rewards"],
             "--advantage-std batch: --no-normalize-rewards",
         ),
+        (
+            ["--advantage-std", "mean", "--no-normalize-rewards"],
+            "--advantage-std mean: --no-normalize-rewards",
+        ),
+        (["--ratio-clip-min-negative", "1.5"], "--ratio-clip-min-negative 1.5: must be in 0..1"),
+        (["--ratio-clip-max-negative", "-1"], "--ratio-clip-max-negative -1.0: must be at least 0"),
+        (
+            [*PPO, "--ratio-clip-max-negative", "2"],
+            "--ratio-clip-min-negative None, --ratio-clip-max-negative 2.0: CISPO's",
+        ),
+        ([*REGION, "ratio"], "invalid choice 'ratio' for argument '--trust-region'"),
+        (
+            ["--trust-region-low", "0.1"],
+            "--trust-region-low 0.1, --trust-region-high None: without --trust-region",
+        ),
+        (
+            ["--trust-region-high", "0.1"],
+            "--trust-region-low None, --trust-region-high 0.1: without --trust-region",
+        ),
+        ([*REGION, "tv", "--trust-region-low", "-0.1"], "--trust-region-low -0.1: must be above 0"),
+        ([*REGION, "kl", "--trust-region-high", "0"], "--trust-region-high 0.0: must be above 0"),
+        (
+            [*REGION, "tv", "--trust-region-high", "1.5"],
+            "--trust-region-high 1.5: must be at most 1",
+        ),
+        ([*REGION, "tv", "--trust-region-low", "2"], "--trust-region-low 2.0: must be at most 1"),
+        ([*REGION, "tv", "--trust-region-low", "nan"], "--trust-region-low nan: must be a number"),
+        (
+            [*REGION, "kpop", "--trust-region-low", "0.1"],
+            "--trust-region-low 0.1: kpop has one bound for both ways, --trust-region-high",
+        ),
+        ([*PPO, *REGION, "tv"], "--trust-region tv: CISPO's; leave it out with --no-use-cispo"),
         (
             ["--ratio-clip-mx", "4"],
             "unknown flag '--ratio-clip-mx', did you mean --ratio-clip-max?",
@@ -397,6 +430,29 @@ def test_unset_clips_are_those_of_the_algorithm():
     assert (ppo.ratio_clip_min, ppo.ratio_clip_max) == (0.2, 0.2)
     mixed = Config(use_cispo=False, ratio_clip_max=0.28).algorithm
     assert (mixed.ratio_clip_min, mixed.ratio_clip_max) == (0.2, 0.28)
+
+
+def test_unset_bounds_of_a_trust_region_are_those_of_its_authors():
+    bounds = lambda **flags: (
+        (alg := Config(**flags).algorithm).trust_region_low,
+        alg.trust_region_high,
+    )
+    assert bounds() == (None, None) and bounds(trust_region="tv") == (0.15, 0.15)
+    assert bounds(trust_region="kl") == (0.05, 0.05) and bounds(trust_region="kpop") == (None, 0.1)
+    # a bound above 1 is a KL that exists
+    (cfg := Config(trust_region="kl", trust_region_high=1.5)).validate()
+    assert (cfg.algorithm.trust_region_low, cfg.algorithm.trust_region_high) == (0.05, 1.5)
+    # config.json holds what was used
+    assert cfg.resolved["trust_region_low"] == 0.05
+
+
+def test_bounds_where_the_advantage_is_negative_are_the_others_if_unset():
+    alg = Config().algorithm
+    assert alg.weight_bounds == alg.negative_weight_bounds == (0, 6)
+    alg = Config(ratio_clip_max=3.0, ratio_clip_max_negative=0.5).algorithm
+    assert alg.weight_bounds == (0, 4) and alg.negative_weight_bounds == (0, 1.5)
+    alg = Config(ratio_clip_min_negative=0.0).algorithm
+    assert alg.weight_bounds == (0, 6) and alg.negative_weight_bounds == (1, 6)
 
 
 def test_the_learning_rate_warms_up_linearly_once_per_rollout_batch():

@@ -203,6 +203,12 @@ ALGORITHMS = [
         "positive_example_nll_weight": 0.5,
         "reference_policy_kl_penalty": 0.1,
     },
+    {
+        "trust_region": "tv",
+        "trust_region_low": 0.05,
+        "advantage_std": "mean",
+        "ratio_clip_max_negative": 0.3,
+    },
 ]
 
 
@@ -251,6 +257,7 @@ class Standby:
             "prompt_level_loss": True,
         },
         {"router_replay": "trainer", "freeze_moe_router": False, "activation_checkpointing": True},
+        {"trust_region": "kpop", "trust_region_high": 0.01, "advantage_std": "mean"},
     ],
 )
 def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_path, monkeypatch):
@@ -296,6 +303,9 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     assert [r["train/zero_variance_dropped"] for r in records] == [
         4 if cfg.drop_zero_variance else 0
     ] * 3
+    assert all(0 < r["train/effective_sample_size"] <= 1 for r in records)
+    if cfg.trust_region:
+        assert all(0 < r["train/trust_masked"] < 1 for r in records)
     if cfg.reference_policy_kl_penalty:
         # it starts as its own reference
         assert records[0]["train/kl_penalty"] < records[2]["train/kl_penalty"]

@@ -273,6 +273,19 @@ def test_a_run_that_goes_on_under_another_name_is_at_the_step_that_it_is_at(tmp_
     assert "step 5 of 6" in screen(run) and "0.0 min left" in screen(run)
 
 
+def test_the_screen_shows_what_foretells_a_collapse(tmp_path):
+    """The trust region where there is one; a record of before there was the metric is no error."""
+    run = run_of(tmp_path, [0, 1])
+    plain = re.sub(r"\x1b\[\d+m", "", screen(run))
+    assert re.search(r"effective sample size +- ", plain) and "trust region" not in plain
+    shares = {"train/effective_sample_size": 0.875, "train/trust_masked": 0.0125}
+    records = [step_record(step) | shares for step in (0, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    plain = re.sub(r"\x1b\[\d+m", "", screen(run))
+    assert re.search(r"effective sample size +87\.5% ", plain)
+    assert re.search(r"tokens out of trust region +1\.25% ", plain)
+
+
 def test_a_run_without_a_step_left_ends_well(tmp_path, capsys):
     run = run_of(tmp_path, [])
     report.sum_up(run, 4, {4: 0.5})
