@@ -1,7 +1,14 @@
-"""`pytest` runs what takes seconds or one vLLM start; `pytest --slow` adds whole training runs."""
+"""`pytest` runs what takes seconds or one vLLM start; `pytest --slow` adds whole training runs.
+With CISPO_TEST_GPU=1 the tests marked "gpu" run, and only these; else no test sees a GPU, since
+they start several ranks on any machine and compare in fp32."""
 
+import os
 import sys
 from pathlib import Path
+
+ON_GPU = os.environ.get("CISPO_TEST_GPU") == "1"
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks, and for all that tests start
 
 import pytest
 import torch
@@ -15,10 +22,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    def runs(item):
+        marked = {mark.name for mark in item.iter_markers()}
+        if ON_GPU or "gpu" in marked:
+            return ON_GPU and "gpu" in marked
+        return config.getoption("--slow") or "slow" not in marked
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = [item for item in items if runs(item)]
 
 
 @pytest.fixture(scope="session")

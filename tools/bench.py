@@ -4,6 +4,7 @@
     python tools/bench.py model     the whole model, and one MoE block, against transformers
     python tools/bench.py weights   what a version of the weights costs (bench_weights.py)
     python tools/bench.py rl        whole runs, ours and TRL's (bench_rl.py)
+    python tools/bench.py gpu       what one GPU does, beside what was predicted (bench_gpu.py)
 
 One process per contender, on the same inputs; each first proves that it computes the same, then
 they take turns, so that a noisy machine is noisy for all. Times are medians of --runs. CPU time is
@@ -33,7 +34,7 @@ import loss
 from model import ModelConfig, MoE, Qwen3MoE
 from ranks import ops
 from ranks.parallel import Mesh
-from tools import bench_rl, bench_weights
+from tools import bench_gpu, bench_rl, bench_weights
 
 REPO = Path(__file__).resolve().parent.parent
 PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "accelerate==1.15.0"]
@@ -243,15 +244,13 @@ def ours(x, compiled=True):
 
 
 def bmm_block(x):
-    """Our block, each of its three grouped GEMMs a batched one. It needs equally many rows for
+    """Our block, each of its two grouped GEMMs a batched one. It needs equally many rows for
     every expert."""
 
     def experts(rows_ND, counts_E):
-        rows, w = (
-            rows_ND.unflatten(0, (len(counts_E), -1)),
-            [p.transpose(1, 2) for p in x.ours.experts.parameters()],
-        )
-        return ((F.silu(rows @ w[0]) * (rows @ w[1])) @ w[2]).flatten(0, 1)
+        gate_up, down = (p.transpose(1, 2) for p in x.ours.experts.parameters())
+        gate, up = (rows_ND.unflatten(0, (len(counts_E), -1)) @ gate_up).chunk(2, dim=-1)
+        return ((F.silu(gate) * up) @ down).flatten(0, 1)
 
     x.ours.experts.forward = experts
     return ours(x)
@@ -272,8 +271,7 @@ def hf(x, experts, padded=False, compiled=False):
     with torch.no_grad():
         for name, p in module.named_parameters():
             theirs[prefix + name] = p
-            parts = [x.leaves[n] for n in in_our_names(prefix + name)]
-            p.copy_(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+            p.copy_(x.leaves[prefix + name])
     x.leaves = {**theirs, **({"x": x.x_TD} if is_block else {})}
     if compiled:
         module.compile(dynamic=True)
@@ -289,12 +287,6 @@ def hf(x, experts, padded=False, compiled=False):
     if padded:
         return lambda: (run(ids_BT.clamp(min=0))[ids_BT >= 0] * x.probe).sum()
     return lambda: (run(x.tokens_T[None], position_ids=positions)[0] * x.probe).sum()
-
-
-def in_our_names(name):
-    """transformers holds gate and up in one tensor."""
-    halves = ("gate_proj", "up_proj") if "gate_up_proj" in name else ("",)
-    return [name.replace("gate_up_proj", half) for half in halves]
 
 
 SUITES = {  # inputs, flags that matter, {contender: (function, remark)}
@@ -390,10 +382,7 @@ def measure(run, x, trim):
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else memory_mib("VmHWM")
     check = {"value": [abs(value.item()), value.item()]}
     for name, leaf in leaves.items():
-        names = in_our_names(name)
-        parts = leaf.grad.chunk(2, dim=1) if len(names) > 1 else [leaf.grad]
-        check.update(zip(names, map(fingerprint, parts)))
-        leaf.grad = None
+        check[name], leaf.grad = fingerprint(leaf.grad), None
     return {"s": seconds, "cpu_s": cpu_seconds, "mib": peak - before, "check": check}
 
 
@@ -547,7 +536,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", choices=[*SUITES, "weights", "rl"], help="model: the whole model, then moe"
+        "what", choices=[*SUITES, "weights", "rl", "gpu"], help="model: the whole model, then moe"
     )
     sizes = (
         ("V", 151936),
@@ -577,6 +566,9 @@ def main():
     args = parser.parse_args()
     if args.contender:
         contender(args)
+        return
+    if args.what == "gpu":
+        bench_gpu.main(args.only)
         return
     if args.what == "rl":
         bench_rl.main(args, peer_python)
