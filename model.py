@@ -36,15 +36,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from ranks.ops import attend, copy_rows, grouped_mm
+from ranks.ops import at_least_fp32, attend, combine_rows, copy_rows, grouped_mm, sort_rows
 from ranks.parallel import (
     Mesh,
     Split,
     all_gather,
     all_reduce,
     all_to_all,
+    await_values,
     exchange_counts,
     reduce_scatter,
 )
@@ -181,11 +181,6 @@ class ModelConfig:
 
 
 # ---- attention -----------------------------------------------------------------------------------
-def at_least_fp32(x):
-    """fp32 for half precision; fp64 stays, for the tests that compare layouts to 1e-10."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -231,14 +226,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, cfg.rms_norm_eps)  # per head: what Qwen3 added over Qwen2
         self.k_norm = RMSNorm(C, cfg.rms_norm_eps)
 
-    def forward(self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int):
+    def forward(self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int, kept=None):
         x_TD = all_gather(x_tD, self.tp_group)
         q_ThC = self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
         k_TgC = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
         v_TgC = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         q_ThC, k_TgC = apply_rope(q_ThC, cos_TC, sin_TC), apply_rope(k_TgC, cos_TC, sin_TC)
-        out_ThC = attend(q_ThC, k_TgC, v_TgC, cu_seqlens, max_seqlen)
-        return reduce_scatter(self.o_proj(out_ThC.flatten(1)), self.tp_group)
+        out_ThC, kept = attend(q_ThC, k_TgC, v_TgC, cu_seqlens, max_seqlen, kept)
+        return reduce_scatter(self.o_proj(out_ThC.flatten(1)), self.tp_group), kept
 
 
 # ---- feed-forward --------------------------------------------------------------------------------
@@ -260,19 +255,20 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """This rank's experts of a layer: three grouped GEMMs over rows sorted by expert."""
+    """This rank's experts of a layer: two grouped GEMMs over rows sorted by expert. Gate and up are
+    one tensor, gate's rows first: one GEMM for both, and one for what they pass back."""
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh):
         super().__init__()
         e, F_, D = cfg.num_experts // mesh.ep, cfg.moe_intermediate_size, cfg.hidden_size
-        self.gate_proj = nn.Parameter(torch.empty(e, F_, D))  # (e, F, D)
-        self.up_proj = nn.Parameter(torch.empty(e, F_, D))  # (e, F, D)
+        self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * F_, D))  # (e, 2F, D)
         self.down_proj = nn.Parameter(torch.empty(e, D, F_))  # (e, D, F)
 
     def forward(self, x_RD, counts_e):
-        gate_RF = grouped_mm(x_RD, self.gate_proj.transpose(1, 2), counts_e)
-        up_RF = grouped_mm(x_RD, self.up_proj.transpose(1, 2), counts_e)
-        return grouped_mm(F.silu(gate_RF) * up_RF, self.down_proj.transpose(1, 2), counts_e)
+        ends_e = counts_e.cumsum(0).to(torch.int32)
+        gate_up_R2F = grouped_mm(x_RD, self.gate_up_proj.transpose(1, 2), ends_e)
+        gate_RF, up_RF = gate_up_R2F.chunk(2, dim=-1)
+        return grouped_mm(F.silu(gate_RF) * up_RF, self.down_proj.transpose(1, 2), ends_e)
 
 
 class MoE(nn.Module):
@@ -300,15 +296,13 @@ class MoE(nn.Module):
     def forward(self, x_tD, given_ids_tK=None):
         weights_tK, ids_tK, chosen_tK = self.route(x_tD, given_ids_tK)
         ids_N, K = ids_tK.flatten(), self.num_experts_per_tok
-        order_N = ids_N.argsort(stable=True)  # copies of tokens, sorted by expert
-        inverse_N = order_N.argsort()
-        counts_E = ids_N.new_zeros(self.gate.weight.shape[0]).scatter_add(
-            0, ids_N, torch.ones_like(ids_N)
-        )
+        E = self.gate.weight.shape[0]
+        order_N, inverse_N = sort_rows(ids_N, E)  # copies of tokens, by expert
+        counts_E = ids_N.new_zeros(E).scatter_add(0, ids_N, torch.ones_like(ids_N))
         copies_ND = copy_rows(x_tD, order_N, inverse_N, K)
         y_ND = self.run_experts(copies_ND, counts_E)
-        y_tKD = copy_rows(y_ND, inverse_N, order_N, 1).unflatten(0, (-1, K))
-        return (y_tKD * weights_tK[..., None]).sum(1), chosen_tK.to(self.id_dtype)
+        y_tD = combine_rows(y_ND, weights_tK, order_N, inverse_N, K)
+        return y_tD, chosen_tK.to(self.id_dtype)
 
     def run_experts(self, copies_ND, counts_E):
         """Rows sorted by expert, to the ranks that have the experts and back."""
@@ -316,8 +310,8 @@ class MoE(nn.Module):
             return self.experts(copies_ND, counts_E)
         # dispatch: this rank's experts get their rows from every rank of the group
         counts_re = exchange_counts(counts_E, self.ep_group).view(self.ep, -1)
-        # sync: one per layer
-        splits = torch.stack([counts_E.view(self.ep, -1).sum(1), counts_re.sum(1)]).tolist()
+        # sync: one per layer; compiled, tolist alone would be one for each number
+        splits = torch.stack([counts_E.view(self.ep, -1).sum(1), counts_re.sum(1)]).cpu().tolist()
         for n in (*splits[0], *splits[1]):
             # what torch.compile cannot know of numbers that come from a tensor
             torch._check(n >= 0)
@@ -326,8 +320,7 @@ class MoE(nn.Module):
         # They lie by rank, then by expert; a grouped GEMM wants them by expert alone.
         expert_r = torch.arange(counts_re.shape[1], device=counts_re.device).repeat(self.ep)
         expert_R = expert_r.repeat_interleave(counts_re.flatten(), output_size=rows_RD.shape[0])
-        order_R = expert_R.argsort(stable=True)
-        inverse_R = order_R.argsort()
+        order_R, inverse_R = sort_rows(expert_R, counts_re.shape[1])
         y_RD = self.experts(copy_rows(rows_RD, order_R, inverse_R, 1), counts_re.sum(0))
         # combine: the same way back
         return all_to_all(copy_rows(y_RD, inverse_R, order_R, 1), send, receive, self.ep_group)
@@ -343,21 +336,49 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int, given_ids_tK=None):
-        x_tD = x_tD + self.self_attn(
-            self.input_layernorm(x_tD), cos_TC, sin_TC, cu_seqlens, max_seqlen
+    def forward(self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int, given_ids_tK, kept=None):
+        """kept: what an earlier call with the same arguments returned last."""
+        y_tD, kept = self.self_attn(
+            self.input_layernorm(x_tD), cos_TC, sin_TC, cu_seqlens, max_seqlen, kept
         )
+        x_tD = x_tD + y_tD
         if not self.is_moe:
-            return x_tD + self.mlp(self.post_attention_layernorm(x_tD)), None
+            return x_tD + self.mlp(self.post_attention_layernorm(x_tD)), None, kept
         y_tD, chosen_tK = self.mlp(self.post_attention_layernorm(x_tD), given_ids_tK)
-        return x_tD + y_tD, chosen_tK
+        return x_tD + y_tD, chosen_tK, kept
+
+
+class _Recompute(torch.autograd.Function):
+    """A block that keeps its input and its attention's output, and runs again in the backward pass.
+    Attention is what costs the most there and the least to keep. torch.utils.checkpoint keeps an
+    operation's output too, but only with the checkpoint inside of what is compiled."""
+
+    @staticmethod
+    def forward(ctx, layer, x_tD, *rest):
+        # detached: a pass without gradients is this very graph
+        y_tD, chosen_tK, kept = layer(x_tD.detach(), *rest)
+        ctx.layer, ctx.rest = layer, rest
+        ctx.save_for_backward(x_tD, *kept)
+        if chosen_tK is not None:
+            ctx.mark_non_differentiable(chosen_tK)
+        return y_tD, chosen_tK
+
+    @staticmethod
+    def backward(ctx, grad_tD, _):
+        x_tD, *kept = ctx.saved_tensors
+        x_tD = x_tD.detach().requires_grad_()
+        with torch.enable_grad():
+            y_tD, *_ = ctx.layer(x_tD, *ctx.rest, kept)
+        torch.autograd.backward(y_tD, grad_tD)  # the parameters' gradients go where they belong
+        return None, x_tD.grad, *(None for _ in ctx.rest)
 
 
 class Qwen3MoE(nn.Module):
     """Token ids to final hidden states; the vocabulary projection belongs to the loss
     (ops.token_logprobs).
 
-    recompute: keep only each block's input and run the block again in backward.
+    recompute: keep only each block's input and its attention's output, and run the rest of the
+    block again in backward.
     """
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh | None = None, recompute: bool = False):
@@ -383,6 +404,10 @@ class Qwen3MoE(nn.Module):
             if self.cfg.tie_word_embeddings
             else self.lm_head.weight
         )
+
+    def await_values(self) -> None:
+        """Until the parameters hold the last update."""
+        await_values(self)
 
     def compile_blocks(self) -> None:
         """torch.compile each block: one graph serves all blocks of a kind, and any number of
@@ -414,17 +439,22 @@ class Qwen3MoE(nn.Module):
             cu_seqlens, len(tokens_T), self.cfg.head_dim, self.cfg.rope_theta
         )
         norm, ids = self.model["norm"], []
+        await_values(self.model["embed_tokens"])
         x_tD = self.embed(tokens_T).to(norm.weight.dtype)
         for layer in self.model["layers"]:
             given_ids_tK = (
                 given_ids_LtK[len(ids)] if given_ids_LtK is not None and layer.is_moe else None
             )
             args = (x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen, given_ids_tK)
-            recompute = self.recompute and torch.is_grad_enabled()
-            x_tD, ids_tK = (
-                checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-            )
+            await_values(layer)
+            if self.recompute and torch.is_grad_enabled():
+                if not x_tD.requires_grad:  # a frozen embedding: the block's weights may want some
+                    args = (x_tD.detach().requires_grad_(), *args[1:])
+                x_tD, ids_tK = _Recompute.apply(layer, *args)
+            else:
+                x_tD, ids_tK, _ = layer(*args)
             ids += [ids_tK] if layer.is_moe else []
+        await_values(self)  # norm, and the head that comes next
         hidden_TD = all_gather(norm(x_tD), self.mesh.tp_group)
         return hidden_TD.to(self.head_weight.dtype), torch.stack(ids) if ids else None
 
@@ -465,6 +495,7 @@ class Qwen3MoE(nn.Module):
     def hf_parts(self, name: str):
         """A parameter as parts of Hugging Face tensors: (HF name, this rank's view, which slice of
         the whole it is)."""
+        await_values(self)
         p, split = self.get_parameter(name).detach(), self.split_of(name)
         if ".experts." in name:  # an expert is a tensor of its own there, and whole on its rank
             for hf_name, expert in self.hf_views(name, p, first_expert=split.index * len(p)):
@@ -480,14 +511,16 @@ class Qwen3MoE(nn.Module):
 
     @staticmethod
     def hf_views(name: str, tensor: torch.Tensor, first_expert: int = 0):
-        """A parameter's Hugging Face names and views: itself, or, for stacked experts, one of each
-        expert."""
+        """A parameter's Hugging Face names and views: itself, or, for stacked experts, those of
+        each expert; in the order in which they lie in memory."""
         if ".experts." not in name:
             yield name, tensor
             return
         prefix, projection = name.rsplit(".", 1)
+        projections = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
         for expert, weight in enumerate(tensor, start=first_expert):
-            yield f"{prefix}.{expert}.{projection}.weight", weight
+            for kind, part in zip(projections, weight.chunk(len(projections))):
+                yield f"{prefix}.{expert}.{kind}.weight", part
 
 
 # ---- how evenly the router spreads the tokens ----------------------------------------------------
@@ -499,13 +532,12 @@ def expert_stats(chosen_LtK, mb, num_tokens, model) -> dict[str, torch.Tensor]:
     Shapes: chosen_LtK (L, t, K), the routers' choice. Both are sums; the second over the tp group.
     """
     used_LtK = chosen_LtK if mb.expert_ids is None else mb.expert_ids
-    t, first = chosen_LtK.shape[1], model.mesh.tp_rank * chosen_LtK.shape[1]
+    (L, t, _), first = chosen_LtK.shape, model.mesh.tp_rank * chosen_LtK.shape[1]
     mine = max(0, mb.num_tokens - first)  # the row's padding is at its end
-
-    def count(ids_tK):
-        return ids_tK[:mine].flatten().long().bincount(minlength=model.cfg.num_experts)
-
-    stats = {"expert_tokens": torch.stack([count(ids_tK) for ids_tK in used_LtK])}
+    ids_LN = used_LtK[:, :mine].flatten(1).long()
+    tokens_LE = ids_LN.new_zeros(L, model.cfg.num_experts)
+    # on a GPU bincount would wait for the largest number
+    stats = {"expert_tokens": tokens_LE.scatter_add_(1, ids_LN, torch.ones_like(ids_LN))}
     if mb.expert_ids is not None:
         at_N = mb.rows_N[mb.mask[: len(mb.rows_N)]] - first
         at_n = at_N[(at_N >= 0) & (at_N < t)]

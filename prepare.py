@@ -356,13 +356,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     )
 
 
-def with_chunk_size(cfg: Config, model_cfg: ModelConfig) -> Config:
+def with_chunk_size(cfg: Config, model_cfg: ModelConfig, device) -> Config:
     """--logprob-chunk-size 0 as the number that it stands for."""
     if cfg.logprob_chunk_size:
         return cfg
-    return dataclasses.replace(
-        cfg, logprob_chunk_size=ops.chunk_rows(model_cfg.vocab_size // cfg.tp)
-    )
+    rows = ops.chunk_rows(model_cfg.vocab_size // cfg.tp, device.type == "cuda")
+    return dataclasses.replace(cfg, logprob_chunk_size=rows)
 
 
 # ---- errors in one line --------------------------------------------------------------------------

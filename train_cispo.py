@@ -135,18 +135,20 @@ def train_update(
     added = weight.requires_grad and weight.main_grad.dtype.itemsize >= 4
     head_grad = weight.main_grad if added else None
     head = (cfg.temperature, cfg.logprob_chunk_size, cfg.compile, tp_group)
-    for mb in micro_batches:
-        tokens = tokens_of(mb)
+    for i, mb in enumerate(micro_batches, start=1):
+        tokens, last = tokens_of(mb), i == len(micro_batches)
         rest = (alg, num_tokens, num_seqs, mb.sequence, mb.age, cfg.max_trajectory_age_steps)
         if alg.needs_sequences:  # two passes: a token's gradient waits for its whole sequence
             logprobs, entropy, expert_ids = micro_batch_logprobs(model, mb, cfg)
             value, stats = policy_loss(logprobs, tokens, *rest)
+            optimizer.expect_last() if last else None
             value.backward()
         else:
             hidden_TD, expert_ids = model(mb.tokens_T, mb.cu_seqlens, mb.max_seqlen, mb.expert_ids)
             value, logprobs, entropy = ops.fused_head_loss(
                 hidden_TD[mb.rows_N], weight, mb.targets_N, objective, tokens, *head, head_grad
             )
+            optimizer.expect_last() if last else None
             value.backward()
             _, stats = policy_loss(logprobs, tokens, *rest)
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
@@ -215,7 +217,7 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
     model_cfg = ModelConfig.from_dir(checkpoint)
     mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads, cfg.collective_timeout_s)
     torch.manual_seed(cfg.seed)
-    cfg = with_chunk_size(cfg, model_cfg)
+    cfg = with_chunk_size(cfg, model_cfg, mesh.device)
     model = build_model(cfg, model_cfg, mesh, checkpoint)
     kl = cfg.reference_policy_kl_penalty  # the reference is a frozen copy of the starting model
     reference = build_model(cfg, model_cfg, mesh, checkpoint) if kl else None

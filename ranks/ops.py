@@ -11,9 +11,14 @@ import itertools
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from ranks.parallel import all_reduce
+
+
+def at_least_fp32(x):
+    """fp32 for half precision; fp64 stays, for the tests that compare layouts to 1e-10."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 # ---- log-probs of a large vocabulary -------------------------------------------------------------
 # A chunk's logits are the largest tensor of the program, so they live once: one GEMM writes them,
@@ -24,9 +29,12 @@ from ranks.parallel import all_reduce
 IGNORED = -(2**31)
 
 
-def chunk_rows(vocab_rows: int, budget_bytes: int = 2**28) -> int:
+def chunk_rows(vocab_rows: int, on_cuda: bool) -> int:
     """Tokens whose fp32 logits fit the budget: a power of two from 16 to 4096, as batches are
-    multiples of such."""
+    multiples of such. On a GPU each chunk reads the weight twice and its fp32 gradient once, and
+    writes that: with 256 rows of Qwen3's vocabulary this takes longer than the GEMMs, with 2,048 it
+    does not (BENCHMARKS.md). On a CPU it is the cache that counts."""
+    budget_bytes = 2**31 if on_cuda else 2**28
     return 1 << min(12, max(4, (budget_bytes // (4 * vocab_rows)).bit_length() - 1))
 
 
@@ -95,7 +103,10 @@ class _Head:
         self, hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group
     ):
         self.hidden_ND, self.N = hidden_ND, len(hidden_ND)
-        self.v, self.C = len(weight_vD), chunk_tokens or chunk_rows(len(weight_vD))
+        self.v, self.C = (
+            len(weight_vD),
+            chunk_tokens or chunk_rows(len(weight_vD), hidden_ND.is_cuda),
+        )
         self.temperature, self.compiled, self.tp_group = temperature, compiled, tp_group
         # Logits are fp32 whatever the inputs: rounded to bf16 they are wrong by 0.06 nats. Only
         # CUDA has a GEMM from bf16 to fp32; elsewhere (tests) the operands are made fp32. Gradients
@@ -298,36 +309,43 @@ def _sequences(cu_seqlens: list[int]):
         yield rows, length
 
 
-# On a CPU: torch's varlen kernel does not exist there and flex_attention has no backward, but the
-# flash kernel behind SDPA does. As custom ops, since torch.compile cannot look into a loop over
-# lengths that are data.
-def _lse_like(q_THC):
-    """The kernel's log-sum-exp is at least fp32."""
-    return q_THC.new_empty(q_THC.shape[:2], dtype=torch.promote_types(q_THC.dtype, torch.float32))
-
-
-@torch.library.custom_op("cispo::attend_cpu", mutates_args=())
-def attend_cpu(
-    q_THC: torch.Tensor, k_THC: torch.Tensor, v_THC: torch.Tensor, cu: torch.Tensor
+# On a GPU this is one call of the flash kernel of torch.nn.attention.varlen, which takes fewer kv
+# heads than query heads, and for which `activate_flash_attention_impl` can put another in its
+# place. On a CPU torch's varlen kernel does not exist and flex_attention has no backward, but the
+# flash kernel behind SDPA does. Custom ops, since torch.compile cannot look into a loop over
+# lengths that are data; and so that the log-sum-exp is at hand, without which the output alone
+# could not be kept for the backward pass.
+@torch.library.custom_op("cispo::attention", mutates_args=())
+def attention(
+    q_ThC: torch.Tensor, k_TgC: torch.Tensor, v_TgC: torch.Tensor, cu: torch.Tensor, max_len: int
 ) -> list[torch.Tensor]:
-    out, lse = torch.empty_like(q_THC), _lse_like(q_THC)
+    if q_ThC.is_cuda:
+        lengths = (cu, cu, max_len, max_len)
+        flash = torch.ops.aten._flash_attention_forward
+        return list(flash(q_ThC, k_TgC, v_TgC, *lengths, 0.0, True, False)[:2])
+    out, lse = _like_attention(q_ThC)
     for rows, length in _sequences(cu.tolist()):
         q, k, v = (
-            x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q_THC, k_THC, v_THC)
+            x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q_ThC, k_TgC, v_TgC)
         )
         o, s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
         out[rows], lse[rows] = o.transpose(1, 2).flatten(0, 1), s.transpose(1, 2).flatten(0, 1)
     return [out, lse]
 
 
-@torch.library.custom_op("cispo::attend_cpu_backward", mutates_args=())
-def attend_cpu_backward(
-    grad: torch.Tensor, saved: list[torch.Tensor], cu: torch.Tensor
+@torch.library.custom_op("cispo::attention_backward", mutates_args=())
+def attention_backward(
+    grad_ThC: torch.Tensor, saved: list[torch.Tensor], cu: torch.Tensor, max_len: int
 ) -> list[torch.Tensor]:
-    grads = [torch.empty_like(grad) for _ in range(3)]
+    if grad_ThC.is_cuda:
+        random = torch.empty(2, dtype=torch.uint64, device=cu.device)  # of dropout: there is none
+        lengths = (cu, cu, max_len, max_len)
+        flash = torch.ops.aten._flash_attention_backward
+        return list(flash(grad_ThC, *saved, *lengths, 0.0, True, random, random))
+    grads = [torch.empty_like(x) for x in saved[:3]]
     for rows, length in _sequences(cu.tolist()):
         g, q, k, v, o, s = (
-            x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (grad, *saved)
+            x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (grad_ThC, *saved)
         )
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, o, s, 0.0, True
@@ -337,72 +355,116 @@ def attend_cpu_backward(
     return grads
 
 
-@attend_cpu.register_fake
-def _(q_THC, k_THC, v_THC, cu):
-    return [torch.empty_like(q_THC), _lse_like(q_THC)]
+def _like_attention(q_ThC):
+    """Output and log-sum-exp, which is at least fp32: (T, h), and (h, T) of the CUDA kernel."""
+    shape = q_ThC.shape[1::-1] if q_ThC.is_cuda else q_ThC.shape[:2]
+    dtype = torch.promote_types(q_ThC.dtype, torch.float32)
+    return [torch.empty_like(q_ThC), q_ThC.new_empty(shape, dtype=dtype)]
 
 
-@attend_cpu_backward.register_fake
-def _(grad, saved, cu):
-    return [torch.empty_like(grad) for _ in range(3)]
+@attention.register_fake
+def _(q_ThC, k_TgC, v_TgC, cu, max_len):
+    return _like_attention(q_ThC)
 
 
-def _attend_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+@attention_backward.register_fake
+def _(grad_ThC, saved, cu, max_len):
+    return [torch.empty_like(x) for x in saved[:3]]
 
 
-def _attend_backward(ctx, grads):
+def _attention_setup(ctx, inputs, output):
+    *qkv, cu, ctx.max_len = inputs
+    ctx.save_for_backward(*qkv, *output, cu)
+
+
+def _attention_gradients(ctx, grads):
     *saved, cu = ctx.saved_tensors
-    return *attend_cpu_backward(grads[0].contiguous(), saved, cu), None
+    return *attention_backward(grads[0].contiguous(), saved, cu, ctx.max_len), None, None
 
 
-attend_cpu.register_autograd(_attend_backward, setup_context=_attend_setup)
+attention.register_autograd(_attention_gradients, setup_context=_attention_setup)
 
 
-def attend(q_ThC, k_TgC, v_TgC, cu_seqlens, max_seqlen: int):
-    """Causal attention inside each packed sequence. Shapes: q (T, h, C), k and v (T, g, C) -> (T,
-    h, C)."""
-    # torch 2.11's kernel has no GQA argument: repeat the kv heads
-    groups = q_ThC.shape[1] // k_TgC.shape[1]
-    k_ThC, v_ThC = (x.repeat_interleave(groups, dim=1) for x in (k_TgC, v_TgC))
-    if q_ThC.is_cuda:
-        return varlen_attn(
-            q_ThC, k_ThC, v_ThC, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0)
-        )
-    return attend_cpu(q_ThC, k_ThC, v_ThC, cu_seqlens)[0]
+@torch.library.custom_op("cispo::attention_again", mutates_args=())
+def attention_again(
+    q_ThC: torch.Tensor,
+    k_TgC: torch.Tensor,
+    v_TgC: torch.Tensor,
+    out_ThC: torch.Tensor,
+    lse: torch.Tensor,
+    cu: torch.Tensor,
+    max_len: int,
+) -> torch.Tensor:
+    """`attention` of the same q, k and v, whose results are known: its gradient costs no second
+    forward pass."""
+    return out_ThC.clone()  # an op may not return its argument
+
+
+@attention_again.register_fake
+def _(q_ThC, k_TgC, v_TgC, out_ThC, lse, cu, max_len):
+    return torch.empty_like(out_ThC)
+
+
+def _again_setup(ctx, inputs, output):
+    *saved, ctx.max_len = inputs
+    ctx.save_for_backward(*saved)
+
+
+def _again_gradients(ctx, grad_ThC):
+    *saved, cu = ctx.saved_tensors
+    found = attention_backward(grad_ThC.contiguous(), saved, cu, ctx.max_len)
+    return *found, None, None, None, None
+
+
+attention_again.register_autograd(_again_gradients, setup_context=_again_setup)
+
+
+def attend(q_ThC, k_TgC, v_TgC, cu_seqlens, max_seqlen: int, kept=None):
+    """Causal attention inside each packed sequence.
+
+    Shapes: q (T, h, C), k and v (T, g, C), h a multiple of g -> (T, h, C), and what to give as
+    `kept` when the same is computed again in a backward pass.
+    """
+    if kept is None:
+        kept = attention(q_ThC, k_TgC, v_TgC, cu_seqlens, max_seqlen)
+        return kept[0], kept
+    return attention_again(q_ThC, k_TgC, v_TgC, *kept, cu_seqlens, max_seqlen), kept
 
 
 # ---- one GEMM per expert -------------------------------------------------------------------------
 # One GEMM per expert over rows sorted by expert. torch's grouped_mm is that on a GPU, in bf16; its
 # CPU version is this loop, but takes no fp64, and compiles in bf16 only. Hence a custom op around
-# the two.
+# the two. ends_e: where each expert's rows end, int32; expert 0's come first.
+def _sizes(ends_e) -> list[int]:
+    ends = ends_e.tolist()
+    return [end - start for start, end in zip([0, *ends], ends)]
+
+
 @torch.library.custom_op("cispo::grouped_mm", mutates_args=())
-def grouped_mm(x_NA: torch.Tensor, w_eAB: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
-    """Rows of expert 0 first, then of expert 1, ...; counts_e rows each: y = x @ w[expert]."""
+def grouped_mm(x_NA: torch.Tensor, w_eAB: torch.Tensor, ends_e: torch.Tensor) -> torch.Tensor:
+    """y = x @ w[expert], of each row's expert."""
     if x_NA.is_cuda and x_NA.dtype == torch.bfloat16:
-        return F.grouped_mm(x_NA, w_eAB, offs=counts_e.cumsum(0).to(torch.int32))
-    out = x_NA.new_empty(len(x_NA), w_eAB.shape[2])
-    for x, w, y in zip(x_NA.split(counts_e.tolist()), w_eAB, out.split(counts_e.tolist())):
+        return F.grouped_mm(x_NA, w_eAB, offs=ends_e)
+    out, sizes = x_NA.new_empty(len(x_NA), w_eAB.shape[2]), _sizes(ends_e)
+    for x, w, y in zip(x_NA.split(sizes), w_eAB, out.split(sizes)):
         torch.mm(x, w, out=y)
     return out
 
 
 @torch.library.custom_op("cispo::grouped_outer", mutates_args=())
-def grouped_outer(x_NA: torch.Tensor, g_NB: torch.Tensor, counts_e: torch.Tensor) -> torch.Tensor:
+def grouped_outer(x_NA: torch.Tensor, g_NB: torch.Tensor, ends_e: torch.Tensor) -> torch.Tensor:
     """x^T @ g of each expert's rows, (e, A, B): the weight gradient. Zero for an expert without
     rows."""
     if x_NA.is_cuda and x_NA.dtype == torch.bfloat16:
-        return F.grouped_mm(x_NA.t(), g_NB, offs=counts_e.cumsum(0).to(torch.int32))
-    out = x_NA.new_empty(len(counts_e), x_NA.shape[1], g_NB.shape[1])
-    for x, g, w in zip(x_NA.split(counts_e.tolist()), g_NB.split(counts_e.tolist()), out):
+        return F.grouped_mm(x_NA.t(), g_NB, offs=ends_e)
+    out, sizes = x_NA.new_empty(len(ends_e), x_NA.shape[1], g_NB.shape[1]), _sizes(ends_e)
+    for x, g, w in zip(x_NA.split(sizes), g_NB.split(sizes), out):
         torch.mm(x.t(), g, out=w)
     return out
 
 
-grouped_mm.register_fake(lambda x, w, counts: x.new_empty(x.shape[0], w.shape[2]))
-grouped_outer.register_fake(
-    lambda x, g, counts: x.new_empty(counts.shape[0], x.shape[1], g.shape[1])
-)
+grouped_mm.register_fake(lambda x, w, ends: x.new_empty(x.shape[0], w.shape[2]))
+grouped_outer.register_fake(lambda x, g, ends: x.new_empty(ends.shape[0], x.shape[1], g.shape[1]))
 
 
 def _grouped_setup(ctx, inputs, output):
@@ -410,14 +472,12 @@ def _grouped_setup(ctx, inputs, output):
 
 
 def _grouped_backward(ctx, grad_NB):
-    x_NA, w_eAB, counts_e = ctx.saved_tensors
+    x_NA, w_eAB, ends_e = ctx.saved_tensors
     grad_NB = grad_NB.contiguous()
-    dx_NA = (
-        grouped_mm(grad_NB, w_eAB.transpose(1, 2), counts_e) if ctx.needs_input_grad[0] else None
-    )
+    dx_NA = grouped_mm(grad_NB, w_eAB.transpose(1, 2), ends_e) if ctx.needs_input_grad[0] else None
     # As (e, B, A) transposed: the layout of the parameter, which is a transposed w.
     dw_eAB = (
-        grouped_outer(grad_NB, x_NA, counts_e).transpose(1, 2) if ctx.needs_input_grad[1] else None
+        grouped_outer(grad_NB, x_NA, ends_e).transpose(1, 2) if ctx.needs_input_grad[1] else None
     )
     return dx_NA, dw_eAB, None
 
@@ -426,6 +486,28 @@ grouped_mm.register_autograd(_grouped_backward, setup_context=_grouped_setup)
 
 
 # ---- moving rows ---------------------------------------------------------------------------------
+def sort_rows(ids_N, bound: int):
+    """The stable order of small numbers below `bound`, and its inverse. A GPU sorts a byte in one
+    pass, int64 in eight; and the inverse of an order is a scatter, not another sort."""
+    order_N = ids_N.to(torch.uint8 if bound <= 256 else torch.int16).argsort(stable=True)
+    rows_N = torch.arange(len(order_N), device=order_N.device)
+    return order_N, torch.empty_like(order_N).scatter(0, order_N, rows_N)
+
+
+def sum_rows(x_ND, at_tK, weights_tK=None):
+    """Row t of the result is the sum of the rows at_tK[t] of x, times weights_tK[t], taken in at
+    least fp32. K is a constant of the compiled code, and one row comes after the other: a single
+    loop over D with K loads. A reduction over K runs at a fifth of a GPU's bandwidth
+    (BENCHMARKS.md)."""
+    total_tD = 0
+    for k in range(at_tK.shape[1]):
+        rows_tD = at_least_fp32(x_ND[at_tK[:, k]])
+        if weights_tK is not None:
+            rows_tD = rows_tD * at_least_fp32(weights_tK[:, k, None])
+        total_tD = total_tD + rows_tD
+    return total_tD.to(x_ND.dtype)
+
+
 class _CopyRows(torch.autograd.Function):
     """Row n of the result is row order_N[n] // K of x forward; backward each row of x adds up its K
     copies' gradients, found by the inverse order: a gather, where autograd's own would be atomic
@@ -439,7 +521,28 @@ class _CopyRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND):
-        return grad_ND[ctx.saved_tensors[0]].unflatten(0, (-1, ctx.K)).sum(1), None, None, None
+        return sum_rows(grad_ND, ctx.saved_tensors[0].unflatten(0, (-1, ctx.K))), None, None, None
 
 
 copy_rows = _CopyRows.apply
+
+
+class _Combine(torch.autograd.Function):
+    """The other way: row t of the result is the weighted sum of its K copies."""
+
+    @staticmethod
+    def forward(ctx, y_ND, weights_tK, order_N, inverse_N, K):
+        ctx.K = K
+        ctx.save_for_backward(y_ND, weights_tK, order_N, inverse_N)
+        return sum_rows(y_ND, inverse_N.unflatten(0, (-1, K)), weights_tK)
+
+    @staticmethod
+    def backward(ctx, grad_tD):
+        y_ND, weights_tK, order_N, inverse_N = ctx.saved_tensors
+        dy_ND = grad_tD[order_N // ctx.K] * weights_tK.flatten()[order_N, None]
+        y_tKD = y_ND[inverse_N].unflatten(0, (-1, ctx.K))
+        dweights_tK = (at_least_fp32(y_tKD) * at_least_fp32(grad_tD)[:, None]).sum(-1)
+        return dy_ND, dweights_tK.to(weights_tK.dtype), None, None, None
+
+
+combine_rows = _Combine.apply

@@ -343,9 +343,9 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
 
 
 def test_chunks_are_the_largest_power_of_two_in_the_budget():
-    assert chunk_rows(151_936) == 256 and chunk_rows(151_936, 2**30) == 1024
+    assert chunk_rows(151_936, False) == 256 and chunk_rows(151_936, True) == 2048
     # as many as ever help, as few as ever do
-    assert chunk_rows(32) == 4096 and chunk_rows(10**9) == 16
+    assert chunk_rows(32, True) == 4096 and chunk_rows(10**9, False) == 16
 
 
 # ---- a sharded vocabulary ------------------------------------------------------------------------

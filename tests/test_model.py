@@ -239,7 +239,8 @@ def moe_by_hand(moe, x_TD):
             weights = weights / weights.sum()
         row = 0
         for weight, e in zip(weights, ids):
-            hidden = torch.nn.functional.silu(experts.gate_proj[e] @ x) * (experts.up_proj[e] @ x)
+            gate, up = experts.gate_up_proj[e].chunk(2)
+            hidden = torch.nn.functional.silu(gate @ x) * (up @ x)
             row = row + weight * (experts.down_proj[e] @ hidden)
         rows.append(row)
     return torch.stack(rows)

@@ -111,7 +111,7 @@ def test_experts_are_those_that_the_model_s_own_routers_choose_over_several_turn
         mb.prev_logprobs, mb.age = micro_batch_logprobs(model, mb, cfg)[0], 0 * mb.versions
 
     class Nothing:
-        zero_grad = step = staticmethod(lambda: torch.tensor(0.0))
+        zero_grad = expect_last = step = staticmethod(lambda: torch.tensor(0.0))
 
     for p in model.parameters():
         p.main_grad = torch.zeros_like(p)

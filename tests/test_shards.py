@@ -24,7 +24,7 @@ import loss
 from bridge import weights
 from bridge.weights import load_hf
 from model import MoE, Qwen3MoE
-from ranks import parallel
+from ranks import ops, parallel
 from ranks.batch import pack_batch
 from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh
 from ranks.plan import static_memory
@@ -248,6 +248,7 @@ def zero_against_plain(steps=5):
         for p in model.parameters():
             p.main_grad.add_(draw(mesh.rank, p))
         norm = optimizer.step()
+        model.await_values()
         norms.append(norm.item())
         scale = (0.5 / (norm + 1e-6)).clamp(max=1.0).float()
         for p in whole.values():
@@ -318,7 +319,8 @@ def replayed_by_hand(moe, x_TD, ids_TK):
         total = probs[ids].sum() if moe.norm_topk_prob else 1.0
         row = 0
         for e in ids:
-            hidden = F.silu(experts.gate_proj[e] @ x) * (experts.up_proj[e] @ x)
+            gate, up = experts.gate_up_proj[e].chunk(2)
+            hidden = F.silu(gate @ x) * (up @ x)
             row = row + probs[e] / total * (experts.down_proj[e] @ hidden)
         rows.append(row)
     return torch.stack(rows)
@@ -382,12 +384,13 @@ def run_saving(model, given_ids_LtK=None):
         )
     probe_TD = torch.randn(hidden_TD.shape, generator=torch.Generator().manual_seed(2))
     trained = {name: p for name, p in model.named_parameters() if "lm_head" not in name}
-    grads = torch.autograd.grad((hidden_TD * probe_TD).sum(), trained.values())
-    return hidden_TD, dict(zip(trained, grads)), ids_LtK, num_bytes
+    model.zero_grad()
+    (hidden_TD * probe_TD).sum().backward()
+    return hidden_TD, {name: p.grad for name, p in trained.items()}, ids_LtK, num_bytes
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_recompute_changes_no_bit_and_keeps_only_the_blocks_inputs(replay):
+def test_recompute_changes_no_bit_and_keeps_a_blocks_input_and_its_attention(replay):
     keeping, again = seeded(MODEL), seeded(MODEL, recompute=True)
     given = None
     if replay:
@@ -403,6 +406,28 @@ def test_recompute_changes_no_bit_and_keeps_only_the_blocks_inputs(replay):
     assert grads.keys() == grads_again.keys()
     assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
     assert 0 < kept_again < kept / 4, (kept, kept_again)
+
+
+def test_attention_is_not_computed_again_and_the_rest_of_a_block_is():
+    model, calls = seeded(MODEL, recompute=True), []
+    attention, again = ops.attention, ops.attention_again
+    with (
+        mock.patch.object(ops, "attention", lambda *a: calls.append("new") or attention(*a)),
+        mock.patch.object(ops, "attention_again", lambda *a: calls.append("kept") or again(*a)),
+    ):
+        run_saving(model)
+    layers = MODEL.num_hidden_layers
+    assert calls == ["new"] * layers + ["kept"] * layers
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_frozen_embedding_leaves_the_blocks_trained(recompute):
+    model = seeded(MODEL, recompute=recompute)
+    model.model["embed_tokens"].weight.requires_grad_(False)
+    hidden_TD, _ = model(*packed())
+    hidden_TD.square().sum().backward()
+    untrained = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert untrained == ["lm_head.weight"]
 
 
 def test_a_recompute_that_chose_other_experts_would_show():

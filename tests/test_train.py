@@ -20,7 +20,7 @@ from config import Config
 from model import ModelConfig, Qwen3MoE
 from ranks import parallel
 from ranks.batch import pack_batch
-from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
+from ranks.parallel import Bucket, Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from task import Codec
 from train_cispo import micro_batch_logprobs, train_update
 
@@ -158,6 +158,48 @@ def test_a_rank_without_samples_and_an_update_without_any_keep_the_ranks_in_step
     assert norm == 0 and metrics["loss"] == 0 and metrics.keys() == first_update(SMALL)[0].keys()
 
 
+# ---- gradients that leave while others are made --------------------------------------------------
+def small_update(monkeypatch, model, num_micro_batches):
+    """What happens in an update: "backward" where a pass begins, a bucket's names where its sum
+    over the ranks does, "step" where the optimizer is called."""
+    monkeypatch.setattr(parallel, "BUCKET_ELEMENTS", 1000)
+    optimizer, events = ShardedAdamW(model, 1.0, lr=1e-3), []
+    begin, expect, step = Bucket.begin_reducing, ShardedAdamW.expect_last, ShardedAdamW.step
+    monkeypatch.setattr(
+        Bucket, "begin_reducing", lambda self: events.append(self.names) or begin(self)
+    )
+    monkeypatch.setattr(ShardedAdamW, "expect_last", lambda *a: events.append("last") or expect(*a))
+    monkeypatch.setattr(ShardedAdamW, "step", lambda self: events.append("step") or step(self))
+    cfg = dataclasses.replace(SMALL, max_tokens_per_micro_batch=32, freeze_moe_router=False)
+    updates, counts = unpack_batch(pack_batch(random_groups(), cfg), cfg, 0, 1, torch.device("cpu"))
+    micro_batches = updates[0][:num_micro_batches]
+    assert len(micro_batches) == num_micro_batches
+    for mb in micro_batches:
+        mb.prev_logprobs, mb.age = mb.gen_logprobs, 1 - mb.versions
+    train_update(model, optimizer, micro_batches, counts[0], cfg, loss.policy_loss)
+    return events, optimizer
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_sum_over_the_ranks_begins_in_the_last_backward_pass(tied, recompute, monkeypatch):
+    model = Qwen3MoE(dataclasses.replace(TINY, tie_word_embeddings=tied), recompute=recompute)
+    model.init_weights(torch.Generator().manual_seed(1))
+    events, optimizer = small_update(monkeypatch, model, 2)
+    assert events[0] == "last" and events[-1] == "step"
+    assert len(optimizer.buckets) > 4
+    assert sorted(events[1:-1]) == sorted(bucket.names for bucket in optimizer.buckets)
+
+
+def test_weights_of_two_blocks_are_refused_by_name_and_not_summed_by_half(monkeypatch):
+    model = Qwen3MoE(dataclasses.replace(TINY, num_hidden_layers=3))
+    model.model["layers"][2] = model.model["layers"][1]
+    model.init_weights(torch.Generator().manual_seed(1))
+    model.recompute = True  # so each of the two has a backward pass of its own
+    with pytest.raises(RuntimeError, match=r"layers\.1\..*a second gradient"):
+        small_update(monkeypatch, model, 1)
+
+
 # ---- one update, in any layout -------------------------------------------------------------------
 def first_update(cfg, mesh=Mesh()):  # noqa: B008
     """Loss, gradient norm and the parameters after one update of a fixed batch."""
@@ -257,7 +299,8 @@ class Standby:
             "prompt_level_loss": True,
         },
         {"router_replay": "trainer", "freeze_moe_router": False, "activation_checkpointing": True},
-        {"trust_region": "kpop", "trust_region_high": 0.01, "advantage_std": "mean"},
+        # wide enough that some tokens stay in it, whatever the warm start: else there is no gradient
+        {"trust_region": "kpop", "trust_region_high": 1.0, "advantage_std": "mean"},
     ],
 )
 def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_path, monkeypatch):
@@ -315,7 +358,7 @@ def on_one_of_two(algorithm, skip_reduce):
     join_ranks(60)
     mesh = make_mesh(1, 1, TINY.num_key_value_heads)
     if skip_reduce:
-        parallel._reduce_scattered = lambda x, group: x.chunk(2)[mesh.rank].clone()
+        parallel._begin_reduce_scatter = lambda x, group: x.chunk(2)[mesh.rank].clone()
     return first_update(dataclasses.replace(SMALL, **algorithm), mesh)[:2]
 
 
