@@ -308,6 +308,7 @@ def own_hf(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     nothing for it.
     """
     mesh = model.mesh
+    model.await_values()
     replicas = mesh.world_size // mesh.ep  # of an expert
     owners = itertools.cycle(range(mesh.world_size))  # of dense tensors
     for name, p in model.named_parameters():

@@ -107,8 +107,13 @@ def join_ranks(timeout_s: float) -> None:
         store = dist.PrefixStore(
             f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
         )
-    backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    how = {"backend": "gloo", "timeout": timedelta(seconds=timeout_s)}
+    if torch.cuda.is_available():
+        # Without a device NCCL guesses one by the rank, and may take memory of a GPU that is not
+        # this rank's: vLLM's, where a node has more GPUs than ranks.
+        device = torch.device("cuda", torch.cuda.current_device())
+        how |= {"backend": "nccl", "device_id": device}
+    dist.init_process_group(store=store, rank=rank, world_size=world_size, **how)
 
 
 def make_mesh(tp: int, ep: int, kv_heads: int, timeout_s: float = 600.0) -> Mesh:
@@ -164,8 +169,13 @@ def _gathered(x, group):
     return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), 0, group))
 
 
+def _begin_reduce_scatter(x, group):
+    """funcol.wait_tensor of the result waits."""
+    return funcol.reduce_scatter_tensor(x.contiguous(), "sum", 0, group)
+
+
 def _reduce_scattered(x, group):
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
+    return funcol.wait_tensor(_begin_reduce_scatter(x, group))
 
 
 def _exchanged(x, receive, send, group):
@@ -297,13 +307,26 @@ def reduce_metrics(metrics: dict[str, torch.Tensor], group) -> dict[str, torch.T
 
 
 # ---- the optimizer -------------------------------------------------------------------------------
+# Of a bucket's gradients in fp32, at least: enough that a collective is not all latency, and few
+# enough that most of the model's are on their way before the backward pass ends.
+BUCKET_ELEMENTS = 1 << 24
+
+
 class Bucket:
-    """All parameters of one dtype with the same replicas, flat: values, gradients, and this rank's
-    shard of both."""
+    """Parameters of one dtype with the same replicas, flat: values, gradients, and this rank's
+    shard of both.
+
+    The sum over the replicas begins as soon as the last micro-batch's backward pass has given every
+    gradient, and the new values are gathered while the next forward pass runs up to them
+    (`await_values`).
+    """
 
     def __init__(self, named, group, grad_dtype):
         self.group, self.names = group, [name for name, _ in named]
-        params = [p for _, p in named]
+        self.params = params = [p for _, p in named]
+        # ids of those whose last gradient is awaited; None: this backward pass is not the last
+        self.missing: set[int] | None = None
+        self.reduced = self.gathering = None  # collectives under way
         self.starts = torch.tensor([0, *(p.numel() for p in params)]).cumsum(0).tolist()
         ranks, me = group_size(group), 0 if group is None else dist.get_rank(group)
         self.shard_size = -(-self.starts[-1] // ranks)
@@ -315,7 +338,8 @@ class Bucket:
             view = self.values[start : start + p.numel()].view_as(p)
             view.copy_(p.detach())
             p.data, p.main_grad = view, self.grads[start : start + p.numel()].view_as(p)
-            p.register_post_accumulate_grad_hook(_move_grad)
+            p.bucket = self
+            p.register_post_accumulate_grad_hook(self.receive)
         master_dtype = torch.promote_types(self.values.dtype, torch.float32)
         self.master = torch.nn.Parameter(self.my_shard(self.values).to(master_dtype, copy=True))
 
@@ -334,13 +358,43 @@ class Bucket:
                     (low - self.shard_start, high - self.shard_start),
                 )
 
+    @torch.no_grad()
+    def receive(self, p) -> None:
+        """As soon as autograd has a parameter's gradient, add it to the main gradient, whose dtype
+        is our choice."""
+        is_second = self.missing is not None and id(p) not in self.missing
+        if is_second or self.reduced is not None:
+            name = next(n for n, mine in zip(self.names, self.params) if mine is p)
+            raise RuntimeError(
+                f"{name}: a second gradient in the last backward pass, when the sum over the ranks "
+                "may have begun. Are its weights those of two blocks?"
+            )
+        if p.grad is not None:  # the fused head adds its own, and this is called all the same
+            p.main_grad.add_(p.grad)
+            p.grad = None
+        if self.missing is None:
+            return
+        self.missing.remove(id(p))
+        if not self.missing:
+            self.begin_reducing()
+
+    def begin_reducing(self) -> None:
+        self.missing = None
+        self.reduced = self.grads
+        if self.group is not None:
+            self.reduced = _begin_reduce_scatter(self.grads, self.group)
+
     def reduce_grads(self) -> None:
         """SUM over the replicas: master.grad becomes my shard of it."""
-        grad = self.grads if self.group is None else _reduce_scattered(self.grads, self.group)
+        if self.reduced is None:
+            self.begin_reducing()
+        grad, self.reduced = self.reduced, None
+        if self.group is not None:
+            grad = funcol.wait_tensor(grad)
         self.master.grad = grad.to(self.master.dtype)
 
     def gather_values(self) -> None:
-        """Everyone's shards of the new values, back into the parameters."""
+        """Everyone's shards of the new values, back into the parameters; `await_values` waits."""
         mine = self.master.detach().to(self.values.dtype)
         if self.group is None:
             self.values.copy_(mine)
@@ -349,16 +403,17 @@ class Bucket:
             all_gather_into = (
                 getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             )
-            all_gather_into(self.values, mine, group=self.group)
+            work = all_gather_into(self.values, mine, group=self.group, async_op=True)
+            self.gathering = work, mine  # which must live until then
 
 
-@torch.no_grad()
-def _move_grad(p) -> None:
-    """As soon as autograd has a parameter's gradient, add it to the main gradient, whose dtype is
-    our choice."""
-    if p.grad is not None:  # the fused head adds its own
-        p.main_grad.add_(p.grad)
-        p.grad = None
+def await_values(module: torch.nn.Module) -> None:
+    """Until a module's parameters hold their last update. On a GPU it is the stream that waits."""
+    for p in module.parameters():
+        bucket = getattr(p, "bucket", None)
+        if bucket is not None and bucket.gathering is not None:
+            bucket.gathering[0].wait()
+            bucket.gathering = None
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -366,27 +421,39 @@ class ShardedAdamW(torch.optim.AdamW):
     parameter's replicas.
 
     `backward` adds to `p.main_grad`; `step` sums those over the replicas, clips by the norm of the
-    whole model's gradient, updates, and gathers the parameters. Every element of the model lies in
-    exactly one rank's shard, so the norm needs no correction for what is replicated. A gradient
-    that is not finite changes nothing: its norm is the same on all ranks, so all skip it, and with
-    finite gradients, clipped, weights and moments stay finite.
+    whole model's gradient, updates, and begins to gather the parameters: whoever reads them without
+    a forward pass calls `await_values(model)` first. `expect_last` lets the sums begin during the
+    last backward pass.
+
+    Every element of the model lies in exactly one rank's shard, so the norm needs no correction for
+    what is replicated. A gradient that is not finite changes nothing: its norm is the same on all
+    ranks, so all skip it, and with finite gradients, clipped, weights and moments stay finite.
     """
 
     def __init__(self, model, max_grad_norm: float, grad_dtype=torch.float32, **adamw):
         self.mesh, self.max_grad_norm = model.mesh, max_grad_norm
-        named: dict[tuple, list] = {}
+        found: list[tuple] = []  # ((replicas, dtype), parameters), in the order of their last one
+        filling: dict[tuple, list] = {}
         for name, p in model.named_parameters():
             if p.requires_grad:
-                named.setdefault((model.split_of(name).replicas, p.dtype), []).append((name, p))
+                key = (model.split_of(name).replicas, p.dtype)
+                filling.setdefault(key, []).append((name, p))
+                if sum(p.numel() for _, p in filling[key]) >= BUCKET_ELEMENTS:
+                    found.append((key, filling.pop(key)))
         self.buckets = [
             Bucket(
                 members,
                 group,
                 torch.promote_types(grad_dtype, dtype) if dtype == torch.float64 else grad_dtype,
             )
-            for (group, dtype), members in named.items()
+            for (group, dtype), members in (*found, *filling.items())
         ]
         super().__init__([bucket.master for bucket in self.buckets], fused=True, **adamw)
+
+    def expect_last(self) -> None:
+        """The next backward pass is the last before `step`."""
+        for bucket in self.buckets:
+            bucket.missing = {id(p) for p in bucket.params}
 
     def zero_grad(self) -> None:
         for bucket in self.buckets:
@@ -401,6 +468,7 @@ class ShardedAdamW(torch.optim.AdamW):
         # In pieces: the sum of squares of 10^9 values taken in one go loses digits in fp32.
         pieces = [piece for bucket in self.buckets for piece in bucket.master.grad.split(1 << 18)]
         norm = torch.nn.utils.get_total_norm(pieces).double()
+        del pieces  # views, which would hold the gradients until the end of the step: its peak
         norm = all_reduce(norm.square(), self.mesh.world_group).sqrt()
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for bucket in self.buckets:

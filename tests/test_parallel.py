@@ -108,9 +108,12 @@ def train(case, dtype, checkpoint, mesh, num_updates=3):
     cfg = dataclasses.replace(RUN, tp=mesh.tp, ep=mesh.ep, **case.get("run", {}))
     model = Qwen3MoE(model_config(case), mesh, cfg.activation_checkpointing).to(dtype)
     load_hf(model, checkpoint)
-    optimizer = ShardedAdamW(
-        model, cfg.max_grad_norm, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01
-    )
+    # several buckets, so that sums and gathers run beside the passes
+    with mock.patch.object(parallel, "BUCKET_ELEMENTS", 1000):
+        optimizer = ShardedAdamW(
+            model, cfg.max_grad_norm, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01
+        )
+    assert len(optimizer.buckets) > 8
     groups = random_groups()
     if samples := case.get("samples"):
         keep = int(groups[0].lengths[:samples].sum())
@@ -143,6 +146,7 @@ def train(case, dtype, checkpoint, mesh, num_updates=3):
             bucket.__dict__.pop("reduce_grads", None)
         stats = expert_load(reduce_metrics(stats, mesh.dp_group))
         metrics.append({name: value.tolist() for name, value in {**stats, "norm": norm}.items()})
+    model.await_values()
     return model, optimizer, metrics, grads
 
 
@@ -171,12 +175,9 @@ def keep_grads(bucket, grads):
 def stacked(model, checkpoint_file):
     """Tensors with the names of the checkpoint, as whole parameters of the model."""
     tensors, whole = load_file(checkpoint_file), Qwen3MoE(model.cfg)
-    names = {
-        name: [hf for hf, _ in whole.hf_views(name, p)] for name, p in whole.named_parameters()
-    }
     return {
-        n: torch.stack([tensors[h] for h in hf]) if ".experts." in n else tensors[hf[0]]
-        for n, hf in names.items()
+        name: torch.stack([tensors[hf] for hf, _ in whole.hf_views(name, p)]).view(p.shape)
+        for name, p in whole.named_parameters()
     }
 
 
@@ -290,7 +291,7 @@ def without(what):
             lambda self: self.my_shard(self.values).copy_(self.master),
         )
     parameter = {
-        "experts": "gate_proj",
+        "experts": "gate_up_proj",
         "kv heads": "k_proj",
         "dense": "q_proj",
         "replicated": "model.norm",
@@ -299,6 +300,7 @@ def without(what):
 
     def keep_mine(self):
         if any(parameter in name for name in self.names):
+            reduce_grads(self)  # what has begun must end, and is not looked at
             self.master.grad = self.my_shard(self.grads).to(self.master.dtype, copy=True)
         else:
             reduce_grads(self)
