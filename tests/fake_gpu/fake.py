@@ -54,7 +54,9 @@ def build(out: Path) -> None:
     calls = [n for n in sorted(wanted) if n.startswith(("cuda", "__cuda", "cublas", "nccl"))]
     rest.write_text("".join(STUB % name for name in calls))
     run("-shared", "-o", out / "libfakecuda.so", runtime, rest, "-lpthread")
-    run("-shared", "-Wl,-soname,libcuda.so.1", "-o", out / "libcuda.so.1", HERE / "driver.c", "-ldl")
+    run(
+        "-shared", "-Wl,-soname,libcuda.so.1", "-o", out / "libcuda.so.1", HERE / "driver.c", "-ldl"
+    )
 
 
 def environment(out: Path, log: Path | None = None, **settings) -> dict[str, str]:
