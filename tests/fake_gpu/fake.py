@@ -42,7 +42,7 @@ def build(out: Path) -> None:
     """libfakecuda.so and libcuda.so.1 in this directory, for the torch of `venv()`."""
     site = next(venv().glob("lib/python*/site-packages"))
     headers = [site / "triton/backends/nvidia/include", *site.glob("nvidia/cu*/include")]
-    gcc = ["gcc", "-fPIC", "-O1", "-w", *(f"-I{directory}" for directory in headers)]
+    gcc = ["gcc", "-fPIC", "-O1", *(f"-I{directory}" for directory in headers)]
 
     def run(*arguments):
         subprocess.run([*gcc, *map(str, arguments)], check=True)
