@@ -1,5 +1,5 @@
 """What one layer of Qwen3-30B-A3B costs on a GPU, counted on the fake one: launches, waits, and
-the bytes of its Triton kernels, forward and backward, as rank 0 of 16 (ep 8, recompute).
+the bytes of its Triton kernels, forward, backward and under no_grad, as rank 0 of 16 (ep 8).
 
     CISPO_CUDA_VENV=... python tests/fake_gpu/count.py [--eager] [--list] [--checkout DIR]
 
@@ -24,16 +24,16 @@ TOKENS, SEQUENCES, RANKS, EP = 16384, 8, 16, 8
 LOG = fake.enter(item=TOKENS * 8 // EP)
 sys.path.insert(0, str(ARGS.checkout))
 
-import ctypes  # noqa: E402
-import dataclasses  # noqa: E402
-from datetime import timedelta  # noqa: E402
+import ctypes
+import dataclasses
+from datetime import timedelta
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch._inductor.runtime.triton_heuristics import CachingAutotuner  # noqa: E402
+import torch
+import torch.distributed as dist
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-from model import KNOWN_MODELS, Qwen3MoE  # noqa: E402
-from ranks.parallel import make_mesh  # noqa: E402
+from model import KNOWN_MODELS, Qwen3MoE, rope_tables
+from ranks.parallel import make_mesh
 
 mark = ctypes.CDLL("libfakecuda.so").fake_mark
 section, triton_bytes = "", {}
@@ -58,40 +58,36 @@ def count_bytes(run):
 
 
 def layer(mesh):
-    """The model's embedding and one layer, and its inputs."""
+    """One layer, and its arguments."""
     cfg = dataclasses.replace(KNOWN_MODELS["Qwen/Qwen3-30B-A3B"], num_hidden_layers=1)
     with torch.device("meta"):
-        model = Qwen3MoE(cfg, mesh, recompute=False).to(torch.bfloat16)
+        model = Qwen3MoE(cfg, mesh).to(torch.bfloat16)
     model.to_empty(device=mesh.device)
     for name, p in model.named_parameters():
         p.requires_grad_(not name.endswith("mlp.gate.weight"))
     if not ARGS.eager:
         model.compile_blocks()
-    tokens_T = torch.zeros(TOKENS, dtype=torch.int64, device=mesh.device)
-    starts = torch.arange(0, TOKENS + 1, TOKENS // SEQUENCES)
-    return model.model["layers"][0], model, (tokens_T, starts.to(mesh.device, torch.int32))
+    length = TOKENS // SEQUENCES
+    cu_seqlens = torch.arange(0, TOKENS + 1, length, dtype=torch.int32, device=mesh.device)
+    tables = rope_tables(cu_seqlens, TOKENS, cfg.head_dim, cfg.rope_theta)
+    x_tD = torch.empty(TOKENS, cfg.hidden_size, device=mesh.device, dtype=torch.bfloat16)
+    return model.model["layers"][0], (x_tD.requires_grad_(), *tables, cu_seqlens, length)
 
 
 def main() -> None:
     store, timeout = dist.HashStore(), timedelta(seconds=60)
     dist.init_process_group("nccl", store=store, rank=0, world_size=RANKS, timeout=timeout)
-    mesh = make_mesh(1, EP, 4)
-    block, model, inputs = layer(mesh)
+    block, args = layer(make_mesh(1, EP, 4))
+    gradient_tD = torch.empty_like(args[0])
     CachingAutotuner.run = count_bytes(CachingAutotuner.run)
-    from model import rope_tables
-
-    cos_TC, sin_TC = rope_tables(inputs[1], TOKENS, 128, 1e6)
-    x_tD = torch.empty(TOKENS, 2048, device=mesh.device, dtype=torch.bfloat16, requires_grad=True)
-    up_tD = torch.empty_like(x_tD)
-    args = (x_tD, cos_TC, sin_TC, inputs[1], TOKENS // SEQUENCES, None)
     begin("compile")
-    block(*args)[0].backward(up_tD)
-    for p in (x_tD, *model.parameters()):
-        p.grad = None
+    block(*args)[0].backward(gradient_tD)
+    for x in (args[0], *block.parameters()):
+        x.grad = None
     begin("forward")
     y_tD = block(*args)[0]
     begin("backward")
-    y_tD.backward(up_tD)
+    y_tD.backward(gradient_tD)
     begin("no_grad compile")
     with torch.no_grad():
         block(*args)

@@ -62,7 +62,8 @@ def build(out: Path) -> None:
 def environment(out: Path, log: Path | None = None, **settings) -> dict[str, str]:
     """The variables of a process on the fake GPU that `build` put into `out`. Settings, by their
     names in lower case: GIB (its memory), DEVICES, ITEM (what a small copy from the device reads,
-    as int64), MAXCOPY (bytes; larger copies move nothing)."""
+    as int64), FLAG (what a copy of one byte reads), MAXCOPY (bytes; larger copies move nothing).
+    """
     caches = {f"{name}_CACHE_DIR": str(out / name.lower()) for name in ("TORCHINDUCTOR", "TRITON")}
     return {
         **os.environ,

@@ -1,7 +1,7 @@
-"""The memory of rank 0 of 16 in a whole update of --preset qwen3-30b-a3b, all 48 layers, by torch's
-own allocator on the fake GPU, beside what ranks/plan.py says. Experts get equally many rows.
+"""The memory of rank 0 in a whole update of a preset, all layers, by torch's own allocator on the
+fake GPU, beside what ranks/plan.py says. Each expert gets the same number of rows.
 
-    CISPO_CUDA_VENV=... python tests/fake_gpu/memory.py [FLAGS OF train_cispo.py]
+    CISPO_CUDA_VENV=... python tests/fake_gpu/memory.py --preset NAME
 
 The last line is JSON, in GiB.
 """
@@ -14,34 +14,33 @@ from datetime import timedelta
 
 import fake
 
-RANKS, LENGTH, SAMPLES, EP, TOP_K = 16, 4096, 64, 8, 8  # of a rank: 4 samples, one micro-batch
-fake.enter(item=SAMPLES // RANKS * LENGTH * TOP_K // EP)
+LENGTH = 4096  # tokens of a sample
+# Small reads of the device give the rows of a rank: 16384 tokens * 8 experts each / ep 8.
+fake.enter(item=16384)
 sys.path[:0] = [str(fake.HERE.parent.parent), str(fake.HERE.parent)]
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from batches import unpack_batch  # noqa: E402
+import torch
+import torch.distributed as dist
+from batches import unpack_batch
 
-import loss  # noqa: E402
-import train_cispo  # noqa: E402
-from bridge.groups import Group  # noqa: E402
-from model import KNOWN_MODELS  # noqa: E402
-from prepare import with_chunk_size  # noqa: E402
-from presets import parse_config  # noqa: E402
-from ranks import plan  # noqa: E402
-from ranks.batch import pack_batch  # noqa: E402
-from ranks.parallel import make_mesh  # noqa: E402
-
-FLAGS = f"--preset qwen3-30b-a3b --no-compile --train-global-batch-size {SAMPLES} --ep {EP}"
+import loss
+import train_cispo
+from bridge.groups import Group
+from model import KNOWN_MODELS
+from prepare import with_chunk_size
+from presets import parse_config
+from ranks import plan
+from ranks.batch import pack_batch
+from ranks.parallel import make_mesh
 
 
-def group(ordinal: int, samples: int, prompt: int = 200) -> Group:
+def group(samples: int, prompt: int = 200) -> Group:
     """Samples of LENGTH tokens with their prompt; one is rewarded."""
     tokens = samples * (LENGTH - prompt)
     rewards = torch.zeros(samples)
     rewards[0] = 1.0
     return Group(
-        ordinal,
+        0,
         [0] * prompt,
         torch.full((samples,), LENGTH - prompt, dtype=torch.int32),
         torch.zeros(tokens, dtype=torch.int32),
@@ -60,12 +59,15 @@ def peak_gib() -> float:
 
 
 def main() -> None:
-    cfg = parse_config([*FLAGS.split(), *sys.argv[1:]])
-    cfg = dataclasses.replace(cfg, num_prompts_per_step=SAMPLES // cfg.num_generations_per_prompt)
+    cfg = parse_config(["--no-compile", *sys.argv[1:]])
+    ranks = cfg.dry_run_ranks
+    samples = ranks * cfg.max_tokens_per_micro_batch // LENGTH  # a full micro-batch of each rank
+    changes = {"num_prompts_per_step": 1, "num_generations_per_prompt": samples}
+    cfg = dataclasses.replace(cfg, train_global_batch_size=samples, **changes)
     model_cfg = KNOWN_MODELS[cfg.model]
     cfg = with_chunk_size(cfg, model_cfg)
     store, timeout = dist.HashStore(), timedelta(seconds=60)
-    dist.init_process_group("nccl", store=store, rank=0, world_size=RANKS, timeout=timeout)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=ranks, timeout=timeout)
     mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads)
     train_cispo.load_hf = lambda model, checkpoint: None  # weights of any value
     model = train_cispo.build_model(cfg, model_cfg, mesh, None)
@@ -79,17 +81,19 @@ def main() -> None:
         return norm
 
     optimizer.step = measured_step
-    groups = [group(i, cfg.num_generations_per_prompt) for i in range(cfg.num_prompts_per_step)]
     # The second update is as all later ones: the first has made the optimizer's state.
     for _ in range(2):
-        updates, counts = unpack_batch(pack_batch(groups, cfg), cfg, 0, mesh.dp, mesh.device)
+        updates, counts = unpack_batch(
+            pack_batch([group(samples)], cfg), cfg, 0, mesh.dp, mesh.device
+        )
         peak_gib()
         train_cispo.fix_for_the_step(updates, 1, model, None, cfg)
         found["prev"] = peak_gib()
         train_cispo.train_update(model, optimizer, updates[0], counts[0], cfg, loss.policy_loss)
     plan.IMBALANCE = 1.0
-    terms = plan.memory(model_cfg, cfg, RANKS)
-    del terms["CUDA and NCCL"]
+    terms = plan.memory(model_cfg, cfg, ranks)
+    for name in ("CUDA and NCCL", "vLLM on the same GPU"):  # not of torch's allocator
+        terms.pop(name, None)
     print(json.dumps({**found, "plan": round(sum(terms.values()), 2)}))
 
 
