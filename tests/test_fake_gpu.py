@@ -94,6 +94,11 @@ def test_a_ranks_memory_is_what_the_dry_run_says(preset):
     assert found["optimizer step"] <= STEP_GIB[preset]
 
 
+def test_compiled_blocks_keep_less_than_the_dry_run_says():
+    found = measured("memory.py", "--preset", "qwen3-30b-a3b", "--compile")
+    assert max(found["prev"], found["forward and backward"]) <= found["plan"]
+
+
 @pytest.fixture
 def directory(tmp_path, tiny_checkpoint):
     """A caller's directory that has the warm start already."""

@@ -1,7 +1,7 @@
 """The memory of rank 0 in a whole update of a preset, all layers, by torch's own allocator on the
 fake GPU, beside what ranks/plan.py says. Each expert gets the same number of rows.
 
-    CISPO_CUDA_VENV=... python tests/fake_gpu/memory.py --preset NAME
+    CISPO_CUDA_VENV=... python tests/fake_gpu/memory.py --preset NAME [--compile]
 
 The last line is JSON, in GiB.
 """
