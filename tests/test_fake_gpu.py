@@ -28,6 +28,9 @@ SYNCS = {"compiled": {"forward": 16, "no_grad": 16}, "eager": {"forward": 1, "no
 TRITON_GB = {"forward": 5.19, "backward": 8.14, "no_grad": 4.88}
 MEMORY_MARGIN = 0.03  # of the plan, either way
 STEP_GIB = {"qwen3-30b-a3b": 60.8, "qwen3-0.6b": 11.2}  # in the optimizer's step
+# Of a whole update, in eager mode: of each of 48 layers the splits, forward and again for backward,
+# and twice the count of its experts' rows. Without experts there is none.
+UPDATE_SYNCS = {"qwen3-30b-a3b": 192, "qwen3-0.6b": 0}
 
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parent.parent
@@ -87,11 +90,12 @@ def test_a_layer_launches_waits_for_and_moves_no_more_than_before(kind):
 
 
 @pytest.mark.parametrize("preset", ["qwen3-30b-a3b", "qwen3-0.6b"])
-def test_a_ranks_memory_is_what_the_dry_run_says(preset):
+def test_a_ranks_memory_is_what_the_dry_run_says_and_an_update_waits_no_more(preset):
     found = measured("memory.py", "--preset", preset)
     assert found["forward and backward"] == pytest.approx(found["plan"], rel=MEMORY_MARGIN)
     assert found["prev"] < found["forward and backward"]
     assert found["optimizer step"] <= STEP_GIB[preset]
+    assert found["syncs"] <= UPDATE_SYNCS[preset]
 
 
 def test_compiled_blocks_keep_less_than_the_dry_run_says():

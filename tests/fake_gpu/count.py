@@ -99,7 +99,7 @@ def main() -> None:
         counted = kinds[name]
         result[name] = {
             "launches": sum(counted[kind] for kind in fake.LAUNCHES),
-            "syncs": counted["SYNC"] + counted["COPYSYNC"],
+            "syncs": fake.syncs(counted),
             "triton_bytes": triton_bytes[name],
             **{kind.lower(): counted[kind] for kind in sorted(counted)},
         }

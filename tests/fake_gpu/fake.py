@@ -91,7 +91,7 @@ def enter(**settings) -> Path:
 
 def sections(log: Path) -> dict[str, Counter]:
     """What the log has between each mark (fake_mark) and the next, by kind: KERNEL, TRITON, GEMM,
-    NCCL, COPY, SYNC, ... A SYNC and a COPYSYNC wait for the device."""
+    NCCL, COPY, SYNC, ..."""
     found = {"": Counter()}
     current = found[""]
     for line in log.read_text().splitlines():
@@ -101,3 +101,8 @@ def sections(log: Path) -> dict[str, Counter]:
         else:
             current[kind] += 1
     return found
+
+
+def syncs(counted: Counter) -> int:
+    """How often the host waited for the device."""
+    return counted["SYNC"] + counted["COPYSYNC"]

@@ -1,11 +1,13 @@
 """The memory of rank 0 in a whole update of a preset, all layers, by torch's own allocator on the
-fake GPU, beside what ranks/plan.py says. Each expert gets the same number of rows.
+fake GPU, beside what ranks/plan.py says; and how often that update waits for the device. Each
+expert gets the same number of rows.
 
     CISPO_CUDA_VENV=... python tests/fake_gpu/memory.py --preset NAME [--compile]
 
-The last line is JSON, in GiB.
+The last line is JSON; memory in GiB.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -16,7 +18,7 @@ import fake
 
 LENGTH = 4096  # tokens of a sample
 # Small reads of the device give the rows of a rank: 16384 tokens * 8 experts each / ep 8.
-fake.enter(item=16384)
+LOG = fake.enter(item=16384)
 sys.path[:0] = [str(fake.HERE.parent.parent), str(fake.HERE.parent)]
 
 import torch
@@ -72,7 +74,7 @@ def main() -> None:
     train_cispo.load_hf = lambda model, checkpoint: None  # weights of any value
     model = train_cispo.build_model(cfg, model_cfg, mesh, None)
     optimizer = train_cispo.build_optimizer(cfg, model)
-    step, found = optimizer.step, {}
+    step, found, mark = optimizer.step, {}, ctypes.CDLL("libfakecuda.so").fake_mark
 
     def measured_step():
         found["forward and backward"] = peak_gib()
@@ -89,7 +91,10 @@ def main() -> None:
         peak_gib()
         train_cispo.fix_for_the_step(updates, 1, model, None, cfg)
         found["prev"] = peak_gib()
+        mark(b"update")
         train_cispo.train_update(model, optimizer, updates[0], counts[0], cfg, loss.policy_loss)
+        mark(b"end")
+    found["syncs"] = fake.syncs(fake.sections(LOG)["update"]) // 2
     plan.IMBALANCE = 1.0
     terms = plan.memory(model_cfg, cfg, ranks)
     for name in ("CUDA and NCCL", "vLLM on the same GPU"):  # not of torch's allocator
