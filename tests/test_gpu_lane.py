@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import KNOWN_MODELS, Qwen3MoE
 from ranks import ops
@@ -37,8 +38,9 @@ class CudaBodies(TorchDispatchMode):
         return promised
 
 
-def layout(x: torch.Tensor) -> tuple:
-    return x.shape, x.stride(), x.dtype
+def layout(result) -> list[tuple]:
+    """Of each tensor in what an operation returns."""
+    return [(x.shape, x.stride(), x.dtype) for x in tree_leaves(result)]
 
 
 @pytest.fixture
