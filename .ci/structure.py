@@ -62,7 +62,7 @@ try:
     TopologicalSorter(graph).prepare()
 except CycleError as e:
     faults.append(f"imports in a circle: {' -> '.join(e.args[1])}")
-sources = [*files, ROOT / "launch.sh", *(ROOT / "tests").glob("*.py")]
+sources = [*files, ROOT / "launch.sh", *(ROOT / "tests").rglob("*.py")]
 lengths = {p: len(p.read_text().splitlines()) for p in sources}
 faults += [
     f"{p.relative_to(ROOT)} has {n} lines, {MAX_LINES} is the most"

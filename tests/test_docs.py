@@ -30,7 +30,16 @@ PLACEHOLDERS = {"FILE.py", "my.py"}
 
 
 def files_of_the_repository() -> list[Path]:
-    folders = ("", "ranks", "bridge", "bridge/inside_vllm", "tools", "tests", "docs")
+    folders = (
+        "",
+        "ranks",
+        "bridge",
+        "bridge/inside_vllm",
+        "tools",
+        "tests",
+        "tests/fake_gpu",
+        "docs",
+    )
     return [path for folder in folders for path in (REPO / folder).glob("*.*")]
 
 
@@ -83,12 +92,13 @@ def unknown_flags(text: str) -> list[str]:
 
 
 def unknown_variables(text: str) -> list[str]:
-    """Variables that a command sets or a page names, and launch.sh does not read."""
+    """Variables that a command sets or a page names, and neither launch.sh nor a source reads."""
     read = set(re.findall(r"\b[A-Z][A-Z_]+\b", (REPO / "launch.sh").read_text()))
     code = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
     named = set(re.findall(r"(?<![\w{$-])([A-Z][A-Z_]+)=", "\n".join([*code, *in_backticks(text)])))
     named |= {word for word in in_backticks(text) if re.fullmatch(r"[A-Z]+_[A-Z_]+", word)}
     python = set(re.findall(r"^([A-Z][A-Z_]+)\b", sources(), re.M))
+    python |= set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"', sources()))
     return sorted(named - read - python - FOREIGN_VARIABLES)
 
 

@@ -1,0 +1,108 @@
+"""The memory of rank 0 in a whole update of a preset, all layers, by torch's own allocator on the
+fake GPU, beside what ranks/plan.py says; and how often that update waits for the device. Each
+expert gets the same number of rows.
+
+    CISPO_CUDA_VENV=... python tests/fake_gpu/memory.py --preset NAME [--compile]
+
+The last line is JSON; memory in GiB.
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+import sys
+from datetime import timedelta
+
+import fake
+
+LENGTH = 4096  # tokens of a sample
+# Small reads of the device give the rows of a rank: 16384 tokens * 8 experts each / ep 8.
+LOG = fake.enter(item=16384)
+sys.path[:0] = [str(fake.HERE.parent.parent), str(fake.HERE.parent)]
+
+import torch
+import torch.distributed as dist
+from batches import unpack_batch
+
+import loss
+import train_cispo
+from bridge.groups import Group
+from model import KNOWN_MODELS
+from prepare import with_chunk_size
+from presets import parse_config
+from ranks import plan
+from ranks.batch import pack_batch
+from ranks.parallel import make_mesh
+
+
+def group(samples: int, prompt: int = 200) -> Group:
+    """Samples of LENGTH tokens with their prompt; one is rewarded."""
+    tokens = samples * (LENGTH - prompt)
+    rewards = torch.zeros(samples)
+    rewards[0] = 1.0
+    return Group(
+        0,
+        [0] * prompt,
+        torch.full((samples,), LENGTH - prompt, dtype=torch.int32),
+        torch.zeros(tokens, dtype=torch.int32),
+        torch.zeros(tokens),
+        torch.zeros(tokens, dtype=torch.int32),
+        rewards,
+        torch.zeros(samples, dtype=torch.uint8),
+    )
+
+
+def peak_gib() -> float:
+    """Since the last call."""
+    peak = torch.cuda.max_memory_allocated() / plan.GIB
+    torch.cuda.reset_peak_memory_stats()
+    return round(peak, 2)
+
+
+def main() -> None:
+    cfg = parse_config(["--no-compile", *sys.argv[1:]])
+    ranks = cfg.dry_run_ranks
+    samples = ranks * cfg.max_tokens_per_micro_batch // LENGTH  # a full micro-batch of each rank
+    changes = {"num_prompts_per_step": 1, "num_generations_per_prompt": samples}
+    cfg = dataclasses.replace(cfg, train_global_batch_size=samples, **changes)
+    model_cfg = KNOWN_MODELS[cfg.model]
+    cfg = with_chunk_size(cfg, model_cfg)
+    store, timeout = dist.HashStore(), timedelta(seconds=60)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=ranks, timeout=timeout)
+    mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads)
+    train_cispo.load_hf = lambda model, checkpoint: None  # weights of any value
+    model = train_cispo.build_model(cfg, model_cfg, mesh, None)
+    optimizer = train_cispo.build_optimizer(cfg, model)
+    step, found, mark = optimizer.step, {}, ctypes.CDLL("libfakecuda.so").fake_mark
+
+    def measured_step():
+        found["forward and backward"] = peak_gib()
+        norm = step()
+        found["optimizer step"] = peak_gib()
+        return norm
+
+    optimizer.step = measured_step
+    # The second update is as all later ones: the first has made the optimizer's state.
+    for _ in range(2):
+        updates, counts = unpack_batch(
+            pack_batch([group(samples)], cfg), cfg, 0, mesh.dp, mesh.device
+        )
+        peak_gib()
+        train_cispo.fix_for_the_step(updates, 1, model, None, cfg)
+        found["prev"] = peak_gib()
+        mark(b"update")
+        train_cispo.train_update(model, optimizer, updates[0], counts[0], cfg, loss.policy_loss)
+        mark(b"end")
+    found["syncs"] = fake.syncs(fake.sections(LOG)["update"]) // 2
+    plan.IMBALANCE = 1.0
+    terms = plan.memory(model_cfg, cfg, ranks)
+    for name in ("CUDA and NCCL", "vLLM on the same GPU"):  # not of torch's allocator
+        terms.pop(name, None)
+    print(json.dumps({**found, "plan": round(sum(terms.values()), 2)}))
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # NCCL's threads have nothing to end
