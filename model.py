@@ -336,7 +336,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int, given_ids_tK, kept=None):
+    def forward(
+        self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int, given_ids_tK=None, kept=None
+    ):
         """kept: what an earlier call with the same arguments returned last."""
         y_tD, kept = self.self_attn(
             self.input_layernorm(x_tD), cos_TC, sin_TC, cu_seqlens, max_seqlen, kept

@@ -58,7 +58,9 @@ def calls():
         return mock.patch.object(owner, name, call)
 
     is_cuda = mock.patch.object(torch.Tensor, "is_cuda", property(lambda x: True))
-    with is_cuda, spy(ops, "varlen_attn"), spy(F, "grouped_mm"), CudaBodies():
+    flash = spy(torch.ops.aten, "_flash_attention_forward")
+    flash_backward = spy(torch.ops.aten, "_flash_attention_backward")
+    with is_cuda, flash, flash_backward, spy(F, "grouped_mm"), CudaBodies():
         yield counted
 
 
@@ -109,8 +111,9 @@ def test_the_model_calls_the_gpus_kernels_forward_and_backward(calls, cfg, recom
     for name, p in model.named_parameters():
         if name != "lm_head.weight":
             assert (p.grad.shape, p.grad.dtype) == (p.shape, p.dtype), name
-    assert first["varlen_attn"] == LAYERS
-    assert calls["varlen_attn"] == LAYERS * (1 + recompute)
+    # what a recompute does not do again
+    assert first["_flash_attention_forward"] == calls["_flash_attention_forward"] == LAYERS
+    assert calls["_flash_attention_backward"] == LAYERS
     # gate, up and down, in one call or in several; backward the inputs' and the weights' gradients
     per_layer, later = first["grouped_mm"] // LAYERS, calls["grouped_mm"] - first["grouped_mm"]
     assert (per_layer > 0) == (cfg is MOE)
@@ -145,7 +148,8 @@ def test_an_update_of_the_optimizer(calls, monkeypatch, cfg, fp32_head, grad_dty
     assert all(p.grad is None and p.main_grad.dtype == grad_dtype for p in model.parameters())
     norm = optimizer.step()
     assert norm.shape == () and norm.dtype == torch.float64
-    assert len(optimizer.buckets) == 1 + fp32_head
+    dtypes = {bucket.values.dtype for bucket in optimizer.buckets}
+    assert dtypes == {torch.bfloat16, *([torch.float32] if fp32_head else [])}
     assert all(bucket.master.dtype == torch.float32 for bucket in optimizer.buckets)
 
 
@@ -158,8 +162,8 @@ def other_strides(grouped_mm):
     return lambda *args, offs: grouped_mm(*args, offs=offs).mT.contiguous().mT
 
 
-def another_name(varlen_attn):
-    return lambda *args, window_size, **rest: varlen_attn(*args, window=window_size, **rest)
+def an_argument_less(flash):
+    return lambda *args: flash(*args[:-1])
 
 
 def not_transposed(grouped_outer):
@@ -175,7 +179,7 @@ def without_out_dtype(mm):
     [
         (F, "grouped_mm", int64_offsets, "Offsets tensor must be integer"),
         (F, "grouped_mm", other_strides, "its fake differ"),
-        (ops, "varlen_attn", another_name, "unexpected keyword argument 'window'"),
+        (torch.ops.aten, "_flash_attention_forward", an_argument_less, "return_debug_mask"),
         (ops, "grouped_outer", not_transposed, "invalid gradient"),
         (torch, "mm", without_out_dtype, "dtype"),
     ],
