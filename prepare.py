@@ -360,7 +360,7 @@ def with_chunk_size(cfg: Config, model_cfg: ModelConfig, device) -> Config:
     """--logprob-chunk-size 0 as the number that it stands for."""
     if cfg.logprob_chunk_size:
         return cfg
-    rows = ops.chunk_rows(model_cfg.vocab_size // cfg.tp, device.type == "cuda")
+    rows = ops.chunk_rows(model_cfg.vocab_size // cfg.tp, cfg.compile and device.type == "cuda")
     return dataclasses.replace(cfg, logprob_chunk_size=rows)
 
 

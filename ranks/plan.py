@@ -147,7 +147,7 @@ def activation_memory(m, cfg) -> dict[str, float]:
     # leave, and weighted.
     saved_dense, saved_moe = gathered + T * I_ * 4 * a, rows * (3 * D + 4 * F) * a
     peak_dense, peak_moe = saved_dense + gathered + T * I_ * 3 * a, rows * (5 * D + 4 * F) * a
-    chunk = cfg.logprob_chunk_size or ops.chunk_rows(v, on_cuda=True)
+    chunk = cfg.logprob_chunk_size or ops.chunk_rows(v, on_cuda=cfg.compile)
     return {
         "inputs": m.num_hidden_layers * t * D * a,
         "all layers": (moe + dense) * attention + moe * saved_moe + dense * saved_dense,

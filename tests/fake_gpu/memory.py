@@ -67,10 +67,10 @@ def main() -> None:
     changes = {"num_prompts_per_step": 1, "num_generations_per_prompt": samples}
     cfg = dataclasses.replace(cfg, train_global_batch_size=samples, **changes)
     model_cfg = KNOWN_MODELS[cfg.model]
-    cfg = with_chunk_size(cfg, model_cfg)
     store, timeout = dist.HashStore(), timedelta(seconds=60)
     dist.init_process_group("nccl", store=store, rank=0, world_size=ranks, timeout=timeout)
     mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads)
+    cfg = with_chunk_size(cfg, model_cfg, mesh.device)
     train_cispo.load_hf = lambda model, checkpoint: None  # weights of any value
     model = train_cispo.build_model(cfg, model_cfg, mesh, None)
     optimizer = train_cispo.build_optimizer(cfg, model)
