@@ -172,7 +172,7 @@ def test_a_node_that_joins_again_keeps_the_processes_that_it_has(tmp_path, tiny_
         players.codec = Codec(tiny_checkpoint)
         try:
             for _ in range(2):
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(30):
                     await workers.start()
                 await players.play(sample := Sample([9], {}, 40, Scripted()), sample, {})
             return len(workers.processes)
