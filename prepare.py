@@ -19,8 +19,8 @@ import task
 from bridge.flags import parse_flags
 from bridge.hub import check_address
 from bridge.processes import cores
-from bridge.reward_pool import check_reward
-from bridge.reward_process import built_in, reward_digest, reward_sources, roles_asked_for, takes
+from bridge.reward_pool import check_reward, roles_asked_for
+from bridge.reward_process import built_in, reward_digest, reward_sources, takes
 from bridge.vllm import no_replay
 from bridge.waits import WaitOver
 from bridge.weights import (
@@ -205,7 +205,8 @@ def load_prompts(
                 f"{rows.num_chats} are chats"
             )
     interruption(cfg, codec)  # raises what it raises before there is a run
-    for role in roles_asked_for(reward_sources(cfg.reward)):
+    function = cfg.reward.rpartition(":")[2]
+    for role in roles_asked_for(reward_sources(cfg.reward), function):
         try:
             codec.between(role, "?")
         except ValueError as e:

@@ -15,6 +15,7 @@ from random weights no sample is ever right and a policy gradient has nothing to
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -105,6 +106,11 @@ class Codec:
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """A bound on a token's characters."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def between(self, role: str, text: str) -> str:
         """What stands between two turns of the policy when a user or a tool says this: the chat

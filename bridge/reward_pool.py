@@ -1,5 +1,6 @@
 """The reward functions' processes, as a rollout node sees them."""
 
+import ast
 import asyncio
 import contextlib
 import functools
@@ -7,12 +8,13 @@ import json
 import mmap
 import os
 import signal
+import struct
 import sys
 import time
 from collections import Counter
 
 from bridge.processes import REPO, guarded, log
-from bridge.reward_process import KEPT, RUNS, reward_sources
+from bridge.reward_process import KEPT, RUNNING, RUNS, reward_sources
 from bridge.waits import Wait, backoff_s
 
 
@@ -74,7 +76,8 @@ class RewardWorkers:
 
     async def start(self) -> None:
         """All workers, so that a file that cannot be imported is known before the first sample."""
-        await asyncio.gather(*(self._score([]) for _ in range(self.count)))
+        # those that play are the caller's of `new`: a node that joins again has them already
+        await asyncio.gather(*(self._score([]) for _ in range(self.free.qsize())))
 
     async def score(self, completions: list[str], example: dict) -> list[float | str]:
         """A reward for each completion, or a line that says why it has none (Away: not for want of
@@ -157,7 +160,7 @@ class RewardWorkers:
         attempt = 0
         while True:
             runs = os.memfd_create("runs")
-            os.ftruncate(runs, 8)
+            os.ftruncate(runs, struct.calcsize(RUNNING))
             start = asyncio.create_task(
                 asyncio.create_subprocess_exec(
                     *command,
@@ -175,11 +178,14 @@ class RewardWorkers:
                 worker = await asyncio.shield(start)
                 self.starting.discard(start)
                 self.processes.add(worker)
-                worker.runs = mmap.mmap(runs, 8)  # the episode whose code runs there
+                worker.runs = mmap.mmap(runs, struct.calcsize(RUNNING))
                 said = await self._line(worker, wait)
             except asyncio.CancelledError:
                 if start not in self.starting:
                     self.kill(worker)
+                raise
+            except OSError:  # there is no process: no memory, or too many of something
+                self.starting.discard(start)
                 raise
             finally:
                 os.close(runs)
@@ -284,3 +290,22 @@ def check_reward(spec: str, start_timeout_s: float, away_timeout_s: float) -> st
         return workers.takes
 
     return asyncio.run(load())
+
+
+def roles_asked_for(sources: dict[str, bytes], function: str) -> set[str]:
+    """Who speaks between two turns, as far as it can be read: the roles in calls `sample(ROLE=` of
+    a function and of what it names. sources: of `reward_sources`."""
+    defined: dict[str, list] = {}  # at the top of a file
+    for source in sources.values():
+        with contextlib.suppress(SyntaxError, ValueError):  # who loads it says so
+            for node in ast.parse(source).body:
+                names = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+                for name in (*names, getattr(node, "name", None)):
+                    defined.setdefault(name, []).append(node)
+    found, todo = set(), [function]
+    while todo:
+        for node in (n for top in defined.pop(todo.pop(), []) for n in ast.walk(top)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "sample":
+                found |= {keyword.arg for keyword in node.keywords} & {"user", "tool"}
+            todo += [getattr(node, "id", ""), getattr(node, "attr", "")]
+    return found

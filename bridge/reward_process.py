@@ -6,7 +6,9 @@ run goes on with what it has started with. reward_pool.py is the other end of th
 
 import ast
 import asyncio
+import concurrent.futures
 import contextlib
+import contextvars
 import errno
 import functools
 import hashlib
@@ -18,7 +20,9 @@ import math
 import mmap
 import numbers
 import os
+import struct
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
@@ -204,20 +208,14 @@ def is_async(reward) -> bool:
     return any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
 
 
-def roles_asked_for(sources: dict[str, bytes]) -> set[str]:
-    """Who speaks between two turns, as far as it can be read: the roles in calls `sample(ROLE=`."""
-    found = set()
-    for source in sources.values():
-        with contextlib.suppress(SyntaxError, ValueError):  # who loads it says so
-            for node in ast.walk(ast.parse(source)):
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "sample":
-                    found |= {keyword.arg for keyword in node.keywords} & {"user", "tool"}
-    return found
-
-
 # ---- the worker ----------------------------------------------------------------------------------
 # names a file with the sources: the processes that a reward starts read it as well
 KEPT = "CISPO_REWARD_SOURCES"
+
+
+def shown(value) -> str:
+    """What a function returned, in one short line: an array's repr has several."""
+    return " ".join(repr(value).split())[:100]
 
 
 def judge(value) -> dict:
@@ -231,7 +229,7 @@ def judge(value) -> dict:
             else type(value).__name__
         )
         return {
-            "error": f"it returned {value!r:.100} ({what}), expected one number",
+            "error": f"it returned {shown(value)} ({what}), expected one number",
             "kind": "wrong_type",
         }
     try:
@@ -318,8 +316,11 @@ def is_away(e: BaseException) -> bool:
 
 
 def raised(e: BaseException) -> dict:
-    kind = "away" if is_away(e) else "timed_out" if isinstance(e, TimeoutError) else "raised"
-    return {"error": f"it raised {told(e)}", "kind": kind}
+    try:
+        kind = "away" if is_away(e) else "timed_out" if isinstance(e, TimeoutError) else "raised"
+        return {"error": f"it raised {told(e)}", "kind": kind}
+    except Exception:  # its __str__ and its properties are the user's code, too
+        return {"error": f"it raised {type(e).__name__}", "kind": "raised"}
 
 
 def answer_to(job: dict, value) -> dict:
@@ -328,7 +329,7 @@ def answer_to(job: dict, value) -> dict:
         return judge(value)
     wanted = len(job["completions"])
     if not hasattr(value, "__len__") or isinstance(value, str) or len(value) != wanted:
-        what = f"{value!r:.100}, expected a list of {wanted} numbers"
+        what = f"{shown(value)}, expected a list of {wanted} numbers"
         return {"error": f"it returned {what}", "kind": "wrong_type"}
     return {"each": [judge(x) for x in value]}
 
@@ -351,7 +352,7 @@ def serve_rewards(spec: str, sources: dict[str, bytes] | None = None) -> None:
         )
         return
     with open(os.environ[RUNS], "r+b") as file:
-        runs = mmap.mmap(file.fileno(), 8)
+        runs = mmap.mmap(file.fileno(), struct.calcsize(RUNNING))
     kind = takes(reward)
     answers.write(json.dumps({"takes": kind}) + "\n")
     if kind == "sample":
@@ -364,7 +365,9 @@ def serve_rewards(spec: str, sources: dict[str, bytes] | None = None) -> None:
         job = json.loads(line)
         try:
             answer = answer_to(job, reward(job[kind], job["example"]))
-        except Exception as e:  # any: the user's code
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as e:  # any: the user's code; a panic in Rust is no Exception
             answer = raised(e)
         answers.write(json.dumps(answer) + "\n")
 
@@ -377,7 +380,9 @@ async def serve_async(reward, jobs_pipe, answers) -> None:
     async def one(job: dict) -> dict:
         try:
             return answer_to(job, await reward(job[kind], job["example"]))
-        except (Exception, asyncio.CancelledError) as e:  # any: the user's code
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as e:  # any: the user's code; a panic in Rust is no Exception
             return raised(e)
 
     async def answer() -> None:
@@ -401,8 +406,12 @@ async def lines_of(pipe) -> asyncio.StreamReader:
 
 
 # ---- episodes ------------------------------------------------------------------------------------
-# names 8 bytes that the node reads: the episode whose code runs, 0 for none
-RUNS = "CISPO_REWARD_RUNS"
+# names a file that the node reads: the episode whose code runs, 0 for none, and since when, in ns
+# of the monotonic clock, which all processes share
+RUNS, RUNNING = "CISPO_REWARD_RUNS", "<QQ"
+MOST_CHARACTERS = 20_000_000  # of a text that is put in: a line of JSON holds 2**28 bytes
+THREADS = 512  # for asyncio.to_thread: most only wait, and one that hangs keeps its own
+MINE = contextvars.ContextVar("MINE", default=0)  # the episode that a task belongs to, 0 for none
 
 
 class Turn(NamedTuple):
@@ -433,7 +442,8 @@ class Episode:
 
         insert: as it is; user, tool: as a message, with what the model's chat template puts around
         it. None of it is trained on. max_tokens: of this turn; stop: texts that end it, and stay in
-        it. Raises: TypeError, ValueError for what it cannot take.
+        it. Raises: TypeError, ValueError for what it cannot take; RuntimeError while a call before
+        has no answer, and for good once one was cancelled.
         """
         stop = [stop] if isinstance(stop, str) else list(stop)
         given = {"insert": insert or None, "user": user, "tool": tool}
@@ -441,36 +451,66 @@ class Episode:
         for name, text in given.items():
             if not isinstance(text, str):
                 raise TypeError(f"sample({name}=...) takes text, not {type(text).__name__}")
+            if len(text) > MOST_CHARACTERS:
+                raise ValueError(
+                    f"sample({name}=...): a text of {len(text)} characters, {MOST_CHARACTERS} are "
+                    "the most"
+                )
         if len(given) > 1:
             raise ValueError(f"sample takes one of {' and '.join(given)} at a time")
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ValueError(f"sample(max_tokens={max_tokens!r}): expected a whole number above 0")
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"sample(stop={stop!r}): expected texts that are not empty")
+        if self.turn and self.turn.cancelled():
+            raise RuntimeError(
+                "sample was called after a call of it was cancelled, by a timeout around it say: "
+                "the policy's turn cannot be taken back"
+            )
         if self.turn and not self.turn.done():
             raise RuntimeError("sample was called again before it had answered")
         loop = asyncio.get_running_loop()
-        self.turn, left_s = loop.create_future(), self.clock.when() - loop.time()
-        self.say({"id": self.id, "sample": {**given, "max_tokens": max_tokens, "stop": stop}})
+        left_s = self.clock.when() - loop.time()
         self.clock.reschedule(None)
-        answer = await self.turn
-        self.clock.reschedule(loop.time() + left_s)
+        self.turn = loop.create_future()
+        self.say({"id": self.id, "sample": {**given, "max_tokens": max_tokens, "stop": stop}})
+        try:
+            answer = await self.turn
+        finally:
+            with contextlib.suppress(RuntimeError):  # the episode is over
+                self.clock.reschedule(loop.time() + left_s)
         if "refused" in answer:
             raise ValueError(answer["refused"])
         return Turn(answer["text"], answer["finish"])
 
-    async def run(self, play, example: dict, runs) -> None:
+    async def run(self, play, example: dict) -> None:
+        """The function plays in a task of its own: one that catches its cancellation and goes on
+        does not hold up the answer."""
+        MINE.set(self.id)
+        playing = asyncio.create_task(play(self.sample, example))
         try:
-            async with asyncio.timeout(self.timeout_s) as self.clock:
-                answer = judge(await Marked(play(self.sample, example), self.id, runs))
-        except SystemExit as e:
-            answer = {"error": f"it called sys.exit({e.code!r})", "kind": "exited"}
-        except (Exception, asyncio.CancelledError) as e:  # any: the user's code
-            answer = raised(e)
-            if isinstance(e, TimeoutError) and self.clock.expired():
-                what = f"no answer in {self.timeout_s:g} s of its own"
-                answer = {"error": what, "kind": "timed_out"}
-        self.say({"id": self.id, **answer})
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.timeout_s) as self.clock:
+                    await asyncio.wait([playing])
+        finally:
+            playing.cancel()
+            if self.turn:  # another task of the episode may still wait for it
+                self.turn.cancel()
+        self.say({"id": self.id, **self.answer_of(playing)})
+
+    def answer_of(self, playing: asyncio.Task) -> dict:
+        if not playing.done():
+            return {"error": f"no answer in {self.timeout_s:g} s of its own", "kind": "timed_out"}
+        try:
+            return judge(playing.result())
+        except Exited as e:
+            return {"error": str(e), "kind": "exited"}
+        except BaseException as e:  # any: the user's code; a panic in Rust is no Exception
+            return raised(e)
+
+
+class Exited(Exception):
+    """What sys.exit becomes in a task: as it is it would end the process."""
 
 
 class Marked:
@@ -483,17 +523,34 @@ class Marked:
     def __await__(self):
         step, given = self.coroutine.send, None
         while True:
-            self.runs[:] = self.id.to_bytes(8)
+            self.runs[:] = struct.pack(RUNNING, self.id, time.monotonic_ns())
             try:
                 waits_for = step(given)
             except StopIteration as end:
                 return end.value
+            except (SystemExit, KeyboardInterrupt) as e:
+                raise Exited(f"it raised {told(e)}") from None
             finally:
-                self.runs[:] = bytes(8)
+                self.runs[:] = struct.pack(RUNNING, 0, time.monotonic_ns())
             try:
                 step, given = self.coroutine.send, (yield waits_for)
             except BaseException as e:
                 step, given = self.coroutine.throw, e
+
+
+def task_factory(runs):
+    """Marks every task of an episode, those that it starts itself among them."""
+
+    async def marked(coroutine, id: int):
+        return await Marked(coroutine, id, runs)
+
+    def new_task(loop, coroutine, **kwargs) -> asyncio.Task:
+        id = MINE.get()
+        if id and asyncio.iscoroutine(coroutine):
+            coroutine = marked(coroutine, id)
+        return asyncio.Task(coroutine, loop=loop, **kwargs)
+
+    return new_task
 
 
 async def serve_episodes(play, jobs_pipe, answers, runs) -> None:
@@ -506,16 +563,20 @@ async def serve_episodes(play, jobs_pipe, answers, runs) -> None:
         if message["id"] in episodes:  # else it was dropped
             answers.write(json.dumps(message) + "\n")
 
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(THREADS))
+    loop.set_task_factory(task_factory(runs))
     lines = await lines_of(jobs_pipe)
     while line := await lines.readline():
         message = json.loads(line)
         id = message.pop("id")
         if "example" in message:
             episode = Episode(id, message["timeout_s"], say)
-            task = asyncio.create_task(episode.run(play, message["example"], runs))
+            task = asyncio.create_task(episode.run(play, message["example"]))
             episodes[id] = episode, task
         elif id in episodes and message:
-            episodes[id][0].turn.set_result(message)
+            turn = episodes[id][0].turn
+            turn.done() or turn.set_result(message)  # it may have been cancelled
         elif id in episodes:
             episodes.pop(id)[1].cancel()
 

@@ -179,11 +179,34 @@ def test_a_judge_that_is_slow_and_fails_is_asked_again_until_it_answers(monkeypa
 
 def test_roles_that_a_function_asks_for_are_known_before_the_run(thinker, tmp_path):
     """prepare.load_prompts refuses a template that lacks one of them."""
-    from bridge.reward_process import roles_asked_for
+    from bridge.reward_pool import roles_asked_for
 
     text = (REPO / "examples/calculator.py").read_bytes()
-    assert roles_asked_for({"x": text}) == {"tool"}
-    assert roles_asked_for({"x": b"other(tool=1)\nsample('a')"}) == set()
+    assert roles_asked_for({"x": text}, "play") == {"tool"}
+    assert (
+        roles_asked_for({"x": b"def play():\n    other(tool=1)\n    sample('a')"}, "play") == set()
+    )
+
+
+def test_roles_are_those_of_the_function_that_is_named_and_of_what_it_calls():
+    from bridge.reward_pool import roles_asked_for
+
+    file = b"""
+import games
+async def talk(sample):
+    await sample(user="well?")
+class Chess:
+    async def __call__(self, sample, example):
+        await talk(sample)
+chess = Chess()
+async def go(sample, example):
+    await games.begin(sample)
+    await sample("a")
+"""
+    sources = {"a.py": file, "games.py": b"async def begin(sample):\n    await sample(tool='b')\n"}
+    assert roles_asked_for(sources, "chess") == {"user"}
+    assert roles_asked_for(sources, "go") == {"tool"}
+    assert roles_asked_for(sources, "Chess") == {"user"}
 
 
 def test_text_alone_is_put_in_as_it_is(tmp_path, tiny_checkpoint):

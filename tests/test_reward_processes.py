@@ -354,6 +354,7 @@ def test_the_reward_and_its_neighbours_are_among_the_sources_that_a_run_keeps(
             )
         ],
         (np.array([1.0, 2.0]), "wrong_type"),
+        (np.eye(2), "wrong_type"),  # its repr has two lines
         (torch.tensor([1.0]), "wrong_type"),
         (np.array("1"), "wrong_type"),
         (None, "wrong_type"),
@@ -372,6 +373,12 @@ def test_one_number_of_whatever_class_is_a_reward_and_nothing_else_is(value, ans
     assert found.get("reward", found.get("kind")) == answer and found.get(
         "error", "it returned"
     ).startswith("it returned")
+    assert "\n" not in found.get("error", "")
+
+
+def test_what_a_judge_of_a_group_returns_is_told_in_one_line():
+    found = reward_process.answer_to({"completions": ["a", "b", "c"]}, np.eye(2))
+    assert found["error"].startswith("it returned array([[1., 0.], [0., 1.]])")
 
 
 def test_an_error_is_told_with_its_class_its_last_words_and_its_place(tmp_path):
@@ -383,6 +390,42 @@ def test_an_error_is_told_with_its_class_its_last_words_and_its_place(tmp_path):
     (found,) = score(spec, ["a"])
     assert found.startswith("it raised RuntimeError: url xxx") and len(found) < 300
     assert found.endswith("xxx status 499: no such judge (my.py line 2)")
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_an_exception_that_is_no_exception_or_cannot_be_shown_costs_its_sample_alone(
+    tmp_path, kind
+):
+    spec = write(
+        tmp_path / "my.py",
+        "class Panic(BaseException):\n"
+        "    pass\n"
+        "class Mute(TimeoutError):\n"
+        "    def __str__(self):\n"
+        "        raise ValueError('no words')\n"
+        f"{kind} score(completion, example):\n"
+        "    if completion != 'fine':\n"
+        "        raise globals()[completion]()\n"
+        "    return 1.0\n",
+    )
+    found = score(spec, ["Panic", "Mute", "fine"], timeout_s=10.0)
+    assert found == ["it raised Panic (my.py line 8)", "it raised Mute", 1.0]
+
+
+def test_a_worker_that_cannot_be_started_does_not_keep_the_others_from_their_end(
+    tmp_path, monkeypatch
+):
+    async def no_memory(*command, **flags):
+        raise OSError(12, "Cannot allocate memory")
+
+    async def run():
+        workers = RewardWorkers(write(tmp_path / "my.py", "score = float"), 1, 5.0)
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", no_memory)
+        with pytest.raises(OSError, match="Cannot allocate"):
+            await workers.start()
+        await workers.close()
+
+    asyncio.run(run())
 
 
 # ---- a service that is away ----------------------------------------------------------------------
