@@ -64,6 +64,18 @@ def peak_flops(device: str) -> float | None:
     return next((flops for name, flops in PEAKS.items() if name in device), None)
 
 
+def trained(m, lengths: list[int], ranks: int, busy_s: float, device: str) -> dict:
+    """What a step says of the trainer's speed. lengths: tokens of each trained sample with its
+    prompt; busy_s: seconds of the step without the wait for rollouts; device: of a rank, all
+    have the same. The utilization is of its peak in PEAKS, recomputed work not counted; None
+    without one."""
+    flop, peak = sum(n * flops_per_token(m, n) for n in lengths), peak_flops(device)
+    return {
+        "train/tokens_per_s_per_gpu": sum(lengths) / (ranks * busy_s),
+        "train/mfu": flop / (ranks * busy_s * peak) if peak else None,
+    }
+
+
 class Code(NamedTuple):
     """What the trainer's code does, where it changes the time."""
 

@@ -3,12 +3,16 @@
 
 import dataclasses
 import re
+from argparse import Namespace
 
 import pytest
+import torch
 
+from bridge.processes import gpus_of_vllm
 from model import KNOWN_MODELS
 from presets import PRESETS
 from ranks import dry_run, speed
+from ranks.batch import trained_lengths
 from tests.test_dry_run import dry_run as run_dry
 
 QWEN = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"]
@@ -170,6 +174,31 @@ def test_synchronous_sides_take_turns():
 def test_nodes_that_cannot_be_divided_are_one_line(monkeypatch, capsys, flags, reason):
     status, _, errors = run_dry(monkeypatch, capsys, "--preset", "qwen3-30b-a3b", *flags)
     assert status == 2 and len(errors) == 1 and reason in errors[0]
+
+
+def test_a_run_s_mfu_is_its_flops_by_the_peak_and_null_without_one():
+    found = speed.trained(QWEN, [4096] * 32, 16, 1.5, "NVIDIA H100 80GB HBM3")
+    assert found["train/tokens_per_s_per_gpu"] == pytest.approx(8192 / 1.5)
+    assert found["train/mfu"] == pytest.approx(8192 / 1.5 * 23.1e9 / 989e12, rel=0.002)
+    longer = speed.trained(QWEN, [8192, 8192], 2, 1.0, "NVIDIA H100 80GB HBM3")["train/mfu"]
+    assert longer == pytest.approx(8192 * 27.9e9 / 989e12, rel=0.002)
+    assert speed.trained(QWEN, [8], 1, 1.0, "cpu")["train/mfu"] is None
+
+
+def test_samples_that_are_left_out_are_not_counted():
+    group = Namespace(prompt_ids=[1, 2], lengths=torch.tensor([3, 5]))
+    out = {"one": torch.tensor([[False, True]]), "other": torch.tensor([[False, False]])}
+    assert trained_lengths([group], out) == [5]
+
+
+@pytest.mark.parametrize(
+    ("args", "gpus"),
+    [("", 1), ("--tensor-parallel-size 4 --data-parallel-size=2", 8), ("-tp 2 --dtype half", 2)],
+)
+def test_vllm_has_as_many_gpus_as_its_parallel_sizes_ask_for(monkeypatch, args, gpus):
+    assert gpus_of_vllm(args) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpus_of_vllm(args) == gpus
 
 
 @pytest.mark.parametrize(
