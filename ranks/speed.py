@@ -9,6 +9,7 @@ overlaps without being named in `Code`.
 """
 
 import math
+from collections import defaultdict
 from typing import NamedTuple
 
 from ranks.plan import dtype_bytes, flops_per_token, parameter_classes, slices
@@ -172,10 +173,13 @@ def head(m, cfg, N: float, code: Code, train: bool) -> tuple[str, float]:
     return max(found, key=lambda work: work[1] / RATES[work[0]].value)
 
 
-def ring(replicas: int, world: int) -> str | None:
-    """The rate between ranks that hold the same slice."""
+def ring(replicas: int, world: int) -> tuple[str, float]:
+    """Between ranks that hold the same slice: the rate, and over how many NICs of a node their
+    bytes go. Those of a whole node have NICs enough for the ring's rate."""
     nodes = -(-world // GPUS_A_NODE)
-    return "InfiniBand" if replicas <= nodes > 1 else "NVLink ring"
+    nics = max(1.0, replicas / nodes)
+    slow = nodes > 1 and nics * RATES["InfiniBand"].value < RATES["NVLink ring"].value
+    return ("InfiniBand", nics) if slow else ("NVLink ring", 1.0)
 
 
 def update(m, cfg, world: int) -> list[Term]:
@@ -184,18 +188,16 @@ def update(m, cfg, world: int) -> list[Term]:
     a, grad = dtype_bytes(cfg)
     held = parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)
     terms, shard = [], sum(c.numel / c.replicas for c in held if c.trained)
-    sizes = {"experts": 0.0, "others": 0.0}
-    rates = {}
+    sizes = defaultdict(float)  # elements that a rank sends, over a NIC, by kind and rate
     for c in held:
-        if c.trained:
+        if c.trained and c.replicas > 1:
+            rate, nics = ring(c.replicas, world)
             kind = "experts" if c.name == "experts" else "others"
-            sizes[kind] += c.numel * (c.replicas - 1) / c.replicas
-            rates[kind] = ring(c.replicas, world)
+            sizes[kind, rate] += c.numel * (c.replicas - 1) / c.replicas / nics
     for what, size in (("gradients", grad), ("parameters", a)):
         terms += [
-            Term("update", f"{what}, {kind}", size * sizes[kind], rate)
-            for kind, rate in rates.items()
-            if sizes[kind]
+            Term("update", f"{what}, {kind}", size * numel, rate)
+            for (kind, rate), numel in sizes.items()
         ]
     everything = sum(c.numel for c in held if c.trained)
     passes = shard * (28 + 12 + 6) + everything * grad
@@ -232,7 +234,7 @@ def training(m, cfg, world: int, length: float, N: float, code: Code = CODE) -> 
     if code.gradients_overlap:
         backward_s = seconds(terms, "training") / micro * 2 / (3 + again)
         after = list(_hidden(after, backward_s, m.num_hidden_layers))
-    return terms + after
+    return [t for t in terms + after if t.amount]
 
 
 def _hidden(after: list[Term], backward_s: float, num_layers: int):

@@ -92,6 +92,19 @@ def test_gradients_that_take_longer_than_the_backward_are_not_hidden():
         assert speed.seconds(kept) == pytest.approx(left)
 
 
+@pytest.mark.parametrize(
+    ("replicas", "world", "way"),
+    [
+        (8, 8, ("NVLink ring", 1)),
+        (2, 16, ("InfiniBand", 1)),
+        (4, 16, ("InfiniBand", 2)),
+        (16, 16, ("NVLink ring", 1)),
+    ],
+)
+def test_gradients_go_over_the_nics_that_their_ranks_have(replicas, world, way):
+    assert speed.ring(replicas, world) == way
+
+
 def test_one_rank_alone_sends_nothing():
     cfg = dataclasses.replace(PRESET, ep=1)
     sent = {t.rate for t in speed.training(QWEN, cfg, 1, 4096, 8192, OLD)}
