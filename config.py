@@ -209,7 +209,15 @@ class Plan(Group):
     dry_run: bool = False  # print all flags and a layout's memory and traffic; status 2: too big
     dry_run_ranks: int = 1  # of that layout; if torchrun starts several, as many
     gpu_memory_gib: Positive = 79.6  # of a GPU; an 80 GB H100 has this much
-    mfu: float = 0.2  # model FLOPs utilization that its tokens/s are given for
+    nodes: int = 0  # compare all splits of so many into training and rollouts; 0: one layout
+    mean_length: CountOrZero = 0  # tokens of a sample with its prompt; 0: the longest allowed
+
+    def faults(self) -> Iterator[str]:
+        if self.nodes and (self.nodes < 2 or not self.dry_run):
+            yield (
+                f"--nodes {self.nodes}: at least 2, one to train and one to sample, and with "
+                "--dry-run; a run takes NODES=... of launch.sh"
+            )
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from bridge.prometheus import numbers
 from bridge.validation import Round, Validation, readable, samples, score
 from bridge.weights import checkpoint_files
 from loss import Algorithm, effective_share, ratio_quantile
-from ranks.batch import left_out
+from ranks.batch import left_out, trained_lengths
 from ranks.checkpoint import best_step, whole
 from ranks.parallel import SUM, merge, reduction_of
+from ranks.speed import trained
 
 
 # ---- console -------------------------------------------------------------------------------------
@@ -209,7 +210,9 @@ def log_step(record: dict, run_dir: Path) -> None:
         f"step {record['step']:4d}  reward {r('reward'):.3f}  entropy {r('entropy'):.3f}  ratio "
         f"{r('probs_ratio_min'):.2f}..{r('probs_ratio_max'):.2f}  gen_kl {r('gen_kl_error'):.1e}  "
         f"age {r('avg_trajectory_age'):.1f}  grad {r('grad_norm'):.2f}  "
-        f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})"
+        f"{t('total_step_time'):.2f} s (waited {t('exposed_generation'):.2f})  "
+        f"{r('tokens_per_s_per_gpu'):,.0f} tokens/s/GPU"
+        + ("" if record["train/mfu"] is None else f" (MFU {r('mfu'):.3f})")
     )
 
 
@@ -360,6 +363,7 @@ class Trackers:
                 ("train/*", "step"),
                 ("timing/*", "step"),
                 ("weights/*", "step"),
+                ("rollout/*", "step"),
                 ("validation/*", "version"),
             ]:
                 self.wandb.define_metric(names, step_metric=axis)
@@ -514,6 +518,9 @@ class Log:
         return self.codec.decode(ids, special=True)
 
     def begin_run(self, model) -> None:
+        self._model, self._ranks = model.cfg, model.mesh.world_size
+        on_gpu = model.mesh.device.type == "cuda"
+        self._device = torch.cuda.get_device_name(model.mesh.device) if on_gpu else "cpu"
         if self.speaks:
             alg, size = self.cfg.algorithm, model.cfg.num_parameters
             say(
@@ -533,6 +540,10 @@ class Log:
         hub, run_dir = self.rollouts.hub, self.cfg.run_dir
         counts = [count for count, norm in zip(counts, norms) if math.isfinite(norm)]
         omitted = left_out(groups, self.cfg)
+        times = self.clock.seconds()
+        waited_s = times["timing/train/exposed_generation"]
+        busy_s = times["timing/train/total_step_time"] - waited_s
+        lengths = trained_lengths(groups, omitted)
         record = {
             "step": self.step,
             "train/lr": lr,
@@ -541,7 +552,8 @@ class Log:
             **{f"train/{why}": int(mask_PS.sum()) for why, mask_PS in omitted.items()},
             **rollout_metrics(groups, self.step),
             **update_metrics(values, counts),
-            **self.clock.seconds(),
+            **times,
+            **trained(self._model, lengths, self._ranks, busy_s, self._device),
             **self.rollouts.publisher.stats,
             **hub.take_timing(),
             "hub": hub.status(),

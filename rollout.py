@@ -33,7 +33,7 @@ from bridge.client import HubRefusal, RunChanged, RunOver, ask, check_url
 from bridge.episodes import Players
 from bridge.flags import parse_flags
 from bridge.groups import pack_group
-from bridge.processes import log, node_name, own_directory
+from bridge.processes import gpus_of_vllm, log, node_name, own_directory
 from bridge.reward_pool import Away, RewardsEnd, RewardWorkers
 from bridge.reward_process import reward_digest
 from bridge.sample import Damaged, Sample, experts_of, interrupted
@@ -311,6 +311,7 @@ class Node:
         """A sign of life, with what this node holds: the hub leases the rest again, and says what
         is void here."""
         last, last_idle_s, tokens = time.monotonic(), self.idle_s, 0.0
+        gpus = gpus_of_vllm(self.cfg.vllm_args)
         while True:
             await self.joined.wait()
             self.in_flight(0)
@@ -318,6 +319,7 @@ class Node:
             passed = max(1e-3, now - last)
             load = {
                 "over_s": passed,
+                "gpu_s": passed * gpus,
                 "idle_s": self.idle_s - last_idle_s,
                 "made": max(0.0, made - tokens),
             }

@@ -53,7 +53,7 @@ from prepare import (
     with_advice,
     with_chunk_size,
 )
-from ranks import ops, plan
+from ranks import dry_run, ops
 from ranks.batch import Batch, MicroBatch, micro_batches_of, pack_batch
 from ranks.checkpoint import Checkpointer, CheckpointError
 from ranks.parallel import (
@@ -308,7 +308,7 @@ def main(cfg: Config | None = None) -> None:
             if rank == 0:  # one process plans for others
                 with piped():
                     planned = ranks if ranks > 1 else cfg.dry_run_ranks
-                    plan.print_report(known_config(cfg), cfg, planned)
+                    dry_run.print_report(known_config(cfg), cfg, planned)
                     reward_takes(cfg)  # refuses one that a run would refuse
             return
         if not torch.cuda.is_available():

@@ -237,6 +237,10 @@ class Screen:
         for name, part in BUSY.items():
             part_s = self.seconds(f"train/{part}")
             left.append(f"{name:17} {part_s:7.2f} s {bar(part_s / step_s)}")
+        rate, mfu = self.train("tokens_per_s_per_gpu"), self.train("mfu")
+        if rate is not None:
+            share = f"   MFU {mfu:.1%}" if mfu is not None else ""
+            left.append(f"{'tokens/s of a GPU':17} {rate:7,.0f}{share}")
         idle, node_tokens_per_s = load(self.records)
         cache = max((node.get("vllm", {}).get("kv", 0) for node in self.nodes), default=0)
         right = [
@@ -249,6 +253,8 @@ class Screen:
         if (turns := mean(self.records, "rollout/turns_per_sample") or 1) > 1:
             waited_s = self.seconds("rollout/environment_s")
             right.append(f"{'waits for tools':17} {waited_s:7.2f} s a sample, {turns:.1f} turns")
+        if (made := mean(self.records, "rollout/tokens_per_s_per_gpu")) is not None:
+            right.append(f"{'tokens/s of a GPU':17} {made:7,.0f}")
         samples = config["num_prompts_per_step"] * config["num_generations_per_prompt"]
         tokens_per_s = samples / step_s * self.train("mean_gen_tokens_per_sample")
         count = len(self.nodes)

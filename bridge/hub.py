@@ -266,6 +266,7 @@ class Hub:
             "rollout/node_s": load["over_s"],
             "rollout/idle_s": load["idle_s"],
             "rollout/tokens": load["made"],
+            "rollout/tokens_per_s_per_gpu": load["made"] / load["gpu_s"] if load["gpu_s"] else None,
         }
 
     @in_hub_thread

@@ -7,7 +7,9 @@ rollout node on the trainer's own machine.
 
 import contextlib
 import fcntl
+import math
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -156,6 +158,13 @@ def rollout_gpus(visible: str, ranks: int) -> str:
     if none is left."""
     gpus = visible.split(",")
     return ",".join(gpus[ranks:] or gpus)
+
+
+def gpus_of_vllm(vllm_args: str) -> int:
+    """How many its parallel sizes ask for; 0 on a machine without a GPU."""
+    sizes = r"(?:--(?:tensor|data|pipeline)[-_]parallel[-_]size|-tp|-dp|-pp)[ =]+(\d+)"
+    asked = math.prod(int(size) for size in re.findall(sizes, vllm_args))
+    return asked if torch.cuda.is_available() else 0
 
 
 class LocalRollout:

@@ -16,6 +16,7 @@ OF_A_NODE = {
     "limit": "prompts that it takes at once",
     "made": "tokens made between its last two beats",
     "over_s": "seconds between them",
+    "gpu_s": "the same times the GPUs of its vLLM",
     "idle_s": "of which vLLM had nothing to do",
 }
 

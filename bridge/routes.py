@@ -38,8 +38,9 @@ LONG_POLL_S = 20.0  # how long a request may wait for news; the client asks agai
 MAX_NODES = 4096  # that are remembered at once
 # Samples without a reward, by kind. "away": calls that were made again, for want of an answer.
 FAILED_REWARDS = ("raised", "timed_out", "exited", "not_finite", "wrong_type", "endless", "away")
-# Of a beat: seconds since the one before, those in which vLLM was idle, tokens made.
-LOAD = ("over_s", "idle_s", "made")
+# Of a beat: seconds since the one before, the same times vLLM's GPUs, seconds in which vLLM was
+# idle, tokens made.
+LOAD = ("over_s", "gpu_s", "idle_s", "made")
 VITALS = ("running", "waiting", "kv", "limit", "preemptions", *LOAD)
 TIMING_PARTS = ("fetch_s", "patch_s", "verify_s", "pause_s", "load_s", "stopped_s", "total_s")
 TIMING_PARTS += ("fetch_bytes",)

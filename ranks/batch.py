@@ -60,6 +60,17 @@ def left_out(groups: list[Group], cfg) -> dict[str, torch.Tensor]:
     return {"zero_variance_dropped": equal_PS, "overlong_filtered": long_PS}
 
 
+def trained_lengths(groups: list[Group], omitted: dict[str, torch.Tensor]) -> list[int]:
+    """Tokens of each sample that is trained on, with its prompt; omitted: those of `left_out`."""
+    out_PS = torch.stack(list(omitted.values())).any(0)
+    return [
+        len(g.prompt_ids) + length
+        for g, out_S in zip(groups, out_PS)
+        for length, out in zip(g.lengths.tolist(), out_S.tolist())
+        if not out
+    ]
+
+
 def pack_batch(groups: list[Group], cfg) -> bytes:
     """All samples of a step as one safetensors blob: the fields of `Batch`."""
     S = cfg.num_generations_per_prompt

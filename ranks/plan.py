@@ -1,6 +1,5 @@
-"""What a layout costs, by arithmetic alone: no GPU, no weights, no process group.
-
-    python train_cispo.py --preset qwen3-30b-a3b --dry-run
+"""What a layout costs, by arithmetic alone: no GPU, no weights, no process group. (What it takes in
+seconds is in speed.py; dry_run.py prints both.)
 
 All is per rank. Letters as in model.py, and: T tokens of a micro-batch, t = T/tp those that a rank
 holds between the seams (sequence parallelism), a bytes of an activation. A parameter is held by
@@ -25,7 +24,6 @@ from ranks import ops
 
 GIB = 2**30
 OVERHEAD_GIB = 4.0  # CUDA context, NCCL buffers, fragmentation: from experience, not computed
-PEAK_TFLOPS = 989  # of an H100 in dense bf16
 VLLM_SHARE = 0.92  # of a GPU's memory that vLLM 0.32 takes by default
 IMBALANCE = 2.0  # rows of the fullest expert rank, over the mean, that must fit
 
@@ -235,10 +233,10 @@ def flops_per_token(m, length: int) -> float:
     return 6 * active + 6 * L * H * C * length
 
 
-# ---- the report ----------------------------------------------------------------------------------
-def what_would_fit(m, cfg, world: int) -> list[str]:
-    """The fewest ranks, and for these the smallest sets of changed flags, that fit: each as "flags
-    (peak)"."""
+# ---- what fits -----------------------------------------------------------------------------------
+def fitting(m, cfg, world: int, further: int = 7) -> list[tuple[int, dict, float]]:
+    """The fewest ranks, doubled at most `further` times, and for these the smallest sets of changed
+    flags, that fit: of each its ranks, flags and peak in GiB."""
     budgets = [cfg.max_tokens_per_micro_batch >> i for i in range(1, 16)]
     changes = [
         ("activation_checkpointing", True),
@@ -252,14 +250,7 @@ def what_would_fit(m, cfg, world: int) -> list[str]:
     changes += [("tp", n) for n in (2, 4, 8) if n > cfg.tp] + [
         ("ep", n) for n in (2, 4, 8, 16, 32) if n > cfg.ep
     ]
-
-    def name(flag, value):
-        return ("--no-" if value is False else "--") + flag.replace("_", "-")
-
-    def show(flag, value):
-        return name(flag, value) + ("" if isinstance(value, bool) else f" {value}")
-
-    for ranks, size in itertools.product([world << i for i in range(8)], range(4)):
+    for ranks, size in itertools.product([world << i for i in range(further + 1)], range(4)):
         found = []
         for flags in itertools.combinations(changes, size):
             changed = dataclasses.replace(cfg, **dict(flags))
@@ -270,11 +261,28 @@ def what_would_fit(m, cfg, world: int) -> list[str]:
             if (peak := sum(memory(m, changed, ranks).values())) <= cfg.gpu_memory_gib and len(
                 dict(flags)
             ) == size:
-                words = [f"{ranks} ranks"] * (ranks > world) + list(itertools.starmap(show, flags))
-                found.append(f"{' '.join(words)} ({peak:.1f})")
+                found.append((ranks, dict(flags), peak))
         if found:
             return found
-    return ["a smaller model"]
+    return []
+
+
+def as_flags(changes: dict) -> str:
+    """As one types them."""
+    words = []
+    for name, value in changes.items():
+        word = ("--no-" if value is False else "--") + name.replace("_", "-")
+        words.append(word if isinstance(value, bool) else f"{word} {value}")
+    return " ".join(words)
+
+
+def what_would_fit(m, cfg, world: int) -> list[str]:
+    """What is `fitting`, each as "flags (peak)"."""
+    found = [
+        f"{f'{ranks} ranks ' * (ranks > world)}{as_flags(flags)}".strip() + f" ({peak:.1f})"
+        for ranks, flags, peak in fitting(m, cfg, world)
+    ]
+    return found or ["a smaller model"]
 
 
 def check_memory(m, cfg, world: int) -> None:
@@ -317,72 +325,3 @@ def check(m, cfg, world: int) -> None:
     check_layout(m, world, cfg.tp, cfg.ep)
     check_model(m, cfg)
     check_memory(m, cfg, world)
-
-
-def how_to_start(cfg, world: int) -> str:
-    """The command for this many ranks, and where the rollout nodes come from."""
-    if cfg.local_rollout:
-        ranks = f"NPROC={world} " * (world > 1)
-        return (
-            f"to start it on one machine: {ranks}bash launch.sh FLAGS; its vLLM gets the GPUs that "
-            "no rank has"
-        )
-    return (
-        f"to start it: {world} rank{'s' * (world > 1)} on trainer nodes and rollout nodes of your "
-        'own, both by NODES="h0 h1 ..." bash launch.sh FLAGS (docs/nodes.md)'
-    )
-
-
-def print_report(m, cfg, world: int) -> None:
-    """Raises: ValueError for an impossible layout, and for one that does not fit, with what
-    would."""
-    cfg = dataclasses.replace(cfg, dry_run=True)
-    check_layout(m, world, cfg.tp, cfg.ep)
-    check_model(m, cfg)
-    cfg.validate()
-    print(cfg.text + "\n")
-    terms = memory(m, cfg, world)
-    act = {name: size / GIB for name, size in activation_memory(m, cfg).items()}
-    peak = sum(terms.values())
-    print(
-        f"{cfg.model} on {world} ranks: tp {cfg.tp}, ep {cfg.ep}, data parallel "
-        f"{world // cfg.tp}, micro-batches of {cfg.max_tokens_per_micro_batch} tokens"
-    )
-    print(f"\n{'parameters of a rank':26}{'millions':>9}  ranks that hold the same")
-    for c in (classes := parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)):
-        print(f"  {c.name:24}{c.numel / 1e6:9.1f}  {c.replicas}{'' if c.trained else ', frozen'}")
-    remarks = {
-        "saved activations": f"{act['inputs']:.1f} with recompute, {act['all layers']:.1f} without",
-        "live layer or loss": f"attention {act['attention']:.1f}, dense MLP "
-        f"{act['dense MLP']:.1f}, MoE {act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with "
-        f"{IMBALANCE:g} x the rows), loss {act['loss']:.1f}",
-        "vLLM on the same GPU": (
-            f"{vllm_share(cfg, world):g} of it, by --rollout-args; with a GPU more than ranks it "
-            "has that"
-        ),
-    }
-    print(f"\n{'memory of a rank':26}{'GiB':>9}")
-    for name, gib in terms.items():
-        print(f"  {name:24}{gib:9.2f}  {remarks.get(name, '')}".rstrip())
-    print(f"  {'peak':24}{peak:9.2f}  of {cfg.gpu_memory_gib:g}")
-    print(f"\n{'a rank sends, per layer':26}{'MB':>9}  in")
-    for name, (size, when) in collective_bytes(m, cfg, world).items():
-        print(f"  {name:24}{size / 1e6:9.1f}  {when}")
-    total = sum(c.numel * world // c.replicas for c in classes)
-    size = total * (4 if cfg.publish_dtype == "float32" else 2)
-    print(
-        f"  {'weights to rollouts':24}{size / m.num_hidden_layers / 1e6:9.1f}  a version, of all "
-        f"ranks; {total:,} parameters are {size / 1e9:.2f} GB"
-    )
-    if cfg.router_replay == "sampler":
-        sent = replayed_bytes(m, cfg) * cfg.samples_per_step
-        print(f"  {'experts to rank 0':24}{sent / 1e6:9.1f}  a step, with all layers, at most")
-    print(
-        f"\n{'sequence length':26}{'GFLOP':>9}  a token, forward and backward; tokens/s of a GPU "
-        f"at MFU {cfg.mfu:g}"
-    )
-    for length in (2048, 4096, 8192, 16384):
-        flops = flops_per_token(m, length)
-        print(f"  {length:<24}{flops / 1e9:9.1f}  {cfg.mfu * PEAK_TFLOPS * 1e12 / flops:,.0f}")
-    check_memory(m, cfg, world)
-    print(f"\n{how_to_start(cfg, world)}")

@@ -231,7 +231,8 @@ def test_the_recipe_fits_16_gpus_and_the_report_says_what_takes_the_room(
         r"optimizer state +21.32\n",
         r"EP dispatch +469.8 ",
         r"30,532,122,624 parameters are 61.06 GB",
-        r"4096 +23.1  8,570\n",
+        r"experts +215.9  119 TFLOP at 550 TFLOP/s\n",
+        r"sequences of 4096, 23.1 GFLOP a token\n",
     ]:
         assert re.search(line, report), line
     terms = [

@@ -484,3 +484,16 @@ def test_a_node_that_has_died_loses_its_prompts_long_before_one_that_is_silent(h
 
     assert asyncio.run(scenario())
     assert any("hub waits for dead" in line for line in hub.take_news())
+
+
+def test_the_speed_of_the_rollouts_gpus_is_over_all_nodes_and_null_without_gpus(hub):
+    beats = {"a": (3.0, 24.0, 7200), "b": (3.0, 12.0, 3600)}  # seconds, GPU seconds, tokens
+    for node, (over_s, gpu_s, made) in beats.items():
+        receipt = {"node": node, "version": 0, "digest": digest(hub.manifest), "timing": {}}
+        assert call(hub, "POST", "/receipts", json=receipt)[0] == 200
+        load = {"over_s": over_s, "gpu_s": gpu_s, "made": made}
+        call(hub, "POST", "/beat", json={"node": node, "leases": [], "vllm": load})
+    found = hub.take_timing()
+    assert found["rollout/tokens_per_s_per_gpu"] == 10800 / 36 and found["rollout/node_s"] == 6
+    call(hub, "POST", "/beat", json={"node": "a", "leases": [], "vllm": {"over_s": 3, "made": 9}})
+    assert hub.take_timing()["rollout/tokens_per_s_per_gpu"] is None

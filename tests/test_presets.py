@@ -18,7 +18,7 @@ from bridge.flags import parse_flags
 from bridge.processes import rollout_gpus
 from config import Config, RolloutConfig
 from presets import PRESET_NOTES, PRESETS, parse_config
-from ranks import plan
+from ranks import dry_run
 from train_cispo import learning_rate
 
 REPO = Path(__file__).resolve().parent.parent
@@ -167,7 +167,7 @@ def test_every_preset_is_valid_named_and_fits(name, capsys):
     assert not cfg.warnings()
     if cfg.model:
         # raises where it does not fit
-        plan.print_report(prepare.known_config(cfg), cfg, cfg.dry_run_ranks)
+        dry_run.print_report(prepare.known_config(cfg), cfg, cfg.dry_run_ranks)
 
 
 @pytest.mark.parametrize("argv", [["--preset", "qwen"], ["--preset=qwen", "--help"]])

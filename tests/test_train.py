@@ -338,6 +338,7 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
     assert len(records) == 3 and all(
         math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in records
     )
+    assert all(r["train/tokens_per_s_per_gpu"] > 0 and r["train/mfu"] is None for r in records)
     assert [r["train/tokens_age_0"] > 0 for r in records] == [True, False, False]
     # A pass without gradient for prev and one for the reference, where the mode reads them, and
     # none elsewhere.

@@ -252,6 +252,28 @@ def step_record(step: int, reward: float = 0.5, without_signal: float = 0.0) -> 
     }
 
 
+def test_the_screen_shows_the_speed_of_a_gpu_on_both_sides_where_it_is_known(tmp_path):
+    run = run_of(tmp_path, (0, 1))
+    assert "of a GPU" not in screen(run)
+    speed = {"train/tokens_per_s_per_gpu": 5391.4, "train/mfu": 0.126}
+    record = step_record(1) | speed | {"rollout/tokens_per_s_per_gpu": 3702.0}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    left, right = "tokens/s of a GPU   5,391   MFU 12.6%", "tokens/s of a GPU   3,702"
+    assert re.search(rf"{left} +(?:\x1b\S*)?{right}", screen(run)), screen(run)
+    record |= {"train/mfu": None, "rollout/tokens_per_s_per_gpu": None}  # as on a CPU
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert "5,391" in screen(run) and "MFU" not in screen(run)
+
+
+@pytest.mark.parametrize(("mfu", "says"), [(0.1264, " (MFU 0.126)"), (None, "")])
+def test_the_console_says_tokens_a_second_and_mfu_where_it_is_known(tmp_path, capsys, mfu, says):
+    names = "entropy probs_ratio_min probs_ratio_max gen_kl_error grad_norm".split()
+    record = step_record(4) | {f"train/{name}": 1.0 for name in names}
+    record |= {"timing/train/exposed_generation": 0.0, "train/tokens_per_s_per_gpu": 5391.4}
+    report.log_step(record | {"train/mfu": mfu}, tmp_path)
+    assert capsys.readouterr().out.rstrip().endswith(f"5,391 tokens/s/GPU{says}")
+
+
 def run_of(tmp_path: Path, steps) -> Path:
     run = tmp_path / "runs/other"
     run.mkdir(parents=True)
