@@ -63,7 +63,7 @@ def print_report(m, cfg, world: int) -> None:
     for c in (classes := parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)):
         print(f"  {c.name:24}{c.numel / 1e6:9.1f}  {c.replicas}{'' if c.trained else ', frozen'}")
     remarks = {
-        "saved activations": f"{act['inputs']:.1f} with recompute, {act['all layers']:.1f} without",
+        "saved activations": f"{act['kept']:.1f} with recompute, {act['all layers']:.1f} without",
         "live layer or loss": f"attention {act['attention']:.1f}, dense MLP "
         f"{act['dense MLP']:.1f}, MoE {act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with "
         f"{IMBALANCE:g} x the rows), loss {act['loss']:.1f}",

@@ -29,12 +29,13 @@ def at_least_fp32(x):
 IGNORED = -(2**31)
 
 
-def chunk_rows(vocab_rows: int, on_cuda: bool) -> int:
+def chunk_rows(vocab_rows: int, many: bool) -> int:
     """Tokens whose fp32 logits fit the budget: a power of two from 16 to 4096, as batches are
     multiples of such. On a GPU each chunk reads the weight twice and its fp32 gradient once, and
     writes that: with 256 rows of Qwen3's vocabulary this takes longer than the GEMMs, with 2,048 it
-    does not (BENCHMARKS.md). On a CPU it is the cache that counts."""
-    budget_bytes = 2**31 if on_cuda else 2**28
+    does not (BENCHMARKS.md). So `many` is for a compiled body on a GPU: an eager one has five
+    copies of the logits, and on a CPU it is the cache that counts."""
+    budget_bytes = 2**31 if many else 2**28
     return 1 << min(12, max(4, (budget_bytes // (4 * vocab_rows)).bit_length() - 1))
 
 
@@ -103,10 +104,8 @@ class _Head:
         self, hidden_ND, weight_vD, targets_N, temperature, chunk_tokens, compiled, tp_group
     ):
         self.hidden_ND, self.N = hidden_ND, len(hidden_ND)
-        self.v, self.C = (
-            len(weight_vD),
-            chunk_tokens or chunk_rows(len(weight_vD), hidden_ND.is_cuda),
-        )
+        self.v, many = len(weight_vD), hidden_ND.is_cuda and compiled
+        self.C = chunk_tokens or chunk_rows(self.v, many)
         self.temperature, self.compiled, self.tp_group = temperature, compiled, tp_group
         # Logits are fp32 whatever the inputs: rounded to bf16 they are wrong by 0.06 nats. Only
         # CUDA has a GEMM from bf16 to fp32; elsewhere (tests) the operands are made fp32. Gradients

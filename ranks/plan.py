@@ -127,8 +127,8 @@ def dtype_bytes(cfg) -> tuple[int, int]:
 
 def activation_memory(m, cfg) -> dict[str, float]:
     """Bytes, for a micro-batch that fills the token budget. "all layers" is what they save without
-    recompute, "inputs" with it; of one layer: what attention and norms save, and what the MLP saves
-    plus its gradients at their largest."""
+    recompute, "kept" with it, inputs and attention's output; of one layer: what attention and norms
+    save, and what the MLP saves plus its gradients at their largest."""
     a, T = dtype_bytes(cfg)[0], cfg.max_tokens_per_micro_batch
     D, F = m.hidden_size, m.moe_intermediate_size
     t, heads, I_ = T / cfg.tp, m.num_attention_heads / cfg.tp, m.intermediate_size / cfg.tp
@@ -139,15 +139,16 @@ def activation_memory(m, cfg) -> dict[str, float]:
     # RMSNorm saves its input in fp32, that normed, and the product: two norms of t tokens, q and k
     # of T.
     attention = 2 * t * D * (4 + 2 * a) + T * m.head_dim * (heads + kv_heads) * (4 + a)
-    # q after RoPE, k and v repeated to all heads, the output
-    attention += gathered + T * m.head_dim * heads * 4 * a
-    # SwiGLU saves gate, up, silu(gate) and their product; MoE's rows also as they arrive, as they
-    # leave, and weighted.
-    saved_dense, saved_moe = gathered + T * I_ * 4 * a, rows * (3 * D + 4 * F) * a
-    peak_dense, peak_moe = saved_dense + gathered + T * I_ * 3 * a, rows * (5 * D + 4 * F) * a
-    chunk = cfg.logprob_chunk_size or ops.chunk_rows(v, on_cuda=cfg.compile)
+    output = T * heads * (m.head_dim * a + 4)  # and the log-sum-exp in fp32
+    # q and k after RoPE, v
+    attention += gathered + T * m.head_dim * (heads + 2 * kv_heads) * a + output
+    # SwiGLU saves gate, up, silu(gate) and their product; MoE's rows also as they arrive and as
+    # they leave.
+    saved_dense, saved_moe = gathered + T * I_ * 4 * a, rows * (2 * D + 4 * F) * a
+    peak_dense, peak_moe = saved_dense + gathered + T * I_ * 3 * a, rows * (4 * D + 4 * F) * a
+    chunk = cfg.logprob_chunk_size or ops.chunk_rows(v, many=cfg.compile)
     return {
-        "inputs": m.num_hidden_layers * t * D * a,
+        "kept": m.num_hidden_layers * (t * D * a + output),
         "all layers": (moe + dense) * attention + moe * saved_moe + dense * saved_dense,
         "attention": attention,
         "dense MLP": peak_dense * (dense > 0),
@@ -181,7 +182,7 @@ def memory(m, cfg, world: int) -> dict[str, float]:
     act, recompute = activation_memory(m, cfg), cfg.activation_checkpointing
     if cfg.router_replay != "off":
         terms["experts to replay"] = replayed_bytes(m, cfg) * cfg.samples_per_step / world
-    terms["saved activations"] = act["inputs" if recompute else "all layers"]
+    terms["saved activations"] = act["kept" if recompute else "all layers"]
     # The backward of one layer, or the loss. Without recompute most of the layer is in the term
     # above already.
     layer = max(act["dense MLP"], act["MoE, fullest rank"] - (0 if recompute else act["MoE"]))

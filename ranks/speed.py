@@ -23,15 +23,16 @@ class Rate(NamedTuple):
     source: str
 
 
+# "measured" is on an H200, 2026-11-27 (BENCHMARKS.md), whose arithmetic is that of an H100.
 RATES = {
-    "dense GEMM": Rate(650e12, "FLOP/s", "assumed, bf16, H100 SXM; datasheet 989"),
-    "grouped GEMM": Rate(550e12, "FLOP/s", "assumed from the dense one; not measured"),
-    "attention": Rate(350e12, "FLOP/s", "assumed for FlashAttention 2, causal; not measured"),
-    "attention backward": Rate(300e12, "FLOP/s", "the same; not measured"),
+    "dense GEMM": Rate(700e12, "FLOP/s", "measured, bf16, 16k x 2,048 x 4,096; datasheet 989"),
+    "grouped GEMM": Rate(650e12, "FLOP/s", "measured: 600 to 710, forward and backward"),
+    "attention": Rate(315e12, "FLOP/s", "measured: FlashAttention 2, 4 sequences of 4,096"),
+    "attention backward": Rate(270e12, "FLOP/s", "measured: the same"),
     "copies": Rate(3.0e12, "B/s", "seen on an H100 80GB, reads and writes; datasheet 3.35"),
-    "sort": Rate(1.64e9, "row/s", "assumed: 131,072 int64 in 80 us; not measured"),
-    "top-k": Rate(1.09e8, "token/s", "assumed: 16,384 tokens in 150 us; not measured"),
-    "wait": Rate(1e4, "wait/s", "assumed: 0.1 ms until the host goes on; not measured"),
+    "sort": Rate(1.19e9, "row/s", "measured: 131,072 int64 in 110 us"),
+    "top-k": Rate(1.2e8, "token/s", "measured: 16,384 tokens in 135 us"),
+    "wait": Rate(1e4, "wait/s", "measured: 20 us; assumed until the device is busy again: 0.1 ms"),
     "NVLink all-to-all": Rate(340e9, "B/s", "assumed, of 450 each way by datasheet"),
     "NVLink ring": Rate(300e9, "B/s", "assumed for NCCL, also across nodes with a NIC a GPU"),
     "InfiniBand": Rate(45e9, "B/s", "assumed for a NIC of 400 Gbit/s a GPU; datasheet 50"),
@@ -87,10 +88,12 @@ class Code(NamedTuple):
     once_a_rank: bool = True  # a token is sent once to each rank with experts of it
     first_prev_spared: bool = True  # a batch's first update is its own prev
     gradients_overlap: bool = True  # their reduce-scatter goes on under the last backward
+    parameters_overlap: bool = True  # and they are gathered under the next forward
+    lean_rows: bool = True  # gate and up are one GEMM, and the kv heads are not repeated
 
 
 PLANNED = Code()
-CODE = Code(256, 4.0, 1 + 15 * 0.12, False, False, False, False)  # that of this repository
+CODE = Code(once_a_rank=False, first_prev_spared=False)  # that of this repository
 
 
 class Term(NamedTuple):
@@ -127,11 +130,13 @@ def layers(m, cfg, N: float, length: float, code: Code) -> list[tuple[str, str, 
     gemm = L * 4 * N * D * (H + G) * C + moe * 2 * n * D * E + dense * 6 * N * D * I_ / tp
     attention = L * 2 * N * H * C * length
     experts = moe * 6 * n * K * D * F
-    # Elementwise, norms, moving of rows: as counted in the compiled block of Qwen3-30B-A3B, 5.13
-    # and 8.06 GB a layer of 16k tokens, divided into shapes.
-    around = L * a * 4 * N * (H + G) * C
-    forward = L * a * 10 * n * D + moe * a * n * K * (6 * D + 3 * F) + dense * a * 3 * N * I_ / tp
-    backward = L * a * 16 * n * D + moe * a * n * K * (10 * D + 5 * F) + dense * a * 5 * N * I_ / tp
+    # Elementwise, norms, moving of rows: as counted in the compiled block of Qwen3-30B-A3B, 4.80
+    # and 7.09 GB a layer of 16k tokens (5.13 and 8.06 if not lean), divided into shapes.
+    around, rows, back_D, back_F = (2.5, 9, 8, 6) if code.lean_rows else (4, 10, 10, 5)
+    around *= L * a * N * (H + G) * C
+    forward = L * a * rows * n * D + moe * a * n * K * (6 * D + 3 * F) + dense * a * 3 * N * I_ / tp
+    backward = L * a * 16 * n * D + dense * a * 5 * N * I_ / tp
+    backward += moe * a * n * K * (back_D * D + back_F * F)
     found = [
         ("projections, routers, dense MLPs", "dense GEMM", gemm, 2 * gemm),
         ("experts", "grouped GEMM", experts, 2 * experts),
@@ -230,20 +235,21 @@ def training(m, cfg, world: int, length: float, N: float, code: Code = CODE) -> 
         rate, amount = head(m, cfg, N, code, train=False)
         forward = [(name, rate, f) for name, rate, f, _ in work if f] + [("head", rate, amount)]
         terms += [Term("prev pass", name, passes * f, rate) for name, rate, f in forward]
-    after = update(m, cfg, world)
+    after, pass_s = update(m, cfg, world), seconds(terms, "training") / micro / (3 + again)
     if code.gradients_overlap:
-        backward_s = seconds(terms, "training") / micro * 2 / (3 + again)
-        after = list(_hidden(after, backward_s, m.num_hidden_layers))
+        after = list(_hidden(after, "gradients", 2 * pass_s, m.num_hidden_layers))
+    if code.parameters_overlap:
+        after = list(_hidden(after, "parameters", pass_s, m.num_hidden_layers))
     return [t for t in terms + after if t.amount]
 
 
-def _hidden(after: list[Term], backward_s: float, num_layers: int):
-    """What is left of the gradients' way when it begins with the last backward: the last layer's,
-    or what takes longer than that backward."""
-    sent = sum(t.seconds for t in after if t.name.startswith("gradients"))
-    left = max(1 / num_layers, 1 - backward_s / sent) if sent else 1.0
+def _hidden(after: list[Term], what: str, behind_s: float, num_layers: int):
+    """What is left of the gradients' or parameters' way beside a pass: one layer's, or what takes
+    longer than that pass."""
+    sent = sum(t.seconds for t in after if t.name.startswith(what))
+    left = max(1 / num_layers, 1 - behind_s / sent) if sent else 1.0
     for t in after:
-        if t.name.startswith("gradients"):
+        if t.name.startswith(what):
             t = t._replace(name=f"{t.name}, not hidden", amount=left * t.amount)
         yield t
 
