@@ -99,8 +99,11 @@ lock_venv() {
 install() ( # a subshell, which holds the lock
   if [ -n "$print" ]; then exit; fi
   if [ -n "${CISPO_PYTHON:-}" ]; then
-    "$python" -c 'import torch, transformers, tyro, vllm' ||
-      fail "CISPO_PYTHON=$CISPO_PYTHON has not what is needed (above); pip install '.[gpu]' in it"
+    local missing="import sys; from importlib.util import find_spec as has
+sys.exit(' '.join(n for n in 'torch vllm transformers tyro aiohttp blake3'.split() if not has(n)))"
+    missing=$("$python" -c "$missing" 2>&1) ||
+      fail "CISPO_PYTHON=$CISPO_PYTHON lacks: $missing; install this directory into it," \
+        "as pip install '$here[gpu]' or '$here[cpu]'"
     exit
   fi
   cd "$here"
@@ -216,8 +219,8 @@ part_of() {
   local i=$1 name
   shift
   printf 'cd %q && NNODES=%d NODE_RANK=%d' "$dir" "$trainers" "$i"
-  for name in MASTER_ADDR MASTER_PORT HUB_PORT NPROC PYTHON CISPO_PYTHON ROLLOUT_ARGS GLOO_SOCKET_IFNAME \
-    "${!NCCL_@}"; do
+  for name in MASTER_ADDR MASTER_PORT HUB_PORT NPROC PYTHON CISPO_PYTHON ROLLOUT_ARGS \
+    GLOO_SOCKET_IFNAME "${!NCCL_@}"; do
     if [ -n "${!name:-}" ]; then printf ' %s=%q' "$name" "${!name}"; fi
   done
   printf ' exec bash launch.sh %s' "$(role_of "$i")"
