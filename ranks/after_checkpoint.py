@@ -40,7 +40,8 @@ class AfterCheckpoint:
             self._closed = True
             self._changed.notify()
         if kind is None:
-            if self._thread.is_alive():
+            self._thread.join(min(1.0, self.patience_s))
+            if self._thread.is_alive() and self.patience_s:
                 say(f"waiting up to {self.patience_s:.0f} s for --after-checkpoint's command")
             self._thread.join(self.patience_s)
         with self._changed:

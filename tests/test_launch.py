@@ -6,6 +6,7 @@ import re
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -252,3 +253,5 @@ def test_an_environment_of_ones_own_is_taken_as_it_is(program):
     script(own, "#!/bin/sh\necho torch vllm\nexit 1\n")
     done = launch(program, CISPO_PYTHON=str(own))
     assert done.returncode == 2 and f"CISPO_PYTHON={own} lacks: torch vllm; " in done.stderr
+    done = launch(program, "install", CISPO_PYTHON=sys.executable)  # a real one, which has all
+    assert done.returncode == 0 and not done.stderr
