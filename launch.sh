@@ -100,7 +100,8 @@ install() ( # a subshell, which holds the lock
   if [ -n "$print" ]; then exit; fi
   if [ -n "${CISPO_PYTHON:-}" ]; then
     local missing="import sys; from importlib.util import find_spec as has
-sys.exit(' '.join(n for n in 'torch vllm transformers tyro aiohttp blake3'.split() if not has(n)) or 0)"
+names = 'torch vllm transformers tyro aiohttp blake3'.split()
+sys.exit(' '.join(name for name in names if not has(name)) or 0)"
     missing=$("$python" -c "$missing" 2>&1) ||
       fail "CISPO_PYTHON=$CISPO_PYTHON lacks: $missing; install this directory into it," \
         "as pip install '$here[gpu]' or '$here[cpu]'"
