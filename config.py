@@ -37,6 +37,7 @@ class Run(Group):
     name: str = "tiny"  # results go to runs/NAME
     seed: int = 0  # of the prompts' order, the warm start and vLLM's sampling
     max_num_steps: Count = 160  # rollout batches to train on
+    log_samples: CountOrZero = 4  # samples of a step that are kept to be read, of two a prompt
     wandb_project: str = ""  # metrics go to this project of Weights & Biases, too
     tensorboard: bool = False  # and to runs/NAME/tensorboard
 
@@ -245,6 +246,9 @@ class Files(Group):
     keep_versions: Count = 4  # published versions kept on disk, at least
     checkpoint_every_steps: CountOrZero = 20  # 0: only when the run is asked to stop
     keep_checkpoints: Count = 2  # the last ones, and the one with the best validation or reward
+    after_checkpoint: str = (
+        ""  # shell command, run behind a whole one; {dir} and {step} are filled in
+    )
     resume: str = "off"  # auto: from the last whole checkpoint of runs/NAME; or a directory
 
     def faults(self) -> Iterator[str]:

@@ -35,6 +35,8 @@ listen on HUB_PORT, h0 also on MASTER_PORT. Ctrl-C ends everything on every node
 
 Variables:
   PYTHON=python3.12   the interpreter for .venv (default python3; 3.11 or newer)
+  CISPO_PYTHON=python the interpreter of an environment that has all of it already (conda, uv, a
+                      container): nothing is installed then, and .venv is not used
   NPROC=2             trainer ranks on a node (default: 1 on a single machine; on each of several
                       nodes one per GPU, or 1 without GPUs)
   NODES, ROLLOUT_NODES, CISPO_DIR, MASTER_ADDR, NNODES, NODE_RANK       see above
@@ -96,6 +98,15 @@ lock_venv() {
 
 install() ( # a subshell, which holds the lock
   if [ -n "$print" ]; then exit; fi
+  if [ -n "${CISPO_PYTHON:-}" ]; then
+    local missing="import sys; from importlib.util import find_spec as has
+names = 'torch vllm transformers tyro aiohttp blake3'.split()
+sys.exit(' '.join(name for name in names if not has(name)) or 0)"
+    missing=$("$python" -c "$missing" 2>&1) ||
+      fail "CISPO_PYTHON=$CISPO_PYTHON lacks: $missing; install this directory into it," \
+        "as pip install '$here[gpu]' or '$here[cpu]'"
+    exit
+  fi
   cd "$here"
   local kind=cpu stamp
   if [ "$(gpus)" -gt 0 ]; then kind=gpu; fi
@@ -209,8 +220,8 @@ part_of() {
   local i=$1 name
   shift
   printf 'cd %q && NNODES=%d NODE_RANK=%d' "$dir" "$trainers" "$i"
-  for name in MASTER_ADDR MASTER_PORT HUB_PORT NPROC PYTHON ROLLOUT_ARGS GLOO_SOCKET_IFNAME \
-    "${!NCCL_@}"; do
+  for name in MASTER_ADDR MASTER_PORT HUB_PORT NPROC PYTHON CISPO_PYTHON ROLLOUT_ARGS \
+    GLOO_SOCKET_IFNAME "${!NCCL_@}"; do
     if [ -n "${!name:-}" ]; then printf ' %s=%q' "$name" "${!name}"; fi
   done
   printf ' exec bash launch.sh %s' "$(role_of "$i")"
@@ -320,7 +331,7 @@ by_slurm() {
 if [ -n "${CISPO_LEASH:-}" ]; then shutdown_s=80; else shutdown_s=600; fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$shutdown_s}
 
-print="" python=$here/.venv/bin/python
+print="" python=${CISPO_PYTHON:-$here/.venv/bin/python}
 if [ "${1:-}" = --print ]; then print=1; shift; fi
 for name in NPROC NNODES NODE_RANK ROLLOUT_NODES HUB_PORT MASTER_PORT; do
   case "${!name:-0}" in *[!0-9]*) fail "$name=${!name} is not a number" ;; esac

@@ -26,7 +26,7 @@ from bridge.console import say
 from bridge.groups import NOT_SAMPLED, Group
 from bridge.logs import last_line, read_jsonl, without_time
 from bridge.prometheus import numbers
-from bridge.validation import Round, Validation, readable, samples, score
+from bridge.validation import Round, Validation, log_samples, samples, score
 from bridge.weights import checkpoint_files
 from loss import Algorithm, effective_share, ratio_quantile
 from ranks.batch import left_out, trained_lengths
@@ -256,24 +256,6 @@ def skipped_in_a_row(norms: list[float], step: int, before: int) -> tuple[int, s
     return before, why if longest >= MAX_SKIPPED else ""
 
 
-def log_samples(
-    groups: list[Group], step: int, prompts, decode: Callable[[list[int]], str], run_dir: Path
-) -> None:
-    """Of the step's first two prompts the samples with the highest and the lowest reward, to
-    samples.jsonl."""
-    # Half of a character, which UTF-8 lacks, is written as JSON's \\ud83d.
-    with open(run_dir / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as f:
-        for group in groups[:2]:
-            best_and_worst = dict.fromkeys(
-                (int(group.rewards.argmax()), int(group.rewards.argmin()))
-            )
-            for sample in readable(
-                group, best_and_worst, prompts[group.ordinal].get("answer"), decode
-            ):
-                sample = {"step": step, "ordinal": group.ordinal, **sample}
-                f.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-
 def log_validations(
     hub, decode: Callable[[list[int]], str], run_dir: Path, trackers
 ) -> dict[int, float]:
@@ -404,15 +386,26 @@ class Trackers:
         for name, value in numbers(record).items():
             self.board.add_scalar(name, value, record[axis])
 
-    def log(self, record: dict, axis: str) -> None:
-        """axis: the field that the values are drawn over, step or version."""
+    def log(self, record: dict, axis: str, kept: list[dict] | None = None) -> None:
+        """axis: the field that the values are drawn over, step or version. kept: the step's
+        samples, for W&B's table."""
         if self.board is not None:
             self._draw(record, axis)
         if self.wandb is not None and record[axis] > self.sent[axis]:
-            self.wandb.log({axis: record[axis], **numbers(record)})
+            table = {"samples": self._table(kept)} if kept else {}
+            self.wandb.log({axis: record[axis], **numbers(record), **table})
             self.sent[axis] = record[axis]
             (tmp := self.sent_path.with_suffix(".tmp")).write_text(json.dumps(self.sent))
             tmp.replace(self.sent_path)
+
+    @staticmethod
+    def _table(kept: list[dict]):
+        import wandb
+
+        columns = ["step", "prompt", "completion", "answer", "reward", "tokens", "truncated"]
+        # an answer may be of any type, a column has one
+        rows = [[s[n] if n != "answer" else str(s[n]) for n in columns] for s in kept]
+        return wandb.Table(columns, rows)
 
     def close(self) -> None:
         """Returns once everything is on disk or sent."""
@@ -560,8 +553,9 @@ class Log:
         }
         log_step(record, run_dir)
         hub.record = record
-        self.trackers.log(record, "step")
-        log_samples(groups, self.step, self.prompts, self._decode, run_dir)
+        text = (self.prompts, self._decode)
+        kept = log_samples(groups, self.step, *text, run_dir, self.cfg.log_samples)
+        self.trackers.log(record, "step", kept)
         self._without_signal = count_without_signal(
             record, self._without_signal, self.cfg.reward, run_dir
         )

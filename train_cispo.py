@@ -54,6 +54,7 @@ from prepare import (
     with_chunk_size,
 )
 from ranks import dry_run, ops
+from ranks.after_checkpoint import AfterCheckpoint
 from ranks.batch import Batch, MicroBatch, micro_batches_of, pack_batch
 from ranks.checkpoint import Checkpointer, CheckpointError
 from ranks.parallel import (
@@ -230,7 +231,8 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
 
     # ---- the loop. Rollouts and Log are on every rank; what is rank 0's does nothing elsewhere
     with (
-        Checkpointer(saved_in, *ranks, cfg.keep_checkpoints, start.step) as saver,
+        AfterCheckpoint(cfg.after_checkpoint, cfg.run_dir) as after,
+        Checkpointer(saved_in, *ranks, cfg.keep_checkpoints, start.step, after) as saver,
         Rollouts(cfg, model, sent_as, checkpoint, data, run, start) as rollouts,
         Log(cfg, rollouts, data, start) as log,
     ):
@@ -271,7 +273,7 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
             if checkpoint_due(step + 1, cfg):
                 log.score(step + 1)
                 save(step + 1)
-        stop = end(log, rollouts, saver, save)
+        stop = end(log, rollouts, saver, save, after)
     if stop is None:
         log.sum_up()
     elif stop.kind == "failure":
@@ -280,12 +282,13 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
     dist.destroy_process_group()
 
 
-def end(log: Log, rollouts: Rollouts, saver: Checkpointer, save) -> Stop | None:
+def end(log: Log, rollouts: Rollouts, saver: Checkpointer, save, after) -> Stop | None:
     """The end of the loop, on every rank: what is written is waited for, and what was stopped
     before its last step saves all that came before."""
     finished = rollouts.stop is None
     if not finished and rollouts.stop.kind == "signal":
         saver.deadline_s = min(saver.deadline_s, Signals.save_within_s())
+        after.patience_s = 0.0  # the grace is the save's
     if not finished and saver.newest_step != log.step:
         save(log.step)
     saver.wait()

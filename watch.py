@@ -3,6 +3,8 @@
     python watch.py runs/NAME          one screen for trainer and rollouts, until Ctrl-C
     python watch.py runs/NAME --once   the same, once
     python watch.py runs/NAME --png    its curves, to runs/NAME/curves.png
+    python watch.py runs/NAME --samples [STEP]      prompts and answers of a step, the last if unset
+    python watch.py runs/A runs/B --png out.png     several runs side by side; without --png a table
 
 The first line under the title says what holds the run back, and which flag would help.
 """
@@ -18,6 +20,8 @@ import time
 from pathlib import Path
 
 from bridge.logs import last_line, read_jsonl
+from bridge.show_samples import page, show_samples
+from bridge.side_by_side import AXES, plot_together, table
 
 WINDOW = 20  # steps that a value is the mean of
 
@@ -117,6 +121,15 @@ def spark(values: list[float | None], width: int = 30) -> str:
     )
 
 
+def loss_of(config: dict) -> str:
+    """The loss in a word or two; config.json of older runs lacks some of its flags."""
+    if config["use_cispo"]:
+        return "CISPO"
+    if config.get("disable_ppo_ratio"):
+        return "REINFORCE"
+    return "on-policy gradient" if config.get("force_on_policy_ratio") else "PPO clip"
+
+
 def bar(share: float, width: int = 14) -> str:
     full = round(width * min(1.0, max(0.0, share)))
     return "█" * full + "░" * (width - full)
@@ -179,7 +192,7 @@ class Screen:
         ago = time.time() - (self.run_dir / "metrics.jsonl").stat().st_mtime
         minutes = (steps - done) * step_s / 60
         state = f"{minutes:.1f} min left, last step {ago:.0f} s ago" if done < steps else "finished"
-        loss = "CISPO" if self.config["use_cispo"] else "PPO clip"
+        loss = loss_of(self.config)
         title = f"{BOLD}{self.run_dir}{OFF}  {loss}  step {done} of {steps} "
         progress = f"{GREEN}{bar(done / steps)}{OFF}  {step_s:.2f} s a step, {state}"
         _, sentence = bottleneck(self.records, self.config)
@@ -343,8 +356,8 @@ PANELS = [
 ]
 
 
-def plot(run_dir: Path) -> Path:
-    """Write curves.png of a run and return its path."""
+def plot(run_dir: Path, path: Path | None = None) -> Path:
+    """Write the picture of a run, curves.png in its directory if not told, and return its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -378,7 +391,7 @@ def plot(run_dir: Path) -> Path:
     seconds = sorted(r["timing/train/total_step_time"] for r in records) or [1.0]
     axes.flat[5].set_ylim(0, 1.5 * seconds[int(0.95 * (len(seconds) - 1))])
     fig.suptitle(str(run_dir))
-    path = run_dir / "curves.png"
+    path = path or run_dir / "curves.png"
     fig.savefig(path, dpi=100)
     plt.close(fig)
     return path
@@ -388,20 +401,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="run_dir")
     parser.add_argument("--once", action="store_true", help="draw the screen once and end")
-    parser.add_argument("--png", action="store_true", help="write curves.png and end")
+    parser.add_argument(
+        "--png", nargs="?", type=Path, const=Path(), help="write curves.png, or this file, and end"
+    )
+    parser.add_argument("--x", choices=AXES, default="step", help="several runs are drawn over it")
+    parser.add_argument(
+        "--samples", nargs="?", type=int, const=-1, help="samples of this step, or of the last"
+    )
     args = parser.parse_args()
-    if not (args.run_dir / "config.json").exists():
-        sys.exit(
-            f"watch.py: error: {args.run_dir} is not the directory of a run: it has no config.json"
-        )
-    if args.png:
-        print(plot(args.run_dir))
-        return
+    for run_dir in args.run_dirs:
+        if not (run_dir / "config.json").exists():
+            sys.exit(
+                f"watch.py: error: {run_dir} is not the directory of a run: it has no config.json"
+            )
+    several, first = len(args.run_dirs) > 1, args.run_dirs[0]
+    try:
+        if args.samples is not None:
+            page(
+                "".join(
+                    show_samples(d, None if args.samples < 0 else args.samples)
+                    for d in args.run_dirs
+                )
+            )
+        elif several and args.png is not None:
+            out = Path("side_by_side.png") if args.png == Path() else args.png
+            print(table(args.run_dirs))
+            print(plot_together(args.run_dirs, PANELS, args.x, out))
+        elif args.png is not None:
+            print(plot(first, None if args.png == Path() else args.png))
+        else:
+            redraw(args.run_dirs, args.once)
+    except ValueError as e:
+        sys.exit(f"watch.py: error: {e}")
+
+
+def redraw(run_dirs: list[Path], once: bool) -> None:
+    """The screen of a run, or the table of several, every 2 s until Ctrl-C."""
     while True:
-        text = frame(args.run_dir, shutil.get_terminal_size((100, 40)).columns)
-        if args.once:
+        width = shutil.get_terminal_size((100, 40)).columns
+        text = frame(run_dirs[0], width) if len(run_dirs) == 1 else table(run_dirs) + "\n"
+        if once:
             print(text, end="")
             return
         sys.stdout.write("\x1b[H\x1b[J" + text)  # from the top, and nothing left of the one before

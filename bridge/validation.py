@@ -11,6 +11,7 @@ What has no reward in the end (a sample whose reward function failed, a prompt t
 answer) scores 0 and is counted: a score never flatters.
 """
 
+import json
 import time
 from bisect import insort
 from collections import Counter
@@ -188,6 +189,30 @@ def turns_of(ids, sampled, decode: Callable[[list[int]], str]) -> list[dict[str,
     edges = (sampled[1:] != sampled[:-1]).nonzero().flatten() + 1
     pieces = zip(ids.tensor_split(edges), sampled.tensor_split(edges))
     return [{"policy" if own[0] else "environment": decode(x.tolist())} for x, own in pieces]
+
+
+def log_samples(
+    groups: list[Group],
+    step: int,
+    prompts,
+    decode: Callable[[list[int]], str],
+    run_dir: Path,
+    most: int = 4,
+) -> list[dict]:
+    """Of the step's first prompts the samples with the highest and the lowest reward, `most` in
+    all, to samples.jsonl. Returns them."""
+    kept: list[dict] = []
+    # Half of a character, which UTF-8 lacks, is written as JSON's \\ud83d.
+    with open(run_dir / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as f:
+        for group in groups[: (most + 1) // 2]:
+            best_and_worst = dict.fromkeys(
+                (int(group.rewards.argmax()), int(group.rewards.argmin()))
+            )
+            answer = prompts[group.ordinal].get("answer")
+            for sample in readable(group, best_and_worst, answer, decode)[: most - len(kept)]:
+                kept.append({"step": step, "ordinal": group.ordinal, **sample})
+                f.write(json.dumps(kept[-1], ensure_ascii=False) + "\n")
+    return kept
 
 
 def read_scores(run_dir: Path, num_samples: int) -> dict[int, float]:

@@ -254,8 +254,12 @@ class Checkpointer:
 
     deadline_s = 600.0  # for all ranks' parts to be on disk
 
-    def __init__(self, root: Path, rank: int, world_size: int, keep: int, start: int = 0):
-        """keep: how many of the last checkpoints; start: the step that the run begins at."""
+    def __init__(
+        self, root: Path, rank: int, world_size: int, keep: int, start: int = 0, then=None
+    ):
+        """keep: how many of the last checkpoints; start: the step that the run begins at; then:
+        called on rank 0 with the directory and the step of each that is whole."""
+        self.then = then
         self.root, self.rank, self.world_size, self.keep = root, rank, world_size, keep
         self.newest_step, self.error, self._told = start, None, ""
         self._thread: threading.Thread | None = None
@@ -322,6 +326,8 @@ class Checkpointer:
             files = {name: entry for part in parts for name, entry in part.items()}
             manifest = {"step": step, "world_size": self.world_size, "files": files, **run}
             self._commit(tmp, final, manifest)
+            if self.then is not None:
+                self.then(final, step)
             store.set(word, json.dumps(manifest))
             if self._told:  # the word before: read by all, or their parts would not be here
                 store.delete_key(self._told)

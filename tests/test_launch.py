@@ -6,6 +6,7 @@ import re
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -240,3 +241,17 @@ def test_white_space_in_the_path_is_warned_of_in_one_line(program, installer):
     done = launch(moved, "install", PYTHON=python)
     (warning,) = [line for line in done.stdout.splitlines() if "warning" in line]
     assert "no white space in a path" in warning and str(moved) in warning and done.returncode == 0
+
+
+def test_an_environment_of_ones_own_is_taken_as_it_is(program):
+    """CISPO_PYTHON: nothing is installed into it; what it lacks is one line."""
+    own = script(program.parent / "conda/bin/python", SAYS)
+    shutil.rmtree(program / ".venv")
+    done = launch(program, "--lr", "1", CISPO_PYTHON=str(own))
+    assert done.returncode == 0 and "train_cispo.py --lr 1" in done.stdout, done.stderr
+    assert not (program / ".venv").exists()
+    script(own, "#!/bin/sh\necho torch vllm\nexit 1\n")
+    done = launch(program, CISPO_PYTHON=str(own))
+    assert done.returncode == 2 and f"CISPO_PYTHON={own} lacks: torch vllm; " in done.stderr
+    done = launch(program, "install", CISPO_PYTHON=sys.executable)  # a real one, which has all
+    assert done.returncode == 0 and not done.stderr

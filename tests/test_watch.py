@@ -356,6 +356,45 @@ def test_a_logged_sample_shows_the_template_the_answer_the_counts_and_what_was_i
     assert worst["tokens"] == 2 and worst["versions"] == [3, 3] and "turns" not in worst
 
 
+@pytest.mark.parametrize("most, prompts", [(0, []), (3, [0, 0, 1]), (9, [0, 0, 1, 1, 2, 2])])
+def test_as_many_samples_are_kept_as_asked_for(tmp_path, most, prompts):
+    groups = [
+        Group(
+            ordinal,
+            [1],
+            torch.tensor([1, 1]),
+            torch.tensor([5, 6]),
+            torch.zeros(2),
+            torch.zeros(2, dtype=torch.int32),
+            torch.tensor([1.0, 0.0]),
+            torch.zeros(2, dtype=torch.uint8),
+        )
+        for ordinal in range(3)
+    ]
+    kept = report.log_samples(groups, 0, {n: {} for n in range(3)}, str, tmp_path, most)
+    assert [s["ordinal"] for s in kept] == prompts
+    assert watch.read_jsonl(tmp_path / "samples.jsonl") == kept
+
+
+def test_wandb_gets_the_samples_as_a_table(tmp_path):
+    sample = dict.fromkeys(["step", "tokens", "reward"], 1) | {"answer": 4, "truncated": False}
+    table = Trackers._table([sample | {"prompt": "2 + 2", "completion": "4"}])
+    assert table.data == [[1, "2 + 2", "4", "4", 1, 1, False]]
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ({"use_cispo": True}, "CISPO"),
+        ({"use_cispo": False}, "PPO clip"),
+        ({"use_cispo": False, "disable_ppo_ratio": True}, "REINFORCE"),
+        ({"use_cispo": False, "force_on_policy_ratio": True}, "on-policy gradient"),
+    ],
+)
+def test_the_title_names_the_loss(flags, name):
+    assert watch.loss_of(flags) == name
+
+
 def test_signs_of_life_state_the_present_and_tell_news_once(tmp_path, monkeypatch, capsys):
     """A part of a step that takes 100 s, in which a rollout node writes one line, at 20 s."""
     clock, log = [1000.0], tmp_path / "rollout.log"
