@@ -229,6 +229,7 @@ def row(ev: Evaluation, record: dict) -> str:
         for name in ("prompts_failed", "samples_dropped")
         if record[name]
     ]
+    names += [name for name in record if name.startswith("reward/")]
     scores = "  ".join(f"{name} {record[name]:.3f}" for name in names)
     return ", ".join([f"{scores}  on {record['prompts']} prompts", *wrong])
 

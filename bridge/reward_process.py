@@ -18,6 +18,7 @@ import math
 import mmap
 import numbers
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -220,8 +221,31 @@ def roles_asked_for(sources: dict[str, bytes]) -> set[str]:
 KEPT = "CISPO_REWARD_SOURCES"
 
 
+PART_NAME, MOST_PARTS = r"[A-Za-z0-9_-]{1,40}", 16
+
+
 def judge(value) -> dict:
-    """What a reward function returned, as an answer."""
+    """What a reward function returned, as an answer: one number, or a dict of it and its parts."""
+    if not isinstance(value, dict):
+        return judge_number(value)
+    wrong = [name for name in value if not re.fullmatch(PART_NAME, str(name))]
+    if "reward" not in value or wrong or len(value) > MOST_PARTS + 1:
+        what = (
+            f"part {wrong[0]!r:.100}, expected a name of letters, digits, _ and -, 40 at most"
+            if wrong
+            else f"{value!r:.100} (dict of {len(value)}), expected one number, or a dict of "
+            f"'reward' and at most {MOST_PARTS} parts"
+        )
+        return {"error": f"it returned {what}", "kind": "wrong_type"}
+    found = {str(name): judge_number(x) for name, x in value.items()}
+    for name, answer in found.items():
+        if "error" in answer:
+            return {**answer, "error": f"{name!r} of what it returned: {answer['error']}"}
+    reward = found.pop("reward")
+    return {**reward, "parts": {name: answer["reward"] for name, answer in found.items()}}
+
+
+def judge_number(value) -> dict:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # an array or tensor of no dimensions, np.bool_
     if not isinstance(value, numbers.Real | Decimal):

@@ -23,7 +23,8 @@ def read(path):
 
 GRADED = """
 def score(completion, example):
-    return example["worth"] if completion == example["answer"] else 0.1
+    solved = completion == example["answer"]
+    return {"reward": example["worth"] if solved else 0.1, "solved": solved, "form": 0.25}
 """
 
 
@@ -44,6 +45,9 @@ def test_two_data_sets_are_scored_and_a_tenth_solves_nothing(
     assert len(samples) == 8 * 3 + 8 and "avg@3" in done.stdout
     for s in scores:
         mine = [x for x in samples if x["data"] == s["data"]]
+        assert s["reward/form"] == 0.25 and mine[0]["parts"]["form"] == 0.25
+        solved = [x["parts"]["solved"] for x in mine if not x["greedy"]]
+        assert s["reward/solved"] == pytest.approx(sum(solved) / len(solved))
         drawn = [x["reward"] for x in mine if not x["greedy"]]
         greedy = [x["reward"] for x in mine if x["greedy"]]
         assert s["avg@3"] == pytest.approx(sum(drawn) / len(drawn))
