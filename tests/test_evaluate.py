@@ -1,6 +1,7 @@
 """evaluate.py: models by data sets without a trainer, scored as a validation scores."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def score(completion, example):
 """
 
 
-def test_two_data_sets_are_scored_and_a_tenth_solves_nothing(
+def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
     tmp_path, tiny_checkpoint, fake_vllm_command
 ):
     rows = task_examples("reverse", 8, seed=5)
@@ -38,13 +39,15 @@ def test_two_data_sets_are_scored_and_a_tenth_solves_nothing(
     (tmp_path / "my.py").write_text(GRADED)
     node = f"--vllm-command '{fake_vllm_command}' --dir {tmp_path / 'node'}"
     flags = ["--data", "a.jsonl", "b.jsonl", "--samples", 3, "--reward", "my.py:score"]
-    done = evaluate(tmp_path, tiny_checkpoint, *flags, "--rollout-args", node, "--out", "e")
+    models = [shutil.copytree(tiny_checkpoint, tmp_path / name) for name in ("m", "n")]
+    done = evaluate(tmp_path, *models, *flags, "--rollout-args", node, "--out", "e")
     assert done.returncode == 0, done.stderr + done.stdout
     scores, samples = read(tmp_path / "e/scores.jsonl"), read(tmp_path / "e/samples.jsonl")
-    assert [(s["data"], s["prompts"]) for s in scores] == [("a.jsonl", 5), ("b.jsonl", 3)]
-    assert len(samples) == 8 * 3 + 8 and "avg@3" in done.stdout
+    of = [(s["model"], s["data"], s["prompts"]) for s in scores]
+    assert of == [(str(m), d, n) for m in models for d, n in (("a.jsonl", 5), ("b.jsonl", 3))]
+    assert len(samples) == 2 * (8 * 3 + 8) and "avg@3" in done.stdout
     for s in scores:
-        mine = [x for x in samples if x["data"] == s["data"]]
+        mine = [x for x in samples if (x["model"], x["data"]) == (s["model"], s["data"])]
         assert s["reward/form"] == 0.25 and mine[0]["parts"]["form"] == 0.25
         solved = [x["parts"]["solved"] for x in mine if not x["greedy"]]
         assert s["reward/solved"] == pytest.approx(sum(solved) / len(solved))
