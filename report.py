@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import watch
 from bridge.console import say
-from bridge.groups import NOT_SAMPLED, Group
+from bridge.groups import NOT_SAMPLED, Group, means_of_parts
 from bridge.logs import last_line, read_jsonl, without_time
 from bridge.prometheus import numbers
 from bridge.validation import Round, Validation, log_samples, samples, score
@@ -145,6 +145,7 @@ def rollout_metrics(groups: list[Group], step: int) -> dict[str, float]:
         / lengths.sum().item(),
         "train/avg_trajectory_age": ages.mean().item(),
         "train/max_trajectory_age": ages.max().item(),
+        **means_of_parts(groups, "train/reward/"),
     }
 
 

@@ -5,10 +5,11 @@ The contract of a reward function, `--reward FILE.py:FUNCTION`:
     def score(completion: str, example: dict) -> float        or        async def score(...)
 `completion` is the sample's text, without the end token. `example` is the whole row of the data
 set, and besides example["prompt"] and example["answer"] whatever their columns are called. The
-result is one finite number. A function that raises, returns anything else, exits, or takes longer
-than the node's --reward-timeout-s costs that sample: it is left out, counted by kind (hub counts
-`reward_*`) and named in the node's log. A prompt all of whose samples are lost so is tried once
-more and then set aside. An error of the network, or an HTTP status 429 or 5xx, is no verdict: the
+result is one finite number, or a dict of it as "reward" and of its parts, which become metrics. A
+function that raises, returns anything else, exits, or takes longer than the node's
+--reward-timeout-s costs that sample: it is left out, counted by kind (hub counts `reward_*`) and
+named in the node's log. A prompt all of whose samples are lost so is tried once more and then set
+aside. An error of the network, or an HTTP status 429 or 5xx, is no verdict: the
 sample is asked for again, for the node's --reward-away-timeout-s.
 
 Samples of a plain function are scored one after the other in each of --reward-workers processes;

@@ -3,9 +3,10 @@
 import itertools
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+
+from bridge.reward_process import MOST_PARTS, PART_NAME
 
 # ---- a group -------------------------------------------------------------------------------------
 # in place of a policy version: a token that was put there, by --interrupt-text or by the sample's
@@ -37,6 +40,8 @@ class Group:
     prompt_experts: torch.Tensor | None = None  # (P - 1, L, K)
     # and of the token before each response token, which is the pass that predicts it
     experts: torch.Tensor | None = None  # (R, L, K)
+    # of a reward that is a dict: its parts by name, (S,) float32, NaN where a sample has not this
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def oldest_version(self) -> int:
@@ -92,6 +97,11 @@ def pack_group(samples: list, rewards: list[float], lease: str, prompt_experts=N
         experts = np.concatenate([x for s in samples for x in s.experts])
         tensors["prompt_experts"] = torch.from_numpy(prompt_experts)
         tensors["experts"] = torch.from_numpy(experts)
+    parts = [getattr(reward, "parts", {}) for reward in rewards]
+    # samples may differ in theirs: as many as one function may have, so the group is not refused
+    for name in list(dict.fromkeys(name for x in parts for name in x))[:MOST_PARTS]:
+        values = [x.get(name, math.nan) for x in parts]
+        tensors[f"{PART}{name}"] = torch.tensor(values, dtype=torch.float32)
     numbers = {
         "generate_group_s": max(s.generate_s for s in samples),
         "turns_per_sample": sum(s.turns for s in samples) / S,
@@ -118,6 +128,8 @@ GROUP_TENSORS = {
     "rewards": torch.float32,
     "truncated": torch.uint8,
 }
+
+PART = "part/"  # what the tensors of a reward's parts are called, before their name
 
 EXPERT_TENSORS = ("prompt_experts", "experts")  # of a run with router replay, see Group
 
@@ -159,9 +171,24 @@ def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
                 f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, expected 1-D "
                 f"{dtype}",
             )
+    parts = {name: tensors.pop(name) for name in [*tensors] if name.startswith(PART)}
     if extra := tensors.keys() - GROUP_TENSORS.keys() - set(EXPERT_TENSORS):
         raise Refused(400, f"unexpected tensor {sorted(extra)[0]}")
+    check_parts(parts, len(tensors["rewards"]))
+    if parts:
+        tensors["parts"] = {name.removeprefix(PART): x for name, x in parts.items()}
     return metadata, tensors
+
+
+def check_parts(parts: dict[str, torch.Tensor], samples: int) -> None:
+    """Raises: Refused (400)."""
+    if len(parts) > MOST_PARTS:
+        raise Refused(400, f"{len(parts)} parts of rewards, {MOST_PARTS} is the most")
+    for name, x in parts.items():
+        if not re.fullmatch(PART + PART_NAME, name) or x.dtype != torch.float32:
+            raise Refused(400, f"{name:.60}: expected float32 and a name like {PART_NAME}")
+        if list(x.shape) != [samples] or x.isinf().any():
+            raise Refused(400, f"{name}: expected a finite number or NaN for each sample")
 
 
 def check_group(
@@ -237,3 +264,10 @@ def _expert_faults(t, prompt_tokens: int, experts: Experts | None) -> Iterator[s
             yield f"{name} is {found.dtype} {list(found.shape)}, expected {experts.dtype} {shape}"
         if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < experts.count:
             yield f"{name} names an expert outside 0..{experts.count - 1}"
+
+
+def means_of_parts(groups: list[Group], prefix: str) -> dict[str, float]:
+    """Of each part of the rewards: its mean over the samples that have it."""
+    names = sorted({name for g in groups for name in g.parts})
+    found = {n: torch.cat([g.parts[n] for g in groups if n in g.parts]).double() for n in names}
+    return {f"{prefix}{n}": x.nanmean().item() for n, x in found.items() if not x.isnan().all()}

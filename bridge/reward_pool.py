@@ -32,10 +32,18 @@ def _each(job: dict, answer: dict) -> list[dict]:
     return answer.get("each") or [answer] * len(job.get("completions", [""]))
 
 
+class Judged(float):
+    """A reward, and its parts by name, where the function returned a dict."""
+
+    parts: dict[str, float] = {}  # noqa: RUF012
+
+
 def reward_or_why(answer: dict) -> float | str:
     """Of a sample: its reward, or the line that says why it has none."""
     if "reward" in answer:
-        return answer["reward"]
+        reward = Judged(answer["reward"])
+        reward.parts = answer.get("parts", {})
+        return reward
     return (Away if answer["kind"] == "away" else str)(answer["error"])
 
 

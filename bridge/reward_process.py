@@ -20,6 +20,7 @@ import math
 import mmap
 import numbers
 import os
+import re
 import struct
 import sys
 import time
@@ -212,6 +213,8 @@ def is_async(reward) -> bool:
 # names a file with the sources: the processes that a reward starts read it as well
 KEPT = "CISPO_REWARD_SOURCES"
 
+PART_NAME, MOST_PARTS = r"[A-Za-z0-9_-]{1,40}", 16
+
 
 def shown(value) -> str:
     """What a function returned, in one short line: an array's repr has several."""
@@ -219,15 +222,32 @@ def shown(value) -> str:
 
 
 def judge(value) -> dict:
-    """What a reward function returned, as an answer."""
+    """What a reward function returned, as an answer: one number, or a dict of it and its parts."""
+    if not isinstance(value, dict):
+        return judge_number(value)
+    wrong = [name for name in value if not re.fullmatch(PART_NAME, str(name))]
+    if "reward" not in value or wrong or len(value) > MOST_PARTS + 1:
+        what = (
+            f"part {shown(wrong[0])}, expected a name of letters, digits, _ and -, 40 at most"
+            if wrong
+            else f"{shown(value)} (dict of {len(value)}), expected one number, or a dict of "
+            f"'reward' and at most {MOST_PARTS} parts"
+        )
+        return {"error": f"it returned {what}", "kind": "wrong_type"}
+    found = {str(name): judge_number(x) for name, x in value.items()}
+    for name, answer in found.items():
+        if "error" in answer:
+            return {**answer, "error": f"{name!r} of what it returned: {answer['error']}"}
+    reward = found.pop("reward")
+    return {**reward, "parts": {name: answer["reward"] for name, answer in found.items()}}
+
+
+def judge_number(value) -> dict:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # an array or tensor of no dimensions, np.bool_
     if not isinstance(value, numbers.Real | Decimal):
-        what = (
-            f"{type(value).__name__} of {len(value)}"
-            if hasattr(value, "__len__")
-            else type(value).__name__
-        )
+        kind, sized = type(value).__name__, hasattr(value, "__len__")
+        what = f"{kind} of {len(value)}" if sized else kind
         return {
             "error": f"it returned {shown(value)} ({what}), expected one number",
             "kind": "wrong_type",
@@ -238,7 +258,7 @@ def judge(value) -> dict:
         reward = math.nan
     if not abs(reward) <= 3.4028234e38:  # it travels as float32
         return {
-            "error": f"it returned {value!s:.100}, expected a number that is finite in float32",
+            "error": f"it returned {shown(value)}, expected a number that is finite in float32",
             "kind": "not_finite",
         }
     return {"reward": reward}
@@ -258,26 +278,14 @@ def told(e: BaseException) -> str:
 
 
 # classes by name, of aiohttp, requests, urllib3, httpx, httpcore, openai and their like
-NETWORK = {
-    "ConnectionError",
-    "ConnectError",
-    "ConnectTimeout",
-    "ReadTimeout",
-    "WriteTimeout",
-    "PoolTimeout",
-    "gaierror",
-    "ClientConnectionError",
-    "ClientPayloadError",
-    "TransportError",
-    "NetworkError",
-    "ProtocolError",
-    "MaxRetryError",
-    "NewConnectionError",
-    "ChunkedEncodingError",
-    "IncompleteRead",
-    "APIConnectionError",
-    "ConnectionClosed",
-}
+NETWORK = set(
+    """
+    ConnectionError ConnectError ConnectTimeout ReadTimeout WriteTimeout PoolTimeout
+    gaierror ClientConnectionError ClientPayloadError TransportError NetworkError
+    ProtocolError MaxRetryError NewConnectionError ChunkedEncodingError IncompleteRead
+    APIConnectionError ConnectionClosed
+    """.split()
+)
 NETWORK_ERRNO = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 NETWORK_MODULES = set(
     "socket ssl http urllib urllib3 aiohttp requests httpx httpcore websockets".split()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bridge.groups import NOT_SAMPLED, Group
+from bridge.groups import NOT_SAMPLED, Group, means_of_parts
 from bridge.ledger import Books, Lease
 from bridge.logs import read_jsonl
 
@@ -149,6 +149,7 @@ def score(done: Round, num_samples: int, pass_threshold: float = 1.0) -> dict:
         "validation/truncation_rate": sum(int(g.truncated.sum()) for g in groups)
         / max(1, len(rewards)),
         "timing/validation/total_s": done.seconds,
+        **means_of_parts(groups, "validation/reward/"),
     }
 
 
@@ -174,6 +175,7 @@ def readable(group: Group, which, answer, decode: Callable[[list[int]], str]) ->
                 "completion": decode(ids[i].tolist()),
                 "answer": answer,
                 "reward": group.rewards[i].item(),
+                **({"parts": parts_of(group, i)} if group.parts else {}),
                 "truncated": bool(group.truncated[i]),
                 "prompt_tokens": len(group.prompt_ids),
                 "tokens": len(ids[i]),
@@ -182,6 +184,11 @@ def readable(group: Group, which, answer, decode: Callable[[list[int]], str]) ->
             }
         )
     return found
+
+
+def parts_of(group: Group, i: int) -> dict[str, float]:
+    """Those that this sample has."""
+    return {name: x[i].item() for name, x in group.parts.items() if not x[i].isnan()}
 
 
 def turns_of(ids, sampled, decode: Callable[[list[int]], str]) -> list[dict[str, str]]:

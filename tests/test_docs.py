@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
 from bridge.flags import parse_flags
 from bridge.processes import program_files
 from config import Config, RolloutConfig
@@ -77,7 +78,9 @@ def broken_links(text: str, page: Path) -> list[str]:
 @functools.cache
 def known_flags() -> set[str]:
     fields = [
-        f.name.replace("_", "-") for c in (Config, RolloutConfig) for f in dataclasses.fields(c)
+        f.name.replace("_", "-")
+        for c in (Config, RolloutConfig, evaluate.Evaluation)
+        for f in dataclasses.fields(c)
     ]
     ours = {f"--{no}{name}" for name in fields for no in ("", "no-")}
     foreign = {f"--{name}" for names in FOREIGN_FLAGS.values() for name in names.split()}
@@ -165,6 +168,9 @@ def check_command(line: str) -> None:
         rest = rest[1:] if kind in ("trainer", "--quick", "--flags") else rest
     if script in ("launch.sh", "train_cispo.py"):
         parse_config([word for word in rest if word != "--help"])
+    elif script == "evaluate.py":
+        _, rest = evaluate.parse(rest)
+        parse_config([*rest, "--model", "given"])
     elif script == "rollout.py":
         parse_flags(RolloutConfig, [word for word in rest if word != "--help"])
     else:

@@ -1,0 +1,275 @@
+"""How good are these models on these prompts? Starts vLLM by itself, without a trainer:
+
+    python evaluate.py MODEL [MODEL ...] --data FILE [FILE ...] --reward math --preset qwen3-0.6b
+
+Each model answers each data set as in a validation of training: the same prompts, chat template,
+rewards, environments and sampling, by the same code. Every other flag is one of train_cispo.py and
+means what it means there. MODEL is a directory or a hub id, `runs/NAME/weights/vN` for one.
+
+All that can be refused is refused before the first vLLM starts. In the directory --out are then
+samples.jsonl, each sample as text with its reward, and scores.jsonl, a record for each model and
+data set. The table comes at the end.
+"""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from tyro.conf import Positional
+
+from bridge.flags import joined, parse_flags
+from bridge.groups import Group, parse_group
+from bridge.processes import log
+from bridge.reward_pool import RewardsEnd, RewardWorkers
+from bridge.validation import Round, Validation, samples, score
+from bridge.vllm import NO_ANSWER, VLLM, VLLMUnfit
+from bridge.weights import WeightsError
+from prepare import load_examples, load_prompts, node_config, resolve_model, run_for_nodes
+from prepare import resolve_dtype as dtype_of
+from presets import parse_config
+from rollout import Node, Players
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good are these models on these prompts? Every further flag is one of train_cispo.py:
+    --preset, --reward, --prompt-template, --max-new-tokens, --rollout-args and so on."""
+
+    models: Annotated[tuple[str, ...], Positional]  # directories or hub ids
+    data: tuple[str, ...]  # one or more, each as --data of train_cispo.py
+    samples: int = 8  # of each prompt: the k of avg@k and pass@k
+    temperature: float = 1.0  # of these samples
+    pass_threshold: float = 1.0  # a sample with at least this reward solves its prompt (pass@k)
+    greedy: bool = True  # one more sample of each prompt, at temperature 0
+    out: str = ""  # a new directory for the results; "": evaluations/DATE-TIME
+
+
+@dataclass
+class Prompts:
+    """A data set as a model reads it."""
+
+    cfg: object  # of train_cispo.py: this model and these prompts
+    checkpoint: Path
+    codec: object
+    examples: list[dict]
+    run: dict  # as a rollout node gets it from a trainer
+
+
+def parse(argv: list[str]) -> tuple[Evaluation, list[str]]:
+    """Our flags, and those for train_cispo.py. Raises: ValueError with one line."""
+    own, rest, names = [], [], {f"--{n.replace('_', '-')}" for n in Evaluation.__annotations__}
+    into = own  # what comes before the first flag is a model
+    for word in joined(argv):
+        if word.startswith("--"):
+            flag = word.split("=", 1)[0].replace("_", "-").replace("--no-", "--")
+            into = own if flag in {*names, "--help"} else rest
+        into.append(word)
+    found = parse_flags(Evaluation, own)
+    for name in ("models", "data"):
+        given = getattr(found, name)
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"{name} {' '.join(given)!r}: one or more, each once")
+    return found, rest
+
+
+def read(ev: Evaluation, rest: list[str]) -> list[list[Prompts]]:
+    """Of each model, every data set. Raises: ValueError, WeightsError, OSError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sampling = ["--val-samples", str(ev.samples), "--val-temperature", str(ev.temperature)]
+    sampling += ["--val-pass-threshold", str(ev.pass_threshold)]
+    found = []
+    for model in ev.models:
+        found.append([])
+        for name in ev.data:
+            cfg = parse_config([*rest, "--model", model, "--data", name, *sampling])
+            examples, checkpoint = load_examples(cfg), resolve_model(cfg, rank=0)
+            prompts, codec, _ = data = load_prompts(cfg, checkpoint, examples)
+            kept = [examples[i] for i in range(len(examples)) if i not in prompts.skip]
+            run = run_for_nodes(cfg, checkpoint, data, dtype_of(cfg.publish_dtype, device))
+            run |= {"id": "evaluation", "experts": False}
+            found[-1].append(Prompts(cfg, checkpoint, codec, kept, run))
+    return found
+
+
+class Evaluator(Node):
+    """A rollout node without a hub: it keeps the books of its prompts itself."""
+
+    def __init__(self, prompts: Prompts):
+        self.node_cfg = node_config(prompts.cfg)
+        super().__init__(self.node_cfg, hub=None)
+        self.run, self.checkpoint = dict(prompts.run), prompts.checkpoint
+        self.vllm = VLLM(self.cfg, self.run, self.root / "vllm.log")
+        self.workers = RewardWorkers(
+            self.run["reward"],
+            self.cfg.reward_workers,
+            self.cfg.reward_timeout_s,
+            self.cfg.reward_start_timeout_s,
+            self.cfg.reward_away_timeout_s,
+        )
+        self.players = Players(self.workers)
+
+    async def begin(self) -> None:
+        """Raises: VLLMUnfit, RewardsEnd, RuntimeError."""
+        await self.workers.start()
+        await self._start(0)
+        self.ready.set()
+        self.watching = asyncio.create_task(self.watch_vllm())
+
+    async def ask(self, method: str, route: str, **kwargs) -> bytes:
+        """What a node tells its hub of a prompt: here, its samples."""
+        assert route == "/groups", route
+        metadata, tensors = parse_group(kwargs["data"])
+        lease = self.books.leases[metadata["lease"]]
+        prompt_ids = self.codec.encode(self.books.examples[lease.ordinal])
+        self.books.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))
+        return b""
+
+    async def give_back(self, lease, why, patience_s, by_reward=False) -> None:
+        self.books.give_back(lease, "leases_returned", failure=why, by_reward=by_reward)
+
+    async def round(self, p: Prompts, num_samples: int, temperature: float) -> Round:
+        """Every prompt answered, or given up as in a validation."""
+        self.codec = self.players.codec = p.codec
+        how = {"n": num_samples, "temperature": temperature}
+        self.run["val_sampling"] = {**p.run["val_sampling"], **how}
+        cfg = p.cfg
+        self.books = Validation(
+            p.examples, num_samples, cfg.lease_timeout_s, cfg.max_prompt_failures
+        )
+        self.books.begin(0)
+        while not self.books.finished:
+            while len(self.held) < self.limit and (lease := self.next_lease()):
+                self.held[lease["lease"]] = asyncio.create_task(self.answer(lease))
+            waits = {self.watching, *self.held.values()}
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # raises what it raised
+            for name in [name for name, task in self.held.items() if task in done]:
+                del self.held[name]
+                if name in self.books.leases:  # it has passed its deadline
+                    await self.give_back(name, "no answer in time", 0.0)
+            for news in self.books.news:
+                log(news)
+            self.books.news.clear()
+        return self.books.finished[0]
+
+    def next_lease(self) -> dict | None:
+        lease = self.books.grant(self.name, 0, time.monotonic())
+        if lease is None:
+            return None
+        example = self.books.examples[lease.ordinal]
+        return {
+            "lease": lease.id,
+            "prompt_ids": self.codec.encode(example),
+            "example": example,
+            "validates": 0,
+            "deadline_s": self.books.lease_timeout_s,
+        }
+
+    async def end(self) -> None:
+        tasks = [*self.held.values(), *filter(None, [getattr(self, "watching", None)])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.close()
+        if not self.cfg.dir:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+
+async def evaluate(ev: Evaluation, prompts: list[list[Prompts]], out: Path) -> list[dict]:
+    """The records of all models on all data sets."""
+    loop, me, records = asyncio.get_running_loop(), asyncio.current_task(), []
+    loop.add_signal_handler(signal.SIGTERM, me.cancel)
+    for model, sets in zip(ev.models, prompts):
+        node = Evaluator(sets[0])
+        try:
+            await node.begin()
+            for name, p in zip(ev.data, sets):
+                record = {"model": model, "data": name, "pass_threshold": ev.pass_threshold}
+                done = await node.round(p, ev.samples, ev.temperature)
+                found = score(done, ev.samples, ev.pass_threshold)
+                record |= {key.removeprefix("validation/"): x for key, x in found.items()}
+                write_samples(out, model, name, p, done, greedy=False)
+                if ev.greedy:
+                    done = await node.round(p, 1, 0.0)
+                    record["greedy"] = score(done, 1, ev.pass_threshold)["validation/avg@1"]
+                    write_samples(out, model, name, p, done, greedy=True)
+                for of_versions in ("version", "versions"):
+                    del record[of_versions]
+                with open(out / "scores.jsonl", "a") as f:
+                    f.write(json.dumps(record) + "\n")
+                records.append(record)
+                log(row(ev, record))
+        finally:
+            await node.end()
+    return records
+
+
+def write_samples(out: Path, model: str, name: str, p: Prompts, done: Round, greedy: bool) -> None:
+    of = {"model": model, "data": name, "greedy": greedy}
+    with open(out / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as f:
+        for sample in samples(done, p.examples, partial(p.codec.decode, special=True)):
+            del sample["versions"]
+            f.write(json.dumps({**of, **sample}, ensure_ascii=False) + "\n")
+
+
+def row(ev: Evaluation, record: dict) -> str:
+    names = [f"avg@{ev.samples}", f"pass@{ev.samples}", *(["greedy"] if ev.greedy else [])]
+    wrong = [
+        f"{record[name]} {name.replace('_', ' ')}"
+        for name in ("prompts_failed", "samples_dropped")
+        if record[name]
+    ]
+    names += [name for name in record if name.startswith("reward/")]
+    scores = "  ".join(f"{name} {record[name]:.3f}" for name in names)
+    return ", ".join([f"{scores}  on {record['prompts']} prompts", *wrong])
+
+
+def table(ev: Evaluation, records: list[dict]) -> str:
+    """Models down, data sets below each."""
+    lines = [f"solved (pass@{ev.samples}): a reward of at least {ev.pass_threshold:g}"]
+    width = max(len(name) for name in ev.data)
+    for model in ev.models:
+        lines.append(model)
+        lines += [
+            f"  {record['data']:{width}}  {row(ev, record)}"
+            for record in records
+            if record["model"] == model
+        ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    try:
+        ev, rest = parse(argv)
+        prompts = read(ev, rest)
+        out = Path(ev.out or time.strftime("evaluations/%Y%m%d-%H%M%S"))
+        if (out / "scores.jsonl").exists():
+            raise ValueError(f"--out {out}: it has scores already; name another directory")
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, WeightsError, OSError) as e:
+        log(f"error: {e}")
+        sys.exit(2)
+    try:
+        records = asyncio.run(evaluate(ev, prompts, out))
+    except (RuntimeError, VLLMUnfit, RewardsEnd, *NO_ANSWER) as e:
+        log(f"error: {e}")
+        sys.exit(1)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        log("stopped")
+        sys.exit(1)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"\n{table(ev, records)}\n\n{out}/scores.jsonl, {out}/samples.jsonl", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

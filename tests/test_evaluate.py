@@ -1,0 +1,79 @@
+"""evaluate.py: models by data sets without a trainer, scored as a validation scores."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from task import task_examples
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def evaluate(cwd, *argv):
+    command = [sys.executable, REPO / "evaluate.py", *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+GRADED = """
+def score(completion, example):
+    solved = completion == example["answer"]
+    return {"reward": example["worth"] if solved else 0.1, "solved": solved, "form": 0.25}
+"""
+
+
+def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
+    tmp_path, tiny_checkpoint, fake_vllm_command
+):
+    rows = task_examples("reverse", 8, seed=5)
+    for name, part, worth in (("a", rows[:5], 1.0), ("b", rows[5:], 0.9)):
+        lines = [json.dumps({**row, "worth": worth}) + "\n" for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "my.py").write_text(GRADED)
+    node = f"--vllm-command '{fake_vllm_command}' --dir {tmp_path / 'node'}"
+    flags = ["--data", "a.jsonl", "b.jsonl", "--samples", 3, "--reward", "my.py:score"]
+    models = [shutil.copytree(tiny_checkpoint, tmp_path / name) for name in ("m", "n")]
+    done = evaluate(tmp_path, *models, *flags, "--rollout-args", node, "--out", "e")
+    assert done.returncode == 0, done.stderr + done.stdout
+    scores, samples = read(tmp_path / "e/scores.jsonl"), read(tmp_path / "e/samples.jsonl")
+    of = [(s["model"], s["data"], s["prompts"]) for s in scores]
+    assert of == [(str(m), d, n) for m in models for d, n in (("a.jsonl", 5), ("b.jsonl", 3))]
+    assert len(samples) == 2 * (8 * 3 + 8) and "avg@3" in done.stdout
+    for s in scores:
+        mine = [x for x in samples if (x["model"], x["data"]) == (s["model"], s["data"])]
+        assert s["reward/form"] == 0.25 and mine[0]["parts"]["form"] == 0.25
+        solved = [x["parts"]["solved"] for x in mine if not x["greedy"]]
+        assert s["reward/solved"] == pytest.approx(sum(solved) / len(solved))
+        drawn = [x["reward"] for x in mine if not x["greedy"]]
+        greedy = [x["reward"] for x in mine if x["greedy"]]
+        assert s["avg@3"] == pytest.approx(sum(drawn) / len(drawn))
+        assert s["greedy"] == pytest.approx(sum(greedy) / len(greedy))
+        solved = [max(drawn[i : i + 3]) >= 1 for i in range(0, len(drawn), 3)]
+        assert s["pass@3"] == pytest.approx(sum(solved) / len(solved))
+    assert scores[0]["pass@3"] > 0 == scores[1]["pass@3"]  # 0.9 is no pass
+    again = evaluate(tmp_path, tiny_checkpoint, *flags, "--rollout-args", node, "--out", "e")
+    assert again.returncode == 2 and "--out e: it has scores already" in again.stderr + again.stdout
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--data", "none.jsonl"], "none.jsonl': no such file"),
+        (["--data", "d.jsonl", "d.jsonl"], "each once"),
+        (["--data", "d.jsonl", "--samples", 0], "--val-samples 0"),
+        (["--data", "d.jsonl", "--rewardd", "exact"], "--rewardd"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_vllm_starts(tmp_path, tiny_checkpoint, argv, says):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "ab", "answer": "ba"}\n')
+    done = evaluate(tmp_path, tiny_checkpoint, *argv, "--out", "e")
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and says in said and "Traceback" not in said, said
+    assert "vLLM is up" not in said and not (tmp_path / "e").exists()

@@ -1,0 +1,71 @@
+"""A reward that is a dict: its parts from the function to the metrics."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from bridge.groups import Group, Refused, pack_group, parse_group
+from bridge.reward_pool import reward_or_why
+from bridge.reward_process import judge
+from bridge.sample import Sample
+from bridge.validation import Round, readable, score
+from report import rollout_metrics
+
+
+def sample():
+    made = Sample([7], {}, 4, None, False)
+    made.token_ids, made.logprobs, made.versions, made.turns = [1, 2], [-1.0, -1.0], [0, 0], 1
+    return made
+
+
+def body():
+    rewards = [{"reward": 1, "format": True}, {"reward": 0.0, "format": 0.5, "tool": 2.0}, 0.5]
+    return pack_group([sample() for _ in rewards], [reward_or_why(judge(x)) for x in rewards], "l")
+
+
+def test_each_part_is_a_metric_over_the_samples_that_have_it():
+    _, tensors = parse_group(body())
+    group = Group(0, [7], **tensors)
+    assert group.rewards.tolist() == [1.0, 0.0, 0.5]
+    found = rollout_metrics([group], step=0)
+    assert found["train/reward"] == 0.5
+    assert found["train/reward/format"] == 0.75 and found["train/reward/tool"] == 2.0
+    record = score(Round(0, [], 0.0, groups={0: group}), num_samples=3)
+    assert record["validation/reward/format"] == 0.75 and record["validation/avg@3"] == 0.5
+    rows = readable(group, range(3), "a", str)
+    parts = [row["parts"] for row in rows]
+    assert parts == [{"format": 1.0}, {"format": 0.5, "tool": 2.0}, {}]
+
+
+@pytest.mark.parametrize(
+    "value, kind, says",
+    [
+        ({"format": 1.0}, "wrong_type", "a dict of 'reward'"),
+        ({}, "wrong_type", "a dict of 'reward'"),
+        ({"reward": "1"}, "wrong_type", "'reward' of what it returned: it returned '1' (str of 1)"),
+        ({"reward": 1, "x": math.nan}, "not_finite", "'x' of what it returned"),
+        ({"reward": 1, "x": {"y": 1}}, "wrong_type", "'x' of what it returned"),
+        ({"reward": 1, "a b": 1}, "wrong_type", "part 'a b'"),
+        ({"reward": 1, **{f"p{i}": i for i in range(17)}}, "wrong_type", "at most 16 parts"),
+    ],
+)
+def test_a_part_that_is_no_finite_number_costs_the_sample_and_is_named(value, kind, says):
+    found = judge(value)
+    assert found["kind"] == kind and says in found["error"] and "reward" not in found
+
+
+@pytest.mark.parametrize(
+    "name, x",
+    [
+        ("part/x", torch.zeros(2)),
+        ("part/x", torch.zeros(3, dtype=torch.int32)),
+        ("part/x", torch.tensor([0.0, math.inf, 0.0])),
+        ("part/x y", torch.zeros(3)),
+        ("part/", torch.zeros(3)),
+    ],
+)
+def test_the_hub_refuses_parts_that_are_none(name, x):
+    with pytest.raises(Refused):
+        parse_group(save({**load(body()), name: x}, metadata={"lease": "l"}))
