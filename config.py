@@ -187,7 +187,7 @@ class Layout(Group):
     activation_checkpointing: bool = False  # keep each block's input only, and run it again
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
     grad_dtype: Literal["float32", "bfloat16"] = "float32"  # micro-batches and ranks add up in it
-    fp32_lm_head: bool = False  # the vocabulary projection in fp32, in the trainer and in vLLM
+    fp32_lm_head: bool = False  # fp32 logits in the trainer and in vLLM; on CUDA they always are
     max_tokens_per_micro_batch: int = 4096  # packed into one forward
     logprob_chunk_size: int = 512  # tokens whose logits exist at once; 0: as many as fill 256 MB
     compile: bool = True  # torch.compile the model's blocks and the loss; off: the same, eagerly

@@ -171,7 +171,8 @@ def build_model(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, checkpoint: Pat
     # no memory yet, and no initial values that the checkpoint would replace
     with torch.device("meta"):
         model = Qwen3MoE(model_cfg, mesh, cfg.activation_checkpointing).to(dtype)
-        if cfg.fp32_lm_head:
+        # on CUDA a bf16 weight gives fp32 logits; an fp32 one would cost ten times as much
+        if cfg.fp32_lm_head and mesh.device.type != "cuda":
             head = model.model["embed_tokens"] if model_cfg.tie_word_embeddings else model.lm_head
             head.to(torch.float32)
     model.to_empty(device=mesh.device)

@@ -320,9 +320,33 @@ def check_model(m, cfg) -> None:
         raise ValueError(f"--router-replay {cfg.router_replay}: the model is dense, num_experts=0")
 
 
+def check_cuda(m, cfg) -> None:
+    """Raises: ValueError for what the GPU's kernels do not take: they want bf16, rows of whole 16
+    bytes, heads of at most 256 values, and at most 1,024 experts a rank."""
+    if cfg.param_dtype == "float32":
+        raise ValueError(
+            "--param-dtype float32: attention and experts on a GPU take bfloat16 alone, which auto "
+            "is there; CUDA_VISIBLE_DEVICES= trains on the CPU"
+        )
+    limits = [
+        ("hidden_size", m.hidden_size, 8, None),
+        ("head_dim", m.head_dim, 8, 256),
+        ("moe_intermediate_size", m.moe_intermediate_size, 8, None),
+        ("experts of a rank (--ep)", m.num_experts // cfg.ep, 1, 1024),
+    ]
+    for name, size, multiple, most in limits:
+        if size % multiple or (most and size > most):
+            bound = f" and at most {most}" if most else ""
+            raise ValueError(
+                f"the model's {name}={size}: a GPU's kernels take multiples of {multiple}{bound}"
+            )
+
+
 def check(m, cfg, world: int) -> None:
     """Raises: ValueError for a layout that is impossible, or does not fit, and for samples that are
     too long."""
     check_layout(m, world, cfg.tp, cfg.ep)
     check_model(m, cfg)
+    if torch.cuda.is_available():
+        check_cuda(m, cfg)
     check_memory(m, cfg, world)

@@ -14,6 +14,7 @@ import prepare
 import train_cispo
 from model import KNOWN_MODELS, ModelConfig, Qwen3MoE
 from presets import PRESETS
+from ranks import plan
 from ranks.plan import (
     GIB,
     activation_memory,
@@ -458,3 +459,34 @@ def test_the_last_line_says_how_to_start_what_was_planned(monkeypatch, capsys, f
 def test_what_does_not_fit_is_not_told_how_to_start(monkeypatch, capsys):
     status, report, _ = dry_run(monkeypatch, capsys, "--preset", "qwen3-30b-a3b", "--ep", "1")
     assert status == 2 and "to start it" not in report
+
+
+# ---- what a GPU's kernels take -------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("shape", "flags", "said"),
+    [
+        ({}, {"param_dtype": "float32"}, "--param-dtype float32: .* bfloat16"),
+        ({"head_dim": 20}, {}, "head_dim=20: .* multiples of 8 and at most 256"),
+        ({"head_dim": 512}, {}, "head_dim=512: .* at most 256"),
+        ({"hidden_size": 2044}, {}, "hidden_size=2044: .* multiples of 8"),
+        ({"moe_intermediate_size": 772}, {}, "moe_intermediate_size=772: .* multiples of 8"),
+        ({"num_experts": 2048}, {"ep": 1}, r"experts of a rank \(--ep\)=2048: .* at most 1024"),
+    ],
+)
+def test_what_a_gpu_s_kernels_do_not_take_is_refused_before_it_is_touched(
+    shape, flags, said, monkeypatch
+):
+    m, cfg = dataclasses.replace(QWEN, **shape), dataclasses.replace(PRESET, **flags)
+    with pytest.raises(ValueError, match=said):
+        plan.check_cuda(m, cfg)
+    # on a CPU it is no matter, and with a GPU it is part of all that is checked
+    monkeypatch.setattr(plan, "check_memory", lambda *args: None)
+    plan.check(m, cfg, 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=said):
+        plan.check(m, cfg, 16)
+
+
+def test_the_known_models_and_the_tiny_one_are_what_a_gpu_s_kernels_take():
+    for m in KNOWN_MODELS.values():
+        plan.check_cuda(m, PRESET)

@@ -339,3 +339,18 @@ def test_of_several_engines_the_fullest_cache_counts_and_requests_add_up(tmp_pat
 
     found = asyncio.run(run())
     assert found["kv"] == 0.45 and found["running"] == 6.0
+
+
+@pytest.mark.parametrize(
+    ("cuda", "asked", "fp32"),
+    [(True, False, True), (True, True, True), (False, True, True), (False, False, False)],
+)
+def test_on_a_gpu_vllm_s_logits_are_fp32_as_the_trainer_s_always_are(
+    cuda, asked, fp32, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    run = {"dtype": "bfloat16", "max_model_len": 64, "seed": 0, "fp32_lm_head": asked}
+    flags = types.SimpleNamespace(vllm_command="", vllm_args="", vllm_threads=0)
+    command, _ = VLLM(flags, run, tmp_path / "log")._command(tmp_path, 1)
+    given = dict(zip(command, command[1:])).get("--hf-overrides")
+    assert (given is not None and json.loads(given) == {"head_dtype": "float32"}) == fp32
