@@ -3,6 +3,7 @@ starts, far from a hub."""
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import shlex
@@ -352,5 +353,5 @@ def test_on_a_gpu_vllm_s_logits_are_fp32_as_the_trainer_s_always_are(
     run = {"dtype": "bfloat16", "max_model_len": 64, "seed": 0, "fp32_lm_head": asked}
     flags = types.SimpleNamespace(vllm_command="", vllm_args="", vllm_threads=0)
     command, _ = VLLM(flags, run, tmp_path / "log")._command(tmp_path, 1)
-    given = dict(zip(command, command[1:])).get("--hf-overrides")
+    given = dict(itertools.pairwise(command)).get("--hf-overrides")
     assert (given is not None and json.loads(given) == {"head_dtype": "float32"}) == fp32
