@@ -173,7 +173,9 @@ def load_state_tensors(path: Path, model, optimizer, updates: int) -> None:
     pieces = Pieces(path, model.cfg.checkpoint_shapes())
     for bucket in optimizer.buckets:
         moments = {kind: torch.zeros_like(bucket.master) for kind in KINDS[1:]}
-        optimizer.state[bucket.master] = {"step": torch.tensor(float(updates)), **moments}
+        # on a GPU the fused kernel wants the number of steps there
+        step = torch.tensor(float(updates), device=bucket.master.device)
+        optimizer.state[bucket.master] = {"step": step, **moments}
     for piece, flat in own_pieces(model, optimizer):
         flat.copy_(pieces.part(piece))
     for bucket in optimizer.buckets:
