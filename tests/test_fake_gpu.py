@@ -113,22 +113,23 @@ def directory(tmp_path, tiny_checkpoint):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_tiny_run_goes_through(directory, cuda_venv, compiled):
-    """Sampled by the stand-in for vLLM: two steps, weights published and loaded, a checkpoint."""
+    """Sampled by the stand-in for vLLM: two steps, weights published and loaded, a checkpoint; and
+    two more from there."""
     fake.build(directory)
     env = fake.environment(directory, directory / "log", item=0, flag=1)
     python = str(cuda_venv / "bin/python")
     stand_in = f"--vllm-command '{python} {REPO / 'tests/fake_vllm.py'}'"
-    flags = ["--name=fake", "--max-num-steps=2", f"--rollout-args={stand_in}"]
-    flags += ["--val-every-steps=0", "--checkpoint-every-steps=2"] + ["--no-compile"] * (
-        not compiled
-    )
-    command = [python, str(REPO / "train_cispo.py"), *flags]
-    done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAKE CUDA" not in done.stderr
-    records = (directory / "runs/fake/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in records] == [0, 1]
-    assert (directory / "runs/fake/checkpoints/step-000002").is_dir()
+    flags = ["--name=fake", "--resume=auto", f"--rollout-args={stand_in}", "--val-every-steps=0"]
+    flags += ["--checkpoint-every-steps=2"] + ["--no-compile"] * (not compiled)
+    for steps in (2, 4):
+        command = [python, str(REPO / "train_cispo.py"), *flags, f"--max-num-steps={steps}"]
+        done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for noise in ("FAKE CUDA", "FutureWarning", "Guessing device ID"):
+            assert noise not in done.stderr, done.stderr
+        records = (directory / "runs/fake/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in records] == list(range(steps))
+        assert (directory / f"runs/fake/checkpoints/step-{steps:06}").is_dir()
     kinds = sum(fake.sections(directory / "log").values(), fake.Counter())
     assert kinds["KERNEL"] and kinds["GEMM"] and kinds["HOSTREG"]
     assert bool(kinds["TRITON"]) == compiled
