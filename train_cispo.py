@@ -315,6 +315,7 @@ def main(cfg: Config | None = None) -> None:
                     dry_run.print_report(known_config(cfg), cfg, planned)
                     reward_takes(cfg)  # refuses one that a run would refuse
             return
+        ops.use_flash_attention(cfg.flash_attention)
         if not torch.cuda.is_available():
             use_cpu(cfg, ranks_here, bool(PRESETS[cfg.preset].model))
         what_to_train = prepare(cfg, rank, ranks, local_rank)

@@ -11,6 +11,7 @@ import itertools
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import activate_flash_attention_impl
 
 from ranks.parallel import all_reduce
 
@@ -416,6 +417,23 @@ def _again_gradients(ctx, grad_ThC):
 
 
 attention_again.register_autograd(_again_gradients, setup_context=_again_setup)
+
+
+FLASH_PACKAGES = {"3": "flash_attn_interface", "4": "flash_attn.cute"}
+
+
+def use_flash_attention(version: str) -> None:
+    """The flash kernel of all later calls on a GPU. Raises: ValueError without its package."""
+    if version == "2":  # torch's own
+        return
+    try:
+        activate_flash_attention_impl(f"FA{version}")
+    except (ImportError, RuntimeError, ValueError) as e:
+        package, said = FLASH_PACKAGES[version], " ".join(str(e).split())[:200]
+        raise ValueError(
+            f"--flash-attention {version}: torch cannot use the package {package} ({said}); "
+            "--flash-attention 2 is torch's own"
+        ) from None
 
 
 def attend(q_ThC, k_TgC, v_TgC, cu_seqlens, max_seqlen: int, kept=None):

@@ -193,3 +193,19 @@ def test_a_planted_fault_is_found(calls, monkeypatch, owner, name, fault, said):
     monkeypatch.setattr(owner, name, fault(getattr(owner, name)))
     with pytest.raises((RuntimeError, TypeError, AssertionError), match=said):
         run()
+
+
+# ---- another flash kernel ------------------------------------------------------------------------
+def test_a_flash_attention_whose_package_is_missing_is_refused_and_torchs_own_asks_for_nothing():
+    ops.use_flash_attention("2")
+    for version, package in ops.FLASH_PACKAGES.items():
+        with pytest.raises(ValueError, match=f"--flash-attention {version}: .*{package}"):
+            ops.use_flash_attention(version)
+
+
+def test_another_flash_attention_is_torchs_switch(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(ops, "activate_flash_attention_impl", chosen.append)
+    for version in ("2", "3", "4"):
+        ops.use_flash_attention(version)
+    assert chosen == ["FA3", "FA4"]
