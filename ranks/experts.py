@@ -1,9 +1,9 @@
 """Tokens to the ranks that have their experts, and the experts' sums back (expert parallelism).
 
-A token goes once to each rank that has any of its K experts. Its row holds its D values, its K
-weights and, as numbers of the same dtype, which of that rank's experts they belong to: e, with
-weight 0, for an expert elsewhere. That rank makes a copy for each expert, and what goes back is one
-row again, the weighted sum of the copies.
+A token goes once to each rank that has any of its K experts. With its D values go its K weights
+and, as numbers of the same dtype, which of that rank's experts they belong to: e, with weight 0,
+for an expert elsewhere. That rank makes a copy for each expert, and what goes back is one row
+again, the weighted sum of the copies.
 
 Shapes are those of model.py, and: M rows sent, n copies on this rank.
 """
@@ -23,7 +23,7 @@ def run_here(experts, x_tD, weights_tK, ids_tK, counts_E):
 
 def run_on_ranks(experts, x_tD, weights_tK, ids_tK, counts_E, ep: int, group):
     """The same, of experts that are spread over the ranks of a group."""
-    (t, D), K, e = x_tD.shape, ids_tK.shape[1], len(counts_E) // ep
+    (t, K), e = ids_tK.shape, len(counts_E) // ep
     rank_tK = ids_tK // e
     again_tK = (rank_tK[:, :, None] == rank_tK[:, None, :]).tril(-1).any(-1)
     to_tK = torch.where(again_tK, ep, rank_tK)  # each rank once
@@ -48,9 +48,9 @@ def run_on_ranks(experts, x_tD, weights_tK, ids_tK, counts_E, ep: int, group):
     here_MK = (ids_MK >= 0) & (ids_MK < e)
     weights_MK = torch.where(here_MK, copy_rows(weights_tK, *sent), 0.0)
     ids_MK = torch.where(here_MK, ids_MK, e).to(x_tD.dtype)
-    rows = torch.cat([copy_rows(x_tD, *sent), weights_MK, ids_MK], 1)
-    rows = all_to_all(rows, receive, send, group)
-    x_RD, weights_RK, ids_RK = rows.split([D, K, K], 1)
+    notes_M2K = torch.cat([weights_MK, ids_MK], 1)
+    weights_RK, ids_RK = all_to_all(notes_M2K, receive, send, group).chunk(2, 1)
+    x_RD = all_to_all(copy_rows(x_tD, *sent), receive, send, group)
     # a copy for each expert
     kept = first_rows(*sort_rows(ids_RK, e), n)
     y_nD = experts(copy_rows(x_RD, *kept), counts_re.sum(0))
