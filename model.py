@@ -10,7 +10,8 @@ e = E/ep experts:
 
     x_tD -> norm -> all-gather -> q, k, v of h heads -> attention -> o_proj's partial sums
          -> reduce-scatter -> + x_tD
-    x_tD -> norm -> router -> dispatch (all-to-all) -> e experts -> combine (all-to-all) -> + x_tD
+    x_tD -> norm -> router -> dispatch: one row to each rank that has any of the K experts
+         -> e experts, and their sum for each row -> combine: back, and its sum -> + x_tD
     a dense MLP instead:     all-gather -> gate, up, down on F/tp columns -> reduce-scatter
 
 The modules are named so that `named_parameters()` gives the Hugging Face names, with one
@@ -21,7 +22,7 @@ expert has its own.
 Shapes, for the whole repo (UPPER is the full size, lower is a rank's shard):
     B rows   T tokens in a row   D model dim    V vocab
     H query heads   G kv heads   C head dim     F expert hidden
-    E experts   K experts per token   N = t*K copies   R rows received by all-to-all   L MoE layers
+    E experts   K experts per token   N = t*K copies   R rows received by dispatch   L MoE layers
     P prompts in a step   S samples per prompt
     t = T/tp, h = H/tp, g = G/tp, v = V/tp, f = F/tp of a dense MLP, e = E/ep
 
@@ -37,17 +38,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ranks.ops import at_least_fp32, attend, combine_rows, copy_rows, grouped_mm, sort_rows
-from ranks.parallel import (
-    Mesh,
-    Split,
-    all_gather,
-    all_reduce,
-    all_to_all,
-    await_values,
-    exchange_counts,
-    reduce_scatter,
-)
+from ranks.experts import run_here, run_on_ranks
+from ranks.ops import at_least_fp32, attend, grouped_mm
+from ranks.parallel import Mesh, Split, all_gather, all_reduce, await_values, reduce_scatter
 
 
 # ---- config --------------------------------------------------------------------------------------
@@ -287,7 +280,8 @@ class MoE(nn.Module):
         top-k chooses in either case."""
         probs_tE = at_least_fp32(F.linear(x_tD, self.gate.weight)).softmax(-1)
         chosen_tK = probs_tE.topk(self.num_experts_per_tok, dim=-1).indices
-        ids_tK = chosen_tK if given_ids_tK is None else given_ids_tK.long()
+        # by view, since K is a constant of the compiled code and the argument's shape is not
+        ids_tK = chosen_tK if given_ids_tK is None else given_ids_tK.long().view(chosen_tK.shape)
         weights_tK = probs_tE.gather(-1, ids_tK)
         if self.norm_topk_prob:
             weights_tK = weights_tK / weights_tK.sum(-1, keepdim=True)
@@ -295,35 +289,15 @@ class MoE(nn.Module):
 
     def forward(self, x_tD, given_ids_tK=None):
         weights_tK, ids_tK, chosen_tK = self.route(x_tD, given_ids_tK)
-        ids_N, K = ids_tK.flatten(), self.num_experts_per_tok
-        E = self.gate.weight.shape[0]
-        order_N, inverse_N = sort_rows(ids_N, E)  # copies of tokens, by expert
-        counts_E = ids_N.new_zeros(E).scatter_add(0, ids_N, torch.ones_like(ids_N))
-        copies_ND = copy_rows(x_tD, order_N, inverse_N, K)
-        y_ND = self.run_experts(copies_ND, counts_E)
-        y_tD = combine_rows(y_ND, weights_tK, order_N, inverse_N, K)
-        return y_tD, chosen_tK.to(self.id_dtype)
-
-    def run_experts(self, copies_ND, counts_E):
-        """Rows sorted by expert, to the ranks that have the experts and back."""
+        ids_N = ids_tK.flatten()
+        counts_E = ids_N.new_zeros(self.gate.weight.shape[0])
+        counts_E = counts_E.scatter_add(0, ids_N, torch.ones_like(ids_N))
+        routed = (self.experts, x_tD, weights_tK, ids_tK, counts_E)
         if self.ep == 1:
-            return self.experts(copies_ND, counts_E)
-        # dispatch: this rank's experts get their rows from every rank of the group
-        counts_re = exchange_counts(counts_E, self.ep_group).view(self.ep, -1)
-        # sync: one per layer; compiled, tolist alone would be one for each number
-        splits = torch.stack([counts_E.view(self.ep, -1).sum(1), counts_re.sum(1)]).cpu().tolist()
-        for n in (*splits[0], *splits[1]):
-            # what torch.compile cannot know of numbers that come from a tensor
-            torch._check(n >= 0)
-        send, receive = splits
-        rows_RD = all_to_all(copies_ND, receive, send, self.ep_group)
-        # They lie by rank, then by expert; a grouped GEMM wants them by expert alone.
-        expert_r = torch.arange(counts_re.shape[1], device=counts_re.device).repeat(self.ep)
-        expert_R = expert_r.repeat_interleave(counts_re.flatten(), output_size=rows_RD.shape[0])
-        order_R, inverse_R = sort_rows(expert_R, counts_re.shape[1])
-        y_RD = self.experts(copy_rows(rows_RD, order_R, inverse_R, 1), counts_re.sum(0))
-        # combine: the same way back
-        return all_to_all(copy_rows(y_RD, inverse_R, order_R, 1), send, receive, self.ep_group)
+            y_tD = run_here(*routed)
+        else:
+            y_tD = run_on_ranks(*routed, self.ep, self.ep_group)
+        return y_tD, chosen_tK.to(self.id_dtype)
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -415,8 +389,11 @@ class Qwen3MoE(nn.Module):
         """torch.compile each block: one graph serves all blocks of a kind, and any number of
         tokens."""
         torch._dynamo.config.capture_scalar_outputs = True  # the all-to-all's row counts
+        # A sum over K rows is one loop, not pieces with fp32 sums in between, which are not put
+        # together again where the number of rows is data.
+        one_loop = {"realize_acc_reads_threshold": 64, "realize_opcount_threshold": 300}
         for layer in self.model["layers"]:
-            layer.compile(fullgraph=True, dynamic=True)
+            layer.compile(fullgraph=True, dynamic=True, options=one_loop)
 
     def embed(self, tokens_T):
         """Vocabulary-parallel: each rank looks up its own words, and the sum is this rank's tokens'

@@ -503,64 +503,75 @@ grouped_mm.register_autograd(_grouped_backward, setup_context=_grouped_setup)
 
 
 # ---- moving rows ---------------------------------------------------------------------------------
-def sort_rows(ids_N, bound: int):
-    """The stable order of small numbers below `bound`, and its inverse. A GPU sorts a byte in one
-    pass, int64 in eight; and the inverse of an order is a scatter, not another sort."""
-    order_N = ids_N.to(torch.uint8 if bound <= 256 else torch.int16).argsort(stable=True)
+def sort_rows(ids_tK, bound: int):
+    """The stable order (t*K,) of small numbers, at most `bound`, and each one's place in it (t, K).
+    A GPU sorts a byte in one pass, int64 in eight; and the inverse of an order is a scatter, not
+    another sort."""
+    order_N = ids_tK.flatten().to(torch.uint8 if bound < 256 else torch.int16).argsort(stable=True)
     rows_N = torch.arange(len(order_N), device=order_N.device)
-    return order_N, torch.empty_like(order_N).scatter(0, order_N, rows_N)
+    return order_N, torch.empty_like(order_N).scatter(0, order_N, rows_N).view_as(ids_tK)
 
 
-def sum_rows(x_ND, at_tK, weights_tK=None):
+def first_rows(order_N, at_tK, n: int):
+    """Of an order only the first n: these, the places, and which of them are among the n. Each row
+    must have one at least; its others get the first one's place, which costs no memory traffic."""
+    here_tK = at_tK < n
+    at_tK = torch.where(here_tK, at_tK, at_tK.amin(1, keepdim=True))
+    return order_N.narrow(0, 0, n), at_tK, here_tK
+
+
+def sum_rows(x_nD, at_tK, weights_tK=None):
     """Row t of the result is the sum of the rows at_tK[t] of x, times weights_tK[t], taken in at
     least fp32. K is a constant of the compiled code, and one row comes after the other: a single
     loop over D with K loads. A reduction over K runs at a fifth of a GPU's bandwidth
     (BENCHMARKS.md)."""
     total_tD = 0
     for k in range(at_tK.shape[1]):
-        rows_tD = at_least_fp32(x_ND[at_tK[:, k]])
+        rows_tD = at_least_fp32(x_nD[at_tK[:, k]])
         if weights_tK is not None:
             rows_tD = rows_tD * at_least_fp32(weights_tK[:, k, None])
         total_tD = total_tD + rows_tD
-    return total_tD.to(x_ND.dtype)
+    return total_tD.to(x_nD.dtype)
 
 
 class _CopyRows(torch.autograd.Function):
-    """Row n of the result is row order_N[n] // K of x forward; backward each row of x adds up its K
+    """Row n of the result is row order_n[n] // K of x forward; backward each row of x adds up its
     copies' gradients, found by the inverse order: a gather, where autograd's own would be atomic
-    additions, in an order of their own."""
+    additions, in an order of their own. here_tK: which of the K there are (`first_rows`)."""
 
     @staticmethod
-    def forward(ctx, x_tD, order_N, inverse_N, K):
-        ctx.K = K
-        ctx.save_for_backward(inverse_N)
-        return x_tD[order_N // K]
+    def forward(ctx, x_tD, order_n, at_tK, here_tK=None):
+        ctx.save_for_backward(at_tK, here_tK)
+        return x_tD[order_n // at_tK.shape[1]]
 
     @staticmethod
-    def backward(ctx, grad_ND):
-        return sum_rows(grad_ND, ctx.saved_tensors[0].unflatten(0, (-1, ctx.K))), None, None, None
+    def backward(ctx, grad_nD):
+        return sum_rows(grad_nD, *ctx.saved_tensors), None, None, None
 
 
 copy_rows = _CopyRows.apply
 
 
 class _Combine(torch.autograd.Function):
-    """The other way: row t of the result is the weighted sum of its K copies."""
+    """The other way: row t of the result is the weighted sum of its copies. Weights are 0 where
+    there is no copy; what such a one gets as gradient means nothing."""
 
     @staticmethod
-    def forward(ctx, y_ND, weights_tK, order_N, inverse_N, K):
-        ctx.K = K
-        ctx.save_for_backward(y_ND, weights_tK, order_N, inverse_N)
-        return sum_rows(y_ND, inverse_N.unflatten(0, (-1, K)), weights_tK)
+    def forward(ctx, y_nD, weights_tK, order_n, at_tK):
+        ctx.K = at_tK.shape[1]
+        needed = (y_nD, at_tK) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(weights_tK, order_n, *needed)
+        return sum_rows(y_nD, at_tK, weights_tK)
 
     @staticmethod
     def backward(ctx, grad_tD):
-        y_ND, weights_tK, order_N, inverse_N = ctx.saved_tensors
-        dy_ND = grad_tD[order_N // ctx.K] * weights_tK.flatten()[order_N, None]
-        # here the reduction is over D, and one of K at a time would take twice as long
-        y_tKD = y_ND[inverse_N].unflatten(0, (-1, ctx.K))
-        dweights_tK = (at_least_fp32(y_tKD) * at_least_fp32(grad_tD)[:, None]).sum(-1)
-        return dy_ND, dweights_tK.to(weights_tK.dtype), None, None, None
+        weights_tK, order_n, *needed = ctx.saved_tensors
+        grad_nD, dweights_tK = grad_tD[order_n // ctx.K], None
+        if needed:
+            y_nD, at_tK = needed
+            dweights_n = (at_least_fp32(y_nD) * at_least_fp32(grad_nD)).sum(-1)
+            dweights_tK = dweights_n.to(weights_tK.dtype)[at_tK]
+        return grad_nD * weights_tK.flatten()[order_n, None], dweights_tK, None, None
 
 
 combine_rows = _Combine.apply

@@ -16,7 +16,8 @@ rank is None, and its collectives are the identity.
 
 Bytes that a rank sends, with b bytes per value and n ranks in the group:
     a layer, forward: attention (tp)  all-gather, reduce-scatter of (T, D) 2 * (n-1)/n * T*D*b
-                      MoE (ep)        dispatch, combine of T/tp * K rows   2 * (n-1)/n * T/tp*K*D*b
+                      MoE (ep)        dispatch, combine of T/tp * d rows   2 * (n-1)/n * T/tp*d*D*b
+    (d ranks of the group have any of a token's K experts: plan.ranks_of_a_token);
     backward the same, and once more forward with activation recompute;
     an update:         reduce-scatter of the gradients, all-gather of the parameters (replicas)
 

@@ -14,6 +14,7 @@ step are not counted: they come when the activations are gone, and must fit wher
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import re
 from typing import NamedTuple
@@ -36,6 +37,11 @@ def check_layout(m, world: int, tp: int, ep: int) -> None:
         )
     if ep > 1 and not m.num_experts:
         raise ValueError(f"--ep {ep}: the model is dense, num_experts=0")
+    if ep > 1 and m.num_experts > 256 * ep:
+        raise ValueError(
+            f"--ep {ep}: {m.num_experts // ep} experts on a rank are above 256, the most that a "
+            "row can name in bf16 (ranks/experts.py)"
+        )
     has_dense = not all(m.is_moe_layer(i) for i in range(m.num_hidden_layers))
     for flag, degree, what, size in [
         ("--tp", tp, "num_attention_heads", m.num_attention_heads),
@@ -200,12 +206,19 @@ def replayed_bytes(m, cfg) -> int:
 
 
 # ---- traffic and work ----------------------------------------------------------------------------
+def ranks_of_a_token(m, ep: int) -> float:
+    """How many ranks have any of a token's K experts, on average, if all sets of K are alike: of E
+    experts, E/ep are on a rank, and none of the K is among them by a draw without replacement."""
+    E, K = m.num_experts, m.num_experts_per_tok
+    return ep * (1 - math.comb(E - E // ep, K) / math.comb(E, K))
+
+
 def collective_bytes(m, cfg, world: int) -> dict[str, tuple[float, str]]:
     """Bytes that a rank sends for one layer in each pass or update, and which."""
     T, D = cfg.max_tokens_per_micro_batch, m.hidden_size
     tp, ep, (a, grad) = cfg.tp, cfg.ep, dtype_bytes(cfg)
     passes = "forward, recompute, backward" if cfg.activation_checkpointing else "forward, backward"
-    seam, rows = T * D * a * (tp - 1) / tp, T / tp * m.num_experts_per_tok * D * a * (ep - 1) / ep
+    seam, rows = T * D * a * (tp - 1) / tp, T / tp * ranks_of_a_token(m, ep) * a * (ep - 1) / ep
     classes = [c for c in parameter_classes(m, world, tp, ep, cfg.freeze_moe_router) if c.trained]
     with_ends = "GB with embedding and head"
     whole = sum(c.numel * (c.replicas - 1) / c.replicas for c in classes)
@@ -213,8 +226,9 @@ def collective_bytes(m, cfg, world: int) -> dict[str, tuple[float, str]]:
     return {
         "TP/SP all-gather": (seam, f"{passes}; twice where the MLP is dense"),
         "TP/SP reduce-scatter": (seam, "the same"),
-        "EP dispatch": (rows, passes),
-        "EP combine": (rows, "the same"),
+        # with a row go its K weights and K experts
+        "EP dispatch": (rows * (D + 2 * m.num_experts_per_tok), passes),
+        "EP combine": (rows * D, "the same"),
         "gradient reduce-scatter": (
             layer * grad,
             f"an update; {whole * grad / 1e9:.2f} {with_ends}",

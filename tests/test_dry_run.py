@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -23,6 +24,7 @@ from ranks.plan import (
     flops_per_token,
     memory,
     parameter_classes,
+    ranks_of_a_token,
     static_memory,
 )
 
@@ -146,7 +148,11 @@ def test_collectives_send_what_the_shapes_say():
     }
     # the other half
     assert sent["TP/SP all-gather"] == sent["TP/SP reduce-scatter"] == 16384 * 2048 * 2 / 2
-    assert sent["EP dispatch"] == sent["EP combine"] == 8192 * 8 * 2048 * 2 * 7 / 8
+    # Of 8 experts of 128, none of a rank's 16: 0.3326. A row's weights and experts go with it.
+    elsewhere = math.prod((112 - i) / (128 - i) for i in range(8))
+    rows = 8192 * 8 * (1 - elsewhere) * 7 / 8
+    assert sent["EP dispatch"] == pytest.approx(rows * (2048 + 8 + 8) * 2)
+    assert sent["EP combine"] == pytest.approx(rows * 2048 * 2)
     experts, attention, norms = (
         3 * 16 * 2048 * 768,
         (2 * 4096 + 2 * 512) * 2048 / 2,
@@ -158,6 +164,14 @@ def test_collectives_send_what_the_shapes_say():
     assert sent["parameter all-gather"] == sent["gradient reduce-scatter"] / 2
     alone = collective_bytes(QWEN, dataclasses.replace(PRESET, ep=1), 1)
     assert {size for size, _ in alone.values()} == {0.0}
+
+
+def test_the_ranks_of_a_token_are_those_of_all_its_sets_of_experts():
+    small = dataclasses.replace(QWEN, num_experts=8, num_experts_per_tok=3)
+    for ep in (1, 2, 4, 8):
+        sets = list(itertools.combinations(range(8), 3))
+        ranks = [len({expert * ep // 8 for expert in experts}) for experts in sets]
+        assert ranks_of_a_token(small, ep) == pytest.approx(sum(ranks) / len(sets))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +208,12 @@ def test_layouts_that_divide_pass():
             "--tp 4 neither divides num_key_value_heads=6 nor is a multiple",
         ),
         ({"num_experts": 0}, (16, 1, 2), "--ep 2: the model is dense, num_experts=0"),
+        (
+            {"num_experts": 1028},
+            (16, 1, 4),
+            "--ep 4: 257 experts on a rank are above 256, the most that a row can name in bf16 "
+            "(ranks/experts.py)",
+        ),
         ({}, (16, 0, 1), "--tp 0, --ep 1 and the number of ranks, 16, must be at least 1"),
     ],
 )
@@ -231,7 +251,8 @@ def test_the_recipe_fits_16_gpus_and_the_report_says_what_takes_the_room(
         r"parameters +9.62\n",
         r"gradients +19.19\n",
         r"optimizer state +21.32\n",
-        r"EP dispatch +469.8 ",
+        r"EP dispatch +316.0 ",
+        r"EP combine +313.5 ",
         r"30,532,122,624 parameters are 61.06 GB",
         r"experts +182.7  119 TFLOP at 650 TFLOP/s\n",
         r"sequences of 4096, 23.1 GFLOP a token\n",

@@ -133,13 +133,13 @@ def operations(b: Bench) -> None:
         0.16,
     )
     b.time("the same of uint8, and by scatter", lambda: ops.sort_rows(ids, FULL.num_experts), 0.04)
-    (order, inverse), tokens = ops.sort_rows(ids, FULL.num_experts), b.rand(T, D)
+    (order, places), tokens = ops.sort_rows(ids.view(T, K), FULL.num_experts), b.rand(T, D)
     weights = b.rand(T, K)
     b.time("copies of tokens by expert", lambda: tokens[order // K], 0.2, nbytes=2 * 2 * rows * D)
     combine = torch.compile(ops.combine_rows)
     b.time(
         "weighted sum of a token's copies, compiled",
-        lambda: combine(x, weights, order, inverse, K),
+        lambda: combine(x, weights, order, places),
         0.2,
         nbytes=2 * (rows + T) * D,
     )

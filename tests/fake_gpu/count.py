@@ -20,8 +20,7 @@ parser.add_argument("--list", action="store_true", help="print each launch")
 parser.add_argument("--checkout", type=Path, default=fake.HERE.parent.parent)
 ARGS = parser.parse_args()
 TOKENS, SEQUENCES, RANKS, EP = 16384, 8, 16, 8
-# Every small read of the device gives the rows that go to a rank, or come from it, if all get alike.
-LOG = fake.enter(item=TOKENS * 8 // EP)
+LOG = fake.enter(item=fake.even_rows(TOKENS, experts=128, chosen=8, ep=EP))
 sys.path.insert(0, str(ARGS.checkout))
 
 import ctypes

@@ -7,6 +7,7 @@ program: `environment()`. It needs gcc and an environment that has a CUDA build 
 .ci/cuda_venv makes; its directory is read from CISPO_CUDA_VENV.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def build(out: Path) -> None:
 def environment(out: Path, log: Path | None = None, **settings) -> dict[str, str]:
     """The variables of a process on the fake GPU that `build` put into `out`. Settings, by their
     names in lower case: GIB (its memory), DEVICES, ITEM (what a small copy from the device reads,
-    as int64), FLAG (what a copy of one byte reads), MAXCOPY (bytes; larger copies move nothing).
+    as int64; of "1,2" the first half reads 1s, the second 2s), FLAG (what a copy of one byte
+    reads), MAXCOPY (bytes; larger copies move nothing).
     """
     caches = {f"{name}_CACHE_DIR": str(out / name.lower()) for name in ("TORCHINDUCTOR", "TRITON")}
     return {
@@ -87,6 +89,14 @@ def enter(**settings) -> Path:
         build(out)
         env = environment(out, out / "log", **settings)
         sys.exit(subprocess.call([venv() / "bin/python", *sys.argv], env=env))
+
+
+def even_rows(tokens: int, experts: int, chosen: int, ep: int) -> str:
+    """ITEM for a layer's one read (ranks/experts.py), if all ranks and experts get alike: rows to a
+    rank, rows from it, and copies of those."""
+    elsewhere = math.comb(experts - experts // ep, chosen) / math.comb(experts, chosen)
+    rows = round(tokens * (1 - elsewhere))
+    return f"{rows},{rows},{tokens * chosen // ep}"
 
 
 def sections(log: Path) -> dict[str, Counter]:

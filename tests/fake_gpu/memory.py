@@ -17,8 +17,7 @@ from datetime import timedelta
 import fake
 
 LENGTH = 4096  # tokens of a sample
-# Small reads of the device give the rows of a rank: 16384 tokens * 8 experts each / ep 8.
-LOG = fake.enter(item=16384)
+LOG = fake.enter(item=fake.even_rows(16384, experts=128, chosen=8, ep=8))
 sys.path[:0] = [str(fake.HERE.parent.parent), str(fake.HERE.parent)]
 
 import torch
