@@ -554,21 +554,20 @@ copy_rows = _CopyRows.apply
 
 class _Combine(torch.autograd.Function):
     """The other way: row t of the result is the weighted sum of its copies. Weights are 0 where
-    there is no copy; what such a one gets as gradient means nothing."""
+    there is no copy; what such a one gets as gradient means nothing. Weights that are bools get
+    none."""
 
     @staticmethod
     def forward(ctx, y_nD, weights_tK, order_n, at_tK):
         ctx.K = at_tK.shape[1]
-        needed = (y_nD, at_tK) if ctx.needs_input_grad[1] else ()
-        ctx.save_for_backward(weights_tK, order_n, *needed)
+        ctx.save_for_backward(y_nD, weights_tK, order_n, at_tK)
         return sum_rows(y_nD, at_tK, weights_tK)
 
     @staticmethod
     def backward(ctx, grad_tD):
-        weights_tK, order_n, *needed = ctx.saved_tensors
+        y_nD, weights_tK, order_n, at_tK = ctx.saved_tensors
         grad_nD, dweights_tK = grad_tD[order_n // ctx.K], None
-        if needed:
-            y_nD, at_tK = needed
+        if weights_tK.is_floating_point():
             dweights_n = (at_least_fp32(y_nD) * at_least_fp32(grad_nD)).sum(-1)
             dweights_tK = dweights_n.to(weights_tK.dtype)[at_tK]
         return grad_nD * weights_tK.flatten()[order_n, None], dweights_tK, None, None
