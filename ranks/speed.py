@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from typing import NamedTuple
 
-from ranks.plan import dtype_bytes, flops_per_token, parameter_classes, slices
+from ranks.plan import dtype_bytes, flops_per_token, parameter_classes, ranks_of_a_token, slices
 
 GPUS_A_NODE = 8
 
@@ -93,7 +93,7 @@ class Code(NamedTuple):
 
 
 PLANNED = Code()
-CODE = Code(once_a_rank=False, first_prev_spared=False)  # that of this repository
+CODE = Code(first_prev_spared=False)  # that of this repository
 
 
 class Term(NamedTuple):
@@ -113,13 +113,6 @@ def seconds(terms: list[Term], *parts: str) -> float:
 
 
 # ---- training ------------------------------------------------------------------------------------
-def ranks_of_a_token(m, ep: int) -> float:
-    """Mean number of ranks, of ep, that hold the K experts of a token, chosen evenly."""
-    E, K = m.num_experts, m.num_experts_per_tok
-    none = math.prod((E - E / ep - i) / (E - i) for i in range(K))
-    return ep * (1 - max(0.0, none))
-
-
 def layers(m, cfg, N: float, length: float, code: Code) -> list[tuple[str, str, float, float]]:
     """Name, rate, and the amounts of a forward and of a backward pass through all layers."""
     a, tp, ep = dtype_bytes(cfg)[0], cfg.tp, cfg.ep
@@ -130,13 +123,16 @@ def layers(m, cfg, N: float, length: float, code: Code) -> list[tuple[str, str, 
     gemm = L * 4 * N * D * (H + G) * C + moe * 2 * n * D * E + dense * 6 * N * D * I_ / tp
     attention = L * 2 * N * H * C * length
     experts = moe * 6 * n * K * D * F
-    # Elementwise, norms, moving of rows: as counted in the compiled block of Qwen3-30B-A3B, 4.80
-    # and 7.09 GB a layer of 16k tokens (5.13 and 8.06 if not lean), divided into shapes.
-    around, rows, back_D, back_F = (2.5, 9, 8, 6) if code.lean_rows else (4, 10, 10, 5)
+    # Elementwise, norms, moving of rows: as counted in the compiled block of Qwen3-30B-A3B at ep 8,
+    # 4.15 and 6.69 GB a layer of 16k tokens (4.80 and 7.09 if a token is sent once an expert, 5.13
+    # and 8.06 if not lean either), divided into shapes. d: rows of a token that are sent.
+    d = ranks_of_a_token(m, ep) if moe and ep > 1 and code.once_a_rank else K
+    around, rows, of_d, of_K, of_F = (2.5, 9, 4, 4.6, 6) if code.lean_rows else (4, 10, 4, 6, 5)
     around *= L * a * N * (H + G) * C
-    forward = L * a * rows * n * D + moe * a * n * K * (6 * D + 3 * F) + dense * a * 3 * N * I_ / tp
+    forward = L * a * rows * n * D + moe * a * n * ((4 * d + 2 * K) * D + 3 * K * F)
+    forward += dense * a * 3 * N * I_ / tp
     backward = L * a * 16 * n * D + dense * a * 5 * N * I_ / tp
-    backward += moe * a * n * K * (back_D * D + back_F * F)
+    backward += moe * a * n * ((of_d * d + of_K * K) * D + of_F * K * F)
     found = [
         ("projections, routers, dense MLPs", "dense GEMM", gemm, 2 * gemm),
         ("experts", "grouped GEMM", experts, 2 * experts),
@@ -148,8 +144,7 @@ def layers(m, cfg, N: float, length: float, code: Code) -> list[tuple[str, str, 
         seam = 2 * (L + dense) * N * D * a * (tp - 1) / tp
         found.append(("tensor parallel", "NVLink ring", seam, seam))
     if moe and ep > 1:
-        copies = ranks_of_a_token(m, ep) if code.once_a_rank else K
-        sent, near = moe * 2 * n * copies * D * a, min(ep, GPUS_A_NODE)
+        sent, near = moe * 2 * n * d * D * a, min(ep, GPUS_A_NODE)
         found.append(("all-to-all", "NVLink all-to-all", *[sent * (near - 1) / ep] * 2))
         if ep > near:
             found.append(("all-to-all across nodes", "InfiniBand", *[sent * (ep - near) / ep] * 2))

@@ -95,12 +95,6 @@ def test_every_option_of_the_code_spares_time(name):
     assert milliseconds(spared)[1]() < milliseconds()[1]() - 5
 
 
-def test_eight_experts_of_a_token_lie_on_5_25_of_8_ranks():
-    assert speed.ranks_of_a_token(QWEN, 8) == pytest.approx(5.3, abs=0.06)
-    assert speed.ranks_of_a_token(QWEN, 1) == 1
-    assert speed.ranks_of_a_token(QWEN, 128) == pytest.approx(8)
-
-
 def test_gradients_that_take_longer_than_the_backward_are_not_hidden():
     after = speed.update(QWEN, PRESET, 16)
     sent = sum(t.seconds for t in after if t.name.startswith("gradients"))
