@@ -83,6 +83,21 @@ def no_replay(vllm_args: str) -> str:
     return ""
 
 
+def unsound(vllm_args: str, experts: bool) -> str:
+    """Why samples of a vLLM with these arguments are not to be trained on, or "". experts: the
+    model has some."""
+    args = " ".join(shlex.split(vllm_args.replace("=", " ")))
+    online = r"(--quantization|-q) (fp8|mxfp)|--quantization[-_]config .*\"(linear|targets)\""
+    if experts and re.search(online, args) and "mlp.gate" not in args:
+        return (
+            "--vllm-args: this quantizes the router too, which then chooses other experts; add "
+            """--quantization-config '{"ignore": ["*.mlp.gate"]}'"""
+        )
+    if re.search(r"rejection[-_]sample[-_]method\W+synthetic", args):
+        return "--vllm-args: rejection_sample_method synthetic takes tokens the model did not draw"
+    return ""
+
+
 def fill_gpus(vllm_args: str, gpus: int, shared: bool, config: dict) -> list[str]:
     """What makes a vLLM with these arguments use all GPUs that it sees: --data-parallel-size, or
     nothing. The user's own parallel size of data stays. shared: it has the GPUs beside the trainer;
@@ -208,9 +223,12 @@ class VLLM:
             *replay,
             *shlex.split(self.cfg.vllm_args),
         ]
+        config = checkpoint / "config.json"
+        config = json.loads(config.read_text()) if config.exists() else {}
+        if why := unsound(self.cfg.vllm_args, bool(config.get("num_experts"))):
+            raise VLLMUnfit(why)
         if torch.cuda.is_available():
-            config, shared = checkpoint / "config.json", "CISPO_GPUS_SHARED" in os.environ
-            config = json.loads(config.read_text()) if config.exists() else {}
+            shared = "CISPO_GPUS_SHARED" in os.environ
             fill = fill_gpus(self.cfg.vllm_args, torch.cuda.device_count(), shared, config)
             self.gpus = gpus_of_vllm(" ".join([self.cfg.vllm_args, *fill]))
             command += fill
@@ -282,7 +300,9 @@ class VLLM:
             " ".join(dict.fromkeys(card))
             or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         )
-        return f"vLLM {self.version} on {device}, {self.cfg.vllm_command} {self.cfg.vllm_args}"
+        gpus = f"{self.gpus} x " if self.gpus > 1 else ""  # each worker has checksums of its own
+        asked = f"{self.cfg.vllm_command} {self.cfg.vllm_args}"
+        return f"vLLM {self.version} on {gpus}{device}, {asked}"
 
     async def probe(self) -> str:
         """The server's version. Raises: VLLMUnfit naming every route that it lacks."""

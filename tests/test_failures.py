@@ -456,6 +456,8 @@ def test_vllm_alone_on_a_node_uses_all_of_its_gpus(
     command = " ".join(server._command(tmp_path, 1)[0])
     assert command.endswith(f"{args} {added}".strip() or "--disable-uvicorn-access-log")
     assert server.gpus == used
+    # checksums of vLLMs of other sizes are not compared
+    assert (f"on {used} x " in server.engine()) == (used > 1)
 
 
 def test_more_gpus_than_there_are_is_one_line(tmp_path, monkeypatch):
@@ -464,4 +466,22 @@ def test_more_gpus_than_there_are_is_one_line(tmp_path, monkeypatch):
     run = {"dtype": "bfloat16", "max_model_len": 8, "seed": 0}
     server = VLLM(RolloutConfig(hub="", vllm_args="-tp 8"), run, tmp_path / "log")
     with pytest.raises(VLLMUnfit, match=r"'-tp 8' asks for 8 GPUs .* and 4 are visible here"):
+        server._command(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ("--quantization fp8_per_block", "quantizes the router"),
+        ("-q fp8_per_tensor", "quantizes the router"),
+        ("""-q fp8_per_block --quantization-config '{"ignore": ["*.mlp.gate"]}'""", ""),
+        ("""--speculative-config '{"rejection_sample_method": "synthetic"}'""", "did not draw"),
+        ("""--speculative-config '{"method": "ngram", "num_speculative_tokens": 4}'""", ""),
+    ],
+)
+def test_a_vllm_whose_samples_cannot_be_trained_on_is_refused(tmp_path, args, why):
+    (tmp_path / "config.json").write_text(json.dumps({"num_experts": 8}))
+    run = {"dtype": "bfloat16", "max_model_len": 8, "seed": 0}
+    server = VLLM(RolloutConfig(hub="", vllm_args=args), run, tmp_path / "log")
+    with pytest.raises(VLLMUnfit, match=why) if why else contextlib.nullcontext():
         server._command(tmp_path, 1)
