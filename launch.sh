@@ -38,7 +38,7 @@ Variables:
   CISPO_PYTHON=python the interpreter of an environment that has all of it already (conda, uv, a
                       container): nothing is installed then, and .venv is not used
   NPROC=2             trainer ranks on a node (default: 1 on a single machine; on each of several
-                      nodes one per GPU, or 1 without GPUs)
+                      nodes one per GPU that CUDA_VISIBLE_DEVICES leaves, or 1 without)
   NODES, ROLLOUT_NODES, CISPO_DIR, MASTER_ADDR, NNODES, NODE_RANK       see above
   HUB_PORT=8790, MASTER_PORT=29500                                      the defaults
   ROLLOUT_ARGS="--vllm-args '--tensor-parallel-size 8'"                 flags for rollout.py
@@ -80,7 +80,31 @@ with_progress() {
   fi
 }
 
+# The machine's GPUs, and those that a process sees: nvidia-smi does not know CUDA_VISIBLE_DEVICES.
 gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true; }
+
+visible_gpus() {
+  local here named device count=0
+  here=$(gpus)
+  if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then echo "$here"; return; fi
+  IFS=, read -r -a named <<<"$CUDA_VISIBLE_DEVICES"
+  for device in ${named[@]+"${named[@]}"}; do
+    case "$device" in "" | -*) break ;; esac # CUDA stops at the first that is none
+    count=$((count + 1))
+  done
+  echo "$((count < here ? count : here))"
+}
+
+# torch 2.13 and vLLM 0.32 are built for CUDA 13, whose oldest driver is 580.
+check_driver() {
+  local version
+  version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || return 0
+  version=${version%%$'\n'*} # a line for each GPU
+  case "${version%%.*}" in "" | *[!0-9]*) return 0 ;; esac
+  [ "${version%%.*}" -ge 580 ] ||
+    fail "the NVIDIA driver here is $version; torch and vLLM are built for CUDA 13," \
+      "which needs 580 or newer: update it, or set CISPO_PYTHON to an environment that fits it"
+}
 
 # Nodes that share a home directory must not install into one .venv at once. This is a kernel lock:
 # it is released when its holder ends, however it ends.
@@ -109,7 +133,8 @@ sys.exit(' '.join(name for name in names if not has(name)) or 0)"
   fi
   cd "$here"
   local kind=cpu stamp
-  if [ "$(gpus)" -gt 0 ]; then kind=gpu; fi
+  # By the machine: a call that hides its GPUs must not replace the environment of the others.
+  if [ "$(gpus)" -gt 0 ]; then kind=gpu; check_driver; fi
   stamp="$kind $(cksum <pyproject.toml)"
   if [ "$(cat .venv/installed 2>/dev/null)" = "$stamp" ]; then exit; fi
   lock_venv
@@ -158,7 +183,7 @@ run() {
 
 # ---- one node of several ------------------------------------------------------------------------
 node() {
-  local role=$1 master=${MASTER_ADDR:-} address url interface="" ranks=${NPROC:-$(gpus)}
+  local role=$1 master=${MASTER_ADDR:-} address url interface="" ranks=${NPROC:-$(visible_gpus)}
   local -a with=()
   shift
   [ -n "$master" ] ||

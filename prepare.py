@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from blake3 import blake3
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ import data
 import task
 from bridge.flags import parse_flags
 from bridge.hub import check_address
-from bridge.processes import cores
+from bridge.processes import cores, why_no_gpu
 from bridge.reward_pool import check_reward, roles_asked_for
 from bridge.reward_process import built_in, reward_digest, reward_sources, takes
 from bridge.vllm import no_replay
@@ -70,14 +71,27 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
     return checkpoint, data, checkpoints_to_try(cfg, origin) if rank == 0 else [], origin
 
 
+def use_machine(cfg: Config, local_world_size: int, real: bool) -> None:
+    """Settings for what this machine has, GPUs or not. Raises: ValueError as `use_cpu` does."""
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # torch takes up to 32 processes for each rank; the ranks of a node compile all at once
+        inductor = torch._inductor.config
+        inductor.compile_threads = max(1, min(32, cores() // local_world_size))
+    if not torch.cuda.is_available():
+        use_cpu(cfg, local_world_size, real)
+
+
 def use_cpu(cfg: Config, local_world_size: int, real: bool) -> None:
     """For a machine without a GPU. real: the preset is for a real model. Raises: ValueError for
     what it cannot train or compile."""
+    why = why_no_gpu()
     if real and not Path(cfg.model).is_dir():  # a directory may hold a small one
         raise ValueError(
             f"--preset {cfg.preset}: {cfg.model} needs GPUs, and torch sees none here; "
-            "--dry-run prints the plan"
+            f"--dry-run prints the plan{why and '; '}{why}"
         )
+    if why and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        say(f"warning: {why}; this trains on the CPU")
     if cfg.compile and (path := uncompilable_path()):
         raise ValueError(
             f"--compile: torch's compiler cannot use {path!r}, for the space or quote in it; use "

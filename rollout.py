@@ -33,7 +33,7 @@ from bridge.client import HubRefusal, RunChanged, RunOver, ask, check_url
 from bridge.episodes import Players
 from bridge.flags import parse_flags
 from bridge.groups import pack_group
-from bridge.processes import gpus_of_vllm, log, node_name, own_directory
+from bridge.processes import log, node_name, own_directory, why_no_gpu
 from bridge.reward_pool import Away, RewardsEnd, RewardWorkers
 from bridge.reward_process import reward_digest
 from bridge.sample import Damaged, Sample, experts_of, interrupted
@@ -311,7 +311,6 @@ class Node:
         """A sign of life, with what this node holds: the hub leases the rest again, and says what
         is void here."""
         last, last_idle_s, tokens = time.monotonic(), self.idle_s, 0.0
-        gpus = gpus_of_vllm(self.cfg.vllm_args)
         while True:
             await self.joined.wait()
             self.in_flight(0)
@@ -319,7 +318,7 @@ class Node:
             passed = max(1e-3, now - last)
             load = {
                 "over_s": passed,
-                "gpu_s": passed * gpus,
+                "gpu_s": passed * self.vllm.gpus,
                 "idle_s": self.idle_s - last_idle_s,
                 "made": max(0.0, made - tokens),
             }
@@ -578,6 +577,8 @@ if __name__ == "__main__":
     except ValueError as e:
         log(f"error: {e}")
         sys.exit(2)
+    if why_not := why_no_gpu():
+        log(f"warning: {why_not}; vLLM is started for the CPU")
     try:
         asyncio.run(main(config))
     except* (asyncio.CancelledError, RunOver) as why:

@@ -49,7 +49,7 @@ from prepare import (
     resolve_dtype,
     reward_takes,
     run_for_nodes,
-    use_cpu,
+    use_machine,
     with_advice,
     with_chunk_size,
 )
@@ -316,8 +316,7 @@ def main(cfg: Config | None = None) -> None:
                     reward_takes(cfg)  # refuses one that a run would refuse
             return
         ops.use_flash_attention(cfg.flash_attention)
-        if not torch.cuda.is_available():
-            use_cpu(cfg, ranks_here, bool(PRESETS[cfg.preset].model))
+        use_machine(cfg, ranks_here, bool(PRESETS[cfg.preset].model))
         what_to_train = prepare(cfg, rank, ranks, local_rank)
     except (ValueError, CheckpointError, WeightsError) as e:
         refuse(e)

@@ -160,6 +160,31 @@ def rollout_gpus(visible: str, ranks: int) -> str:
     return ",".join(gpus[ranks:] or gpus)
 
 
+def why_no_gpu() -> str:
+    """Why torch sees none of the GPUs that nvidia-smi lists; "" where it sees one, or none is
+    listed."""
+    if torch.cuda.is_available():
+        return ""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        drivers = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    if not drivers.split():
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (not visible.strip() or visible.strip().startswith("-")):
+        why = f"CUDA_VISIBLE_DEVICES={visible!r} hides them"
+    elif torch.version.cuda is None:
+        why = f"torch {torch.__version__} is a build for CPUs (bash launch.sh install)"
+    else:
+        why = (
+            f"the driver {drivers.split()[0]} may be too old for CUDA {torch.version.cuda}, for "
+            f"which torch {torch.__version__} is built; CUDA 13 needs 580 or newer"
+        )
+    return f"nvidia-smi lists {len(drivers.split())} GPUs, and torch sees none: {why}"
+
+
 def gpus_of_vllm(vllm_args: str) -> int:
     """How many its parallel sizes ask for; 0 on a machine without a GPU."""
     sizes = r"(?:--(?:tensor|data|pipeline)[-_]parallel[-_]size|-tp|-dp|-pp)[ =]+(\d+)"
@@ -199,9 +224,10 @@ class LocalRollout:
             given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
                 map(str, range(torch.cuda.device_count()))
             )
-            self.env["CUDA_VISIBLE_DEVICES"] = rollout_gpus(
-                given, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            )
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.env["CUDA_VISIBLE_DEVICES"] = rollout_gpus(given, ranks)
+            if len(given.split(",")) <= ranks:
+                self.env["CISPO_GPUS_SHARED"] = "1"
         self.starts, self.groups, self.not_before = 0, -1, 0.0
         self.process: subprocess.Popen | None = None
         self._start()

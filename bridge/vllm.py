@@ -21,7 +21,7 @@ from pathlib import Path
 import aiohttp
 import torch
 
-from bridge.processes import REPO, cores, guarded, log
+from bridge.processes import REPO, cores, gpus_of_vllm, guarded, log
 from bridge.waits import Wait, WaitOver
 
 # ---- vLLM ----------------------------------------------------------------------------------------
@@ -42,8 +42,7 @@ ROUTES = {  # what is used of vLLM, and what opens it
     ),
 }
 MENDED_BY = (
-    "versions 0.32 and 0.33 have them (bash launch.sh install); check --vllm-command and "
-    "--vllm-args too"
+    "version 0.32 has them (bash launch.sh install); check --vllm-command and --vllm-args too"
 )
 
 
@@ -84,6 +83,47 @@ def no_replay(vllm_args: str) -> str:
     return ""
 
 
+def unsound(vllm_args: str, experts: bool) -> str:
+    """Why samples of a vLLM with these arguments are not to be trained on, or "". experts: the
+    model has some."""
+    args = " ".join(shlex.split(vllm_args.replace("=", " ")))
+    online = r"(--quantization|-q) (fp8|mxfp)|--quantization[-_]config .*\"(linear|targets)\""
+    if experts and re.search(online, args) and "mlp.gate" not in args:
+        return (
+            "--vllm-args: this quantizes the router too, which then chooses other experts; add "
+            """--quantization-config '{"ignore": ["*.mlp.gate"]}'"""
+        )
+    if re.search(r"rejection[-_]sample[-_]method\W+synthetic", args):
+        return "--vllm-args: rejection_sample_method synthetic takes tokens the model did not draw"
+    return ""
+
+
+def fill_gpus(vllm_args: str, gpus: int, shared: bool, config: dict) -> list[str]:
+    """What makes a vLLM with these arguments use all GPUs that it sees: --data-parallel-size, or
+    nothing. The user's own parallel size of data stays. shared: it has the GPUs beside the trainer;
+    config: the model's. Raises: VLLMUnfit when more are asked for than there are."""
+    asked = gpus_of_vllm(vllm_args)
+    several = r"--nnodes|(?:^| )-n[ =]|--headless|--data[-_]parallel[-_](?!size[ =])|-dp[a-z]"
+    if not gpus or re.search(several, vllm_args):  # an engine over machines is the user's own
+        return []
+    if asked > gpus:
+        raise VLLMUnfit(
+            f"--vllm-args {vllm_args!r} asks for {asked} GPUs by its parallel sizes, and {gpus} "
+            "are visible here"
+        )
+    if shared or re.search(r"--data[-_]parallel[-_]size|-dp", vllm_args):
+        return []
+    engines = gpus // asked
+    # Without --enable-expert-parallel vLLM cuts each expert over all of its GPUs.
+    whole = re.search("enable[-_]expert[-_]parallel|-ep", vllm_args)
+    width = 0 if whole else config.get("moe_intermediate_size") or 0
+    engines = max(n for n in range(1, engines + 1) if width % (n * asked) == 0 or n == 1)
+    if engines == 1:
+        return []
+    log(f"vLLM uses {engines * asked} of {gpus} GPUs: --data-parallel-size {engines}")
+    return ["--data-parallel-size", str(engines)]
+
+
 class VLLM:
     """One vLLM server process on the loopback address. All that depends on vLLM's version is here,
     its flags and its routes, but for the part that runs inside of it (vllm_engine.py)."""
@@ -92,6 +132,7 @@ class VLLM:
         self.cfg, self.run, self.log_path = cfg, run, log_path
         self.process: asyncio.subprocess.Process | None = None
         self.starting: asyncio.Task | None = None
+        self.gpus = gpus_of_vllm(cfg.vllm_args)  # that it uses
         self.was_up, self.version, self.why = False, "", ""  # why: it did not start the last time
 
     async def start(self, checkpoint: Path) -> None:
@@ -184,6 +225,15 @@ class VLLM:
             *replay,
             *shlex.split(self.cfg.vllm_args),
         ]
+        config = checkpoint / "config.json"
+        config = json.loads(config.read_text()) if config.exists() else {}
+        if why := unsound(self.cfg.vllm_args, bool(config.get("num_experts"))):
+            raise VLLMUnfit(why)
+        if torch.cuda.is_available():
+            shared = "CISPO_GPUS_SHARED" in os.environ
+            fill = fill_gpus(self.cfg.vllm_args, torch.cuda.device_count(), shared, config)
+            self.gpus = gpus_of_vllm(" ".join([self.cfg.vllm_args, *fill]))
+            command += fill
         # The engine's folder alone, and by -P above not the directory that this was started in: a
         # module there would take the place of a package of its name that vLLM or transformers
         # imports.
@@ -252,7 +302,9 @@ class VLLM:
             " ".join(dict.fromkeys(card))
             or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         )
-        return f"vLLM {self.version} on {device}, {self.cfg.vllm_command} {self.cfg.vllm_args}"
+        gpus = f"{self.gpus} x " if self.gpus > 1 else ""  # each worker has checksums of its own
+        asked = f"{self.cfg.vllm_command} {self.cfg.vllm_args}"
+        return f"vLLM {self.version} on {gpus}{device}, {asked}"
 
     async def probe(self) -> str:
         """The server's version. Raises: VLLMUnfit naming every route that it lacks."""

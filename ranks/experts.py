@@ -10,7 +10,7 @@ Shapes are those of model.py, and: M rows sent, n copies on this rank.
 
 import torch
 
-from ranks.ops import combine_rows, copy_rows, first_rows, sort_rows, sum_copies
+from ranks.ops import combine_rows, copy_rows, first_rows, sort_rows
 from ranks.parallel import all_to_all, exchange_counts
 
 
@@ -43,7 +43,7 @@ def run_on_ranks(experts, x_tD, weights_tK, ids_tK, counts_E, ep: int, group):
 
     # dispatch: to each rank its rows, in the order of the tokens
     sent = first_rows(*sort_rows(to_tK, ep), M)
-    order_M = sent[0]
+    order_M, at_tK, first_tK = sent
     ids_MK = ids_tK[order_M // K] - e * to_tK.flatten()[order_M, None]
     here_MK = (ids_MK >= 0) & (ids_MK < e)
     weights_MK = torch.where(here_MK, copy_rows(weights_tK, *sent), 0.0)
@@ -54,7 +54,7 @@ def run_on_ranks(experts, x_tD, weights_tK, ids_tK, counts_E, ep: int, group):
     # a copy for each expert
     kept = first_rows(*sort_rows(ids_RK, e), n)
     y_nD = experts(copy_rows(x_RD, *kept), counts_re.sum(0))
-    y_RD = combine_rows(y_nD, weights_RK, *kept)
+    y_RD = combine_rows(y_nD, weights_RK, *kept[:2])
     # combine: the same way back
     y_MD = all_to_all(y_RD, send, receive, group)
-    return sum_copies(y_MD, *sent)
+    return combine_rows(y_MD, first_tK, order_M, at_tK)

@@ -531,7 +531,9 @@ def sum_rows(x_nD, at_tK, weights_tK=None):
         if weights_tK is not None:
             rows_tD = rows_tD * at_least_fp32(weights_tK[:, k, None])
         total_tD = total_tD + rows_tD
-    return total_tD.to(x_nD.dtype)
+    # Not a cast that changes nothing: as what an autograd.Function returns, torch 2.11 compiles such
+    # a one to wrong gradients, silently (tests/test_parallel.py, compiled against eager).
+    return total_tD if total_tD.dtype == x_nD.dtype else total_tD.to(x_nD.dtype)
 
 
 class _CopyRows(torch.autograd.Function):
@@ -552,26 +554,25 @@ class _CopyRows(torch.autograd.Function):
 copy_rows = _CopyRows.apply
 
 
-class _SumCopies(torch.autograd.Function):
-    """The other way: row t of the result is the sum of its copies, and each copy's gradient is that
-    of its row."""
+class _Combine(torch.autograd.Function):
+    """The other way: row t of the result is the weighted sum of its copies. Weights are 0 where
+    there is no copy; what such a one gets as gradient means nothing. Weights that are bools get
+    none."""
 
     @staticmethod
-    def forward(ctx, y_nD, order_n, at_tK, here_tK=None):
+    def forward(ctx, y_nD, weights_tK, order_n, at_tK):
         ctx.K = at_tK.shape[1]
-        ctx.save_for_backward(order_n)
-        return sum_rows(y_nD, at_tK, here_tK)
+        ctx.save_for_backward(y_nD, weights_tK, order_n, at_tK)
+        return sum_rows(y_nD, at_tK, weights_tK)
 
     @staticmethod
     def backward(ctx, grad_tD):
-        return grad_tD[ctx.saved_tensors[0] // ctx.K], None, None, None
+        y_nD, weights_tK, order_n, at_tK = ctx.saved_tensors
+        grad_nD, dweights_tK = grad_tD[order_n // ctx.K], None
+        if weights_tK.is_floating_point():
+            dweights_n = (at_least_fp32(y_nD) * at_least_fp32(grad_nD)).sum(-1)
+            dweights_tK = dweights_n.to(weights_tK.dtype)[at_tK]
+        return grad_nD * weights_tK.flatten()[order_n, None], dweights_tK, None, None
 
 
-sum_copies = _SumCopies.apply
-
-
-def combine_rows(y_nD, weights_tK, order_n, at_tK, here_tK=None):
-    """The weighted sum of each token's copies. (As one autograd.Function of both, torch 2.11 compiles
-    it to wrong gradients, silently: tests/test_parallel.py's comparison with eager.)"""
-    flat = [x if x is None else x.flatten()[:, None] for x in (weights_tK, at_tK, here_tK)]
-    return sum_copies(y_nD * copy_rows(flat[0], order_n, *flat[1:]), order_n, at_tK, here_tK)
+combine_rows = _Combine.apply

@@ -23,7 +23,9 @@ MAX_README_LINES, FIRST_COMMAND_BY = 200, 25
 FOREIGN_FLAGS = {  # of other programs that the pages name
     "torchrun": "nnodes nproc-per-node node-rank max-restarts",
     "sbatch": "nodes gpus-per-node exclusive wrap",
-    "vllm": "tensor-parallel-size data-parallel-size gpu-memory-utilization hf-overrides",
+    "vllm": "tensor-parallel-size data-parallel-size gpu-memory-utilization hf-overrides "
+    "enable-expert-parallel no-enable-prefix-caching pipeline-parallel-size quantization "
+    "quantization-config speculative-config",
     "slime": "calculate-per-token-loss eps-clip eps-clip-high",
 }
 FOREIGN_VARIABLES = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "TMPDIR"}

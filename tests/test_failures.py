@@ -15,14 +15,18 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+import torch
 from published import publish, write_version
 
+import prepare
 from bridge import weights
 from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.reward_process import reward_digest
+from bridge.vllm import VLLM, VLLMUnfit
 from config import RolloutConfig
 from model import ModelConfig, Qwen3MoE
+from presets import parse_config
 from rollout import Node, next_limit
 from task import Codec
 
@@ -383,3 +387,101 @@ def test_a_lease_whose_answer_was_lost_and_one_that_is_void_are_settled_by_the_n
 
     asyncio.run(scenario())
     hub.ledger.check()
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("visible", "cuda", "why"),
+    [
+        ("", "13.0", "CUDA_VISIBLE_DEVICES='' hides them"),
+        (None, None, "is a build for CPUs"),
+        (None, "13.0", "the driver 570.1 may be too old for CUDA 13.0"),
+    ],
+)
+def test_gpus_that_torch_does_not_see_are_one_line_with_the_cause(
+    tmp_path, monkeypatch, visible, cuda, why
+):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 570.1\necho 570.1\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ValueError, match="nvidia-smi lists 2 GPUs, and torch sees none: "
+    ) as refused:
+        prepare.use_cpu(parse_config(["--preset", "qwen3-0.6b"]), 1, True)
+    assert why in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_ranks_of_a_node_share_its_cores_to_compile(monkeypatch):
+    monkeypatch.setattr(prepare, "cores", lambda: 24)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    inductor = torch._inductor.config
+    monkeypatch.setattr(inductor, "compile_threads", 7)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+    prepare.use_machine(None, 8, True)
+    assert inductor.compile_threads == 7  # the user's
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    for ranks, threads in ((8, 3), (48, 1)):
+        prepare.use_machine(None, ranks, True)
+        assert inductor.compile_threads == threads
+
+
+@pytest.mark.parametrize(
+    ("args", "shared", "width", "added", "used"),
+    [
+        ("", False, 768, "--data-parallel-size 8", 8),
+        ("", False, 750, "--data-parallel-size 6", 6),  # experts are cut over all GPUs
+        ("--enable-expert-parallel", False, 750, "--data-parallel-size 8", 8),
+        ("--tensor-parallel-size 4", False, 768, "--data-parallel-size 2", 8),
+        ("-tp 8", False, 768, "", 8),
+        ("-tp 2 -dp 2", False, 768, "", 4),
+        ("", True, 768, "", 1),
+    ],
+)
+def test_vllm_alone_on_a_node_uses_all_of_its_gpus(
+    tmp_path, monkeypatch, args, shared, width, added, used
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    if shared:
+        monkeypatch.setenv("CISPO_GPUS_SHARED", "1")
+    (tmp_path / "config.json").write_text(json.dumps({"moe_intermediate_size": width}))
+    run = {"dtype": "bfloat16", "max_model_len": 8, "seed": 0}
+    server = VLLM(RolloutConfig(hub="", vllm_args=args), run, tmp_path / "log")
+    command = " ".join(server._command(tmp_path, 1)[0])
+    assert command.endswith(f"{args} {added}".strip() or "--disable-uvicorn-access-log")
+    assert server.gpus == used
+    # checksums of vLLMs of other sizes are not compared
+    assert (f"on {used} x " in server.engine()) == (used > 1)
+
+
+def test_more_gpus_than_there_are_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    run = {"dtype": "bfloat16", "max_model_len": 8, "seed": 0}
+    server = VLLM(RolloutConfig(hub="", vllm_args="-tp 8"), run, tmp_path / "log")
+    with pytest.raises(VLLMUnfit, match=r"'-tp 8' asks for 8 GPUs .* and 4 are visible here"):
+        server._command(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ("--quantization fp8_per_block", "quantizes the router"),
+        ("-q fp8_per_tensor", "quantizes the router"),
+        ("""-q fp8_per_block --quantization-config '{"ignore": ["*.mlp.gate"]}'""", ""),
+        ("""--speculative-config '{"rejection_sample_method": "synthetic"}'""", "did not draw"),
+        ("""--speculative-config '{"method": "ngram", "num_speculative_tokens": 4}'""", ""),
+    ],
+)
+def test_a_vllm_whose_samples_cannot_be_trained_on_is_refused(tmp_path, args, why):
+    (tmp_path / "config.json").write_text(json.dumps({"num_experts": 8}))
+    run = {"dtype": "bfloat16", "max_model_len": 8, "seed": 0}
+    server = VLLM(RolloutConfig(hub="", vllm_args=args), run, tmp_path / "log")
+    with pytest.raises(VLLMUnfit, match=why) if why else contextlib.nullcontext():
+        server._command(tmp_path, 1)

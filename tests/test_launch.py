@@ -255,3 +255,49 @@ def test_an_environment_of_ones_own_is_taken_as_it_is(program):
     assert done.returncode == 2 and f"CISPO_PYTHON={own} lacks: torch vllm; " in done.stderr
     done = launch(program, "install", CISPO_PYTHON=sys.executable)  # a real one, which has all
     assert done.returncode == 0 and not done.stderr
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
+EIGHT_GPUS = """#!/bin/sh
+case "$*" in
+  *driver_version*) for i in 0 1 2 3 4 5 6 7; do echo {driver}; done ;;
+  *) for i in 0 1 2 3 4 5 6 7; do echo "GPU $i: NVIDIA H100"; done ;;
+esac
+"""
+
+
+def with_gpus(program: Path, *args, driver="580.65.06", **env):
+    """launch.sh on a machine of eight GPUs."""
+    env = environment(program, **env)
+    script(program.parent / "bin/nvidia-smi", EIGHT_GPUS.format(driver=driver))
+    return subprocess.run(
+        ["bash", str(program / "launch.sh"), *args],
+        cwd=program.parent,
+        text=True,
+        timeout=60,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks"),
+    [(None, 8), ("0,1", 2), ("3", 1), ("", 1), ("-1", 1), ("0,-1,2", 1), ("GPU-a,GPU-b,GPU-c", 3)],
+)
+def test_a_rank_for_each_gpu_that_cuda_visible_devices_leaves(program, visible, ranks, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    done = with_gpus(program, "--print", "trainer", MASTER_ADDR="127.0.0.1", **env)
+    assert f"--nproc-per-node {ranks} " in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("args", [["install"], ["--preset", "add"]])
+def test_a_driver_older_than_cuda_13_is_one_line_before_anything_is_installed(program, args):
+    shutil.rmtree(program / ".venv")
+    done = with_gpus(program, *args, driver="575.57.08", PYTHON="false")
+    assert done.returncode == 2 and not (program / ".venv").exists() and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "driver here is 575.57.08" in line and "580 or newer" in line
+    done = with_gpus(program, *args, PYTHON="false")
+    assert "driver" not in done.stderr and "older than 3.11" in done.stderr
