@@ -531,8 +531,8 @@ def sum_rows(x_nD, at_tK, weights_tK=None):
         if weights_tK is not None:
             rows_tD = rows_tD * at_least_fp32(weights_tK[:, k, None])
         total_tD = total_tD + rows_tD
-    # Not a cast that changes nothing: as what an autograd.Function returns, torch 2.11 compiles such
-    # a one to wrong gradients, silently (tests/test_parallel.py, compiled against eager).
+    # No cast that changes nothing: where an autograd.Function returns it, torch 2.11 compiles wrong
+    # gradients, silently (tests/test_parallel.py, compiled against eager).
     return total_tD if total_tD.dtype == x_nD.dtype else total_tD.to(x_nD.dtype)
 
 

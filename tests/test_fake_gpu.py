@@ -90,17 +90,18 @@ def test_a_layer_launches_waits_for_and_moves_no_more_than_before(kind):
 
 
 @pytest.mark.parametrize("preset", ["qwen3-30b-a3b", "qwen3-0.6b"])
-def test_a_ranks_memory_is_what_the_dry_run_says_and_an_update_waits_no_more(preset):
-    found = measured("memory.py", "--preset", preset)
+def test_a_ranks_memory_is_what_the_dry_run_says_and_its_step_is_no_peak(preset):
+    """Compiled, as presets run."""
+    found = measured("memory.py", "--preset", preset, "--compile")
     assert found["forward and backward"] == pytest.approx(found["plan"], rel=MEMORY_MARGIN)
     assert found["prev"] < found["forward and backward"]
     assert found["optimizer step"] <= STEP_GIB[preset]
-    assert found["syncs"] <= UPDATE_SYNCS[preset]
 
 
-def test_compiled_blocks_keep_less_than_the_dry_run_says():
-    found = measured("memory.py", "--preset", "qwen3-30b-a3b", "--compile")
-    assert max(found["prev"], found["forward and backward"]) <= found["plan"]
+def test_an_eager_update_waits_no_more_than_before():
+    """Compiled, waits of the compiler itself are among those counted."""
+    for preset, most in UPDATE_SYNCS.items():
+        assert measured("memory.py", "--preset", preset)["syncs"] <= most
 
 
 @pytest.fixture
