@@ -199,7 +199,7 @@ async def play(sample, example):
     pathlib.Path(__file__).with_name("begun").touch()
     while not pathlib.Path(__file__).with_name("crashed").exists():
         await asyncio.sleep(0.02)
-    return float(len((await sample("fgh>")).text) > 0)
+    return float((await sample("fgh>")).finish in ("stop", "length"))
 """
     hub = make_hub(tmp_path, tiny_checkpoint, with_env(tmp_path, source))
     hub.run |= {"plays": True, "max_new_tokens": 20}

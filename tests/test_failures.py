@@ -421,14 +421,14 @@ def test_ranks_of_a_node_share_its_cores_to_compile(monkeypatch):
     monkeypatch.setattr(prepare, "cores", lambda: 24)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     inductor = torch._inductor.config
-    monkeypatch.setattr(inductor, "compile_threads", 7)
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
-    prepare.use_machine(None, 8, True)
-    assert inductor.compile_threads == 7  # the user's
-    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
-    for ranks, threads in ((8, 3), (48, 1)):
-        prepare.use_machine(None, ranks, True)
-        assert inductor.compile_threads == threads
+    with inductor.patch(compile_threads=7):  # monkeypatch would take the option away at the end
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+        prepare.use_machine(None, 8, True)
+        assert inductor.compile_threads == 7  # the user's
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+        for ranks, threads in ((8, 3), (48, 1)):
+            prepare.use_machine(None, ranks, True)
+            assert inductor.compile_threads == threads
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 def everything(model, optimizer):
     """Copies of all that an update may change."""
+    model.await_values()
     state = {n: p.detach().clone() for n, p in model.named_parameters()}
     for i, bucket in enumerate(optimizer.buckets):
         state[f"{i}/weight"] = bucket.master.detach().clone()

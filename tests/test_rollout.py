@@ -39,7 +39,7 @@ class StandIn:
 
     def __init__(self, replies=(), broken_loads=()):
         self.replies, self.broken_loads, self.calls = list(replies), set(broken_loads), []
-        self.process, self.version = None, 0
+        self.process, self.version, self.gpus = None, 0, 0
 
     async def stop(self, kill=False):
         pass
