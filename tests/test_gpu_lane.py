@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from model import KNOWN_MODELS, Qwen3MoE
 from ranks import ops
 from ranks.parallel import Mesh, ShardedAdamW
+from report import Clock
 
 META = torch.device("meta")
 MOE, DENSE = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"], KNOWN_MODELS["Qwen/Qwen3-0.6B"]
@@ -209,3 +210,13 @@ def test_another_flash_attention_is_torchs_switch(monkeypatch):
     for version in ("2", "3", "4"):
         ops.use_flash_attention(version)
     assert chosen == ["FA3", "FA4"]
+
+
+def test_a_part_of_a_step_ends_with_what_it_gave_to_the_gpu(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(clock.doing))
+    clock = Clock()
+    clock.begin("policy_training")
+    clock.begin("publish_copy")
+    assert waits == ["start", "policy_training"]
