@@ -165,14 +165,18 @@ def group_size(group) -> int:
 
 # The functional form, whose result is new: torch 2.11 compiles the in-place form in a backward pass
 # to wrong gradients, silently (found by tests/test_parallel.py's comparison with eager; 2.13 is
-# right with both).
+# right with both). The first names are 2.13's, where the others warn.
+_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
+
 def _gathered(x, group):
-    return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), 0, group))
+    return funcol.wait_tensor(_all_gather(x.contiguous(), 0, group))
 
 
 def _begin_reduce_scatter(x, group):
     """funcol.wait_tensor of the result waits."""
-    return funcol.reduce_scatter_tensor(x.contiguous(), "sum", 0, group)
+    return _reduce_scatter(x.contiguous(), "sum", 0, group)
 
 
 def _reduce_scattered(x, group):

@@ -7,10 +7,12 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from batches import unpack_batch
 from on_ranks import on_ranks
 from safetensors.torch import load_file
@@ -21,6 +23,7 @@ import loss
 import report
 from loss import clip_diagnostics
 from model import Qwen3MoE
+from ranks import parallel
 from ranks.batch import pack_batch
 from ranks.parallel import Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from report import skipped_in_a_row
@@ -189,3 +192,16 @@ def test_three_skipped_updates_in_a_row_stop_the_run_with_a_sound_state(
         for x in load_file(file).values()
         if x.is_floating_point()
     )
+
+
+# ---- names ---------------------------------------------------------------------------------------
+def collectives():
+    join_ranks(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gathered = parallel.all_gather(torch.arange(4.0), dist.group.WORLD)
+        return parallel.reduce_scatter(gathered, dist.group.WORLD).tolist()
+
+
+def test_no_collective_is_called_by_a_name_that_torch_warns_of():
+    assert on_ranks(1, collectives) == [[0.0, 1.0, 2.0, 3.0]]
