@@ -185,16 +185,12 @@ class Layout(Group):
     tp: int = 1  # tensor parallel degree: attention, dense MLPs, vocabulary; sequence parallel too
     ep: int = 1  # expert parallel degree: whole experts, over ep consecutive ranks
     activation_checkpointing: bool = False  # keep a block's input and attention; run the rest again
-    flash_attention: Literal["2", "3", "4"] = (
-        "2"  # on a GPU; 3 and 4 need their package, unmeasured
-    )
+    flash_attention: Literal["2", "3", "4"] = "2"  # on a GPU; 3, 4: their package, unmeasured
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
     grad_dtype: Literal["float32", "bfloat16"] = "float32"  # micro-batches and ranks add up in it
     fp32_lm_head: bool = False  # fp32 logits in the trainer and in vLLM; on CUDA they always are
     max_tokens_per_micro_batch: int = 4096  # packed into one forward
-    logprob_chunk_size: int = (
-        512  # tokens whose logits exist at once; 0: 256 MB; compiled on CUDA 2 GB
-    )
+    logprob_chunk_size: int = 512  # tokens of logits at once; 0: 256 MB, compiled on CUDA 2 GB
     compile: bool = True  # torch.compile the model's blocks and the loss; off: the same, eagerly
     cpu_threads: Annotated[int, Bounds(0, 4096)] = 0  # of a trainer process; 0: half of the cores
 
@@ -251,9 +247,7 @@ class Files(Group):
     keep_versions: Count = 4  # published versions kept on disk, at least
     checkpoint_every_steps: CountOrZero = 20  # 0: only when the run is asked to stop
     keep_checkpoints: Count = 2  # the last ones, and the one with the best validation or reward
-    after_checkpoint: str = (
-        ""  # shell command, run behind a whole one; {dir} and {step} are filled in
-    )
+    after_checkpoint: str = ""  # shell command behind a whole one; {dir}, {step} are filled in
     resume: str = "off"  # auto: from the last whole checkpoint of runs/NAME; or a directory
 
     def faults(self) -> Iterator[str]:

@@ -29,14 +29,14 @@ from tyro.conf import Positional
 from bridge.flags import joined, parse_flags
 from bridge.groups import Group, parse_group
 from bridge.processes import log
-from bridge.reward_pool import RewardsEnd, RewardWorkers
+from bridge.reward_pool import RewardsEnd
 from bridge.validation import Round, Validation, samples, score
-from bridge.vllm import NO_ANSWER, VLLM, VLLMUnfit
+from bridge.vllm import NO_ANSWER, VLLMUnfit
 from bridge.weights import WeightsError
 from prepare import load_examples, load_prompts, node_config, resolve_model, run_for_nodes
 from prepare import resolve_dtype as dtype_of
 from presets import parse_config
-from rollout import Node, Players
+from rollout import Node
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,9 @@ class Evaluator(Node):
     """A rollout node without a hub: it keeps the books of its prompts itself."""
 
     def __init__(self, prompts: Prompts):
-        self.node_cfg = node_config(prompts.cfg)
-        super().__init__(self.node_cfg, hub=None)
+        super().__init__(node_config(prompts.cfg), hub=None)
         self.run, self.checkpoint = dict(prompts.run), prompts.checkpoint
-        self.vllm = VLLM(self.cfg, self.run, self.root / "vllm.log")
-        self.workers = RewardWorkers(
-            self.run["reward"],
-            self.cfg.reward_workers,
-            self.cfg.reward_timeout_s,
-            self.cfg.reward_start_timeout_s,
-            self.cfg.reward_away_timeout_s,
-        )
-        self.players = Players(self.workers)
+        self.serve(self.run)
 
     async def begin(self) -> None:
         """Raises: VLLMUnfit, RewardsEnd, RuntimeError."""

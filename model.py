@@ -383,7 +383,7 @@ class Qwen3MoE(nn.Module):
 
     def await_values(self) -> None:
         """Until the parameters hold the last update."""
-        await_values(self)
+        await_values(self.parameters())
 
     def compile_blocks(self) -> None:
         """torch.compile each block: one graph serves all blocks of a kind, and any number of
@@ -418,14 +418,14 @@ class Qwen3MoE(nn.Module):
             cu_seqlens, len(tokens_T), self.cfg.head_dim, self.cfg.rope_theta
         )
         norm, ids = self.model["norm"], []
-        await_values(self.model["embed_tokens"])
+        await_values(self.model["embed_tokens"].parameters())
         x_tD = self.embed(tokens_T).to(norm.weight.dtype)
         for layer in self.model["layers"]:
             given_ids_tK = (
                 given_ids_LtK[len(ids)] if given_ids_LtK is not None and layer.is_moe else None
             )
             args = (x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen, given_ids_tK)
-            await_values(layer)
+            await_values(layer.parameters())
             if self.recompute and torch.is_grad_enabled():
                 if not x_tD.requires_grad:  # a frozen embedding: the block's weights may want some
                     args = (x_tD.detach().requires_grad_(), *args[1:])
@@ -433,7 +433,7 @@ class Qwen3MoE(nn.Module):
             else:
                 x_tD, ids_tK, _ = layer(*args)
             ids += [ids_tK] if layer.is_moe else []
-        await_values(self)  # norm, and the head that comes next
+        self.await_values()  # norm, and the head that comes next
         hidden_TD = all_gather(norm(x_tD), self.mesh.tp_group)
         return hidden_TD.to(self.head_weight.dtype), torch.stack(ids) if ids else None
 
@@ -474,8 +474,9 @@ class Qwen3MoE(nn.Module):
     def hf_parts(self, name: str):
         """A parameter as parts of Hugging Face tensors: (HF name, this rank's view, which slice of
         the whole it is)."""
-        await_values(self)
-        p, split = self.get_parameter(name).detach(), self.split_of(name)
+        p, split = self.get_parameter(name), self.split_of(name)
+        await_values([p])
+        p = p.detach()
         if ".experts." in name:  # an expert is a tensor of its own there, and whole on its rank
             for hf_name, expert in self.hf_views(name, p, first_expert=split.index * len(p)):
                 yield hf_name, expert, Split(0, 0, 1, split.replicas)

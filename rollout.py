@@ -110,6 +110,18 @@ class Node:
     async def ask(self, method: str, route: str, **kwargs) -> bytes:
         return await ask(self.hub, method, route, self.cfg.hub_timeout_s, **kwargs)
 
+    def serve(self, run: dict) -> None:
+        """What a run needs here, not started yet: a vLLM, and the processes of its reward."""
+        self.vllm = VLLM(self.cfg, run, self.root / "vllm.log")
+        self.workers = RewardWorkers(
+            run["reward"],
+            self.cfg.reward_workers,
+            self.cfg.reward_timeout_s,
+            self.cfg.reward_start_timeout_s,
+            self.cfg.reward_away_timeout_s,
+        )
+        self.players = Players(self.workers)
+
     async def join(self) -> None:
         """Ask the hub what the run is. A vLLM that fits it is kept, its weights are not trusted."""
         self.hub.headers.pop("X-Run", None)
@@ -127,15 +139,7 @@ class Node:
             await self.vllm.stop(kill=self.loading)
         if not fits:
             await self.close()
-            self.vllm = VLLM(self.cfg, run, self.root / "vllm.log")
-            self.workers = RewardWorkers(
-                run["reward"],
-                self.cfg.reward_workers,
-                self.cfg.reward_timeout_s,
-                self.cfg.reward_start_timeout_s,
-                self.cfg.reward_away_timeout_s,
-            )
-            self.players = Players(self.workers)
+            self.serve(run)
         self.run = self.vllm.run = run
         self.hub.headers["X-Run"] = run["id"]
         # an answer that met the change would raise it for ever

@@ -137,19 +137,19 @@ def train_update(
     head_grad = weight.main_grad if added else None
     head = (cfg.temperature, cfg.logprob_chunk_size, cfg.compile, tp_group)
     for i, mb in enumerate(micro_batches, start=1):
-        tokens, last = tokens_of(mb), i == len(micro_batches)
+        tokens = tokens_of(mb)
+        if i == len(micro_batches):
+            optimizer.expect_last()
         rest = (alg, num_tokens, num_seqs, mb.sequence, mb.age, cfg.max_trajectory_age_steps)
         if alg.needs_sequences:  # two passes: a token's gradient waits for its whole sequence
             logprobs, entropy, expert_ids = micro_batch_logprobs(model, mb, cfg)
             value, stats = policy_loss(logprobs, tokens, *rest)
-            optimizer.expect_last() if last else None
             value.backward()
         else:
             hidden_TD, expert_ids = model(mb.tokens_T, mb.cu_seqlens, mb.max_seqlen, mb.expert_ids)
             value, logprobs, entropy = ops.fused_head_loss(
                 hidden_TD[mb.rows_N], weight, mb.targets_N, objective, tokens, *head, head_grad
             )
-            optimizer.expect_last() if last else None
             value.backward()
             _, stats = policy_loss(logprobs, tokens, *rest)
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens

@@ -21,9 +21,7 @@ from pathlib import Path
 
 from bridge.logs import last_line, read_jsonl
 from bridge.show_samples import page, show_samples
-from bridge.side_by_side import AXES, plot_together, table
-
-WINDOW = 20  # steps that a value is the mean of
+from bridge.side_by_side import AXES, WINDOW, plot_together, table
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bridge.logs import read_jsonl
 
+WINDOW = 20  # steps that a value is the mean of
 AXES = ("step", "samples", "hours")
 TABLE = {  # column: metric, and which value is the best
     "reward": ("train/reward", max),
@@ -55,7 +56,14 @@ def smoothed(values: list[float], window: int) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
-def table(run_dirs: list[Path], window: int = 20) -> str:
+def scores_of(run_dir: Path) -> list[tuple[int, float]]:
+    """avg@k of each validation, with its version; k as in the newest."""
+    rounds = read_jsonl(run_dir / "validation.jsonl")
+    name = next((n for n in (rounds or [{}])[-1] if "avg@" in n), "")
+    return [(r["version"], r[name]) for r in rounds if values_of([r], name)]
+
+
+def table(run_dirs: list[Path], window: int = WINDOW) -> str:
     """A row a run: its last values, each the mean of `window` steps, and after a slash the best of
     such means; of validation the newest score and the best."""
     heads = ["run", "steps", "samples", "hours", *TABLE]
@@ -72,9 +80,7 @@ def table(run_dirs: list[Path], window: int = 20) -> str:
                 [means[-1], best(means[window - 1 :] or means)] if means and best else means[-1:]
             )
             row.append(" / ".join(f"{v:.3g}" for v in shown) or "-")
-        rounds = read_jsonl(run_dir / "validation.jsonl")
-        name = next((n for n in (rounds or [{}])[-1] if "avg@" in n), "")
-        scores = values_of(rounds, name)
+        scores = [score for _, score in scores_of(run_dir)]
         row.append(f"{scores[-1]:.3f} / {max(scores):.3f}" if scores else "-")
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -88,7 +94,7 @@ def table(run_dirs: list[Path], window: int = 20) -> str:
 
 def plot_together(run_dirs: list[Path], panels, axis: str, path: Path) -> Path:
     """Write a picture: of each of watch.py's panels the first curve, a colour a run. Thin: the
-    steps; thick: the mean of 20. Returns its path."""
+    steps; thick: the mean of WINDOW. Returns its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,18 +119,15 @@ def plot_together(run_dirs: list[Path], panels, axis: str, path: Path) -> Path:
             if points:
                 xs, ys = zip(*points)
                 ax.plot(xs, ys, color=color, alpha=0.25, lw=0.8)
-                ax.plot(xs, smoothed(ys, 20), color=color, lw=1.8)
+                ax.plot(xs, smoothed(ys, WINDOW), color=color, lw=1.8)
             title = title if legend in title.lower() else f"{title}: {legend}"
             ax.set(title=title, xlabel=axis, ylabel=unit, yscale="log" if log else "linear")
             ax.grid(alpha=0.3)
         # A version is the weights after as many steps.
         place = {0: 0} | dict(zip((r["step"] + 1 for r in records), at))
-        rounds = read_jsonl(run_dir / "validation.jsonl")
-        name = next((n for n in (rounds or [{}])[-1] if "avg@" in n), "")
-        scores = [(place.get(r["version"]), r[name]) for r in rounds if name in r]
-        for x, score in scores:
-            if x is not None:
-                axes.flat[0].plot(x, score, "o", color=color, mec="black", ms=5)
+        for version, score in scores_of(run_dir):
+            if version in place:
+                axes.flat[0].plot(place[version], score, "o", color=color, mec="black", ms=5)
     if seconds:  # a rare long step must not flatten all others
         axes.flat[5].set_ylim(0, 1.5 * sorted(seconds)[int(0.95 * (len(seconds) - 1))])
     fig.legend(handles, labels, loc="outside upper left", ncols=1, frameon=False)

@@ -26,7 +26,7 @@ Sources: Megatron-LM arXiv:1909.08053, sequence parallelism arXiv:2205.05198, Ze
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
@@ -312,8 +312,8 @@ def reduce_metrics(metrics: dict[str, torch.Tensor], group) -> dict[str, torch.T
 
 
 # ---- the optimizer -------------------------------------------------------------------------------
-# Of a bucket's gradients in fp32, at least: enough that a collective is not all latency, and few
-# enough that most of the model's are on their way before the backward pass ends.
+# With as many a bucket is full: enough that a collective is not all latency, and few enough that
+# most of the model's gradients are on their way before the backward pass ends.
 BUCKET_ELEMENTS = 1 << 24
 
 
@@ -412,9 +412,9 @@ class Bucket:
             self.gathering = work, mine  # which must live until then
 
 
-def await_values(module: torch.nn.Module) -> None:
-    """Until a module's parameters hold their last update. On a GPU it is the stream that waits."""
-    for p in module.parameters():
+def await_values(params: Iterable[torch.nn.Parameter]) -> None:
+    """Until these parameters hold their last update. On a GPU it is the stream that waits."""
+    for p in params:
         bucket = getattr(p, "bucket", None)
         if bucket is not None and bucket.gathering is not None:
             bucket.gathering[0].wait()
@@ -427,7 +427,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
     `backward` adds to `p.main_grad`; `step` sums those over the replicas, clips by the norm of the
     whole model's gradient, updates, and begins to gather the parameters: whoever reads them without
-    a forward pass calls `await_values(model)` first. `expect_last` lets the sums begin during the
+    a forward pass calls `model.await_values()` first. `expect_last` lets the sums begin during the
     last backward pass.
 
     Every element of the model lies in exactly one rank's shard, so the norm needs no correction for

@@ -12,7 +12,14 @@ import math
 from collections import defaultdict
 from typing import NamedTuple
 
-from ranks.plan import dtype_bytes, flops_per_token, parameter_classes, ranks_of_a_token, slices
+from ranks.plan import (
+    VLLM_SHARE,
+    dtype_bytes,
+    flops_per_token,
+    parameter_classes,
+    ranks_of_a_token,
+    slices,
+)
 
 GPUS_A_NODE = 8
 
@@ -58,7 +65,7 @@ PEAKS = {
 }
 PROMPT_TOKENS = 256  # of a prompt, assumed; a sample's other tokens are its answer
 VLLM_GROUPS = 64  # rollout.py's --max-groups: prompts in flight on a node
-VLLM_SHARE, VLLM_OTHER = 0.92, 6 * 2**30  # of a GPU's memory; bytes of it without weights and cache
+VLLM_OTHER = 6 * 2**30  # bytes of vLLM's share of a GPU without weights and cache
 
 
 def peak_flops(device: str) -> float | None:

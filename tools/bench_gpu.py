@@ -17,6 +17,7 @@ import dataclasses
 import gc
 import json
 import statistics
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,10 +25,11 @@ import torch.distributed as dist
 import loss
 import train_cispo
 from model import KNOWN_MODELS, Qwen3MoE
+from prepare import with_chunk_size
 from presets import PRESETS
 from ranks import ops, parallel, plan
 from ranks.batch import MicroBatch
-from ranks.parallel import Mesh, ShardedAdamW
+from ranks.parallel import Mesh
 
 GIB = 2**30
 BF16 = torch.bfloat16
@@ -227,17 +229,10 @@ def update(b: Bench, name: str, cfg, model_cfg, mesh: Mesh, ranks: int) -> None:
     """A whole update of one micro-batch: the pass for prev, forward, loss, backward, AdamW."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    cfg = dataclasses.replace(
-        cfg, logprob_chunk_size=cfg.logprob_chunk_size or ops.chunk_rows(model_cfg.vocab_size, True)
-    )
-    with torch.device("meta"):
-        model = Qwen3MoE(model_cfg, mesh, cfg.activation_checkpointing).to(BF16)
-    model.to_empty(device=b.device)
-    model.init_weights(torch.Generator(b.device).manual_seed(0))
-    for param_name, p in model.named_parameters():
-        p.requires_grad_(not (cfg.freeze_moe_router and param_name.endswith("mlp.gate.weight")))
-    model.compile_blocks()
-    optimizer = ShardedAdamW(model, cfg.max_grad_norm, getattr(torch, cfg.grad_dtype), lr=1e-6)
+    cfg = with_chunk_size(cfg, model_cfg, b.device)
+    with mock.patch.object(train_cispo, "load_hf", fresh_weights):
+        model = train_cispo.build_model(cfg, model_cfg, mesh, None)
+    optimizer = train_cispo.build_optimizer(cfg, model)
     mb = micro_batch(b, cfg, model_cfg.vocab_size)
     policy_loss = torch.compile(loss.policy_loss, dynamic=True)
     counts = (int(mb.mask.sum()), len(mb.lengths_B))
@@ -263,6 +258,11 @@ def update(b: Bench, name: str, cfg, model_cfg, mesh: Mesh, ranks: int) -> None:
     profile(b, name, whole)
 
 
+def fresh_weights(model, checkpoint) -> None:
+    """In load_hf's place: there is no checkpoint."""
+    model.init_weights(torch.Generator(model.mesh.device).manual_seed(0))
+
+
 def profile(b: Bench, name: str, f) -> None:
     """Where the device's time goes in one call: the costliest kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
@@ -285,14 +285,10 @@ def rank_of_16(b: Bench) -> None:
     cfg = dataclasses.replace(PRESETS["qwen3-30b-a3b"], max_tokens_per_micro_batch=TOKENS)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
     mesh = parallel.make_mesh(cfg.tp, cfg.ep, FULL.num_key_value_heads)
-    real = parallel._begin_reduce_scatter
-    parallel._begin_reduce_scatter = own_share
-    try:
-        mesh = dataclasses.replace(mesh, ep_group=None)
+    mesh = dataclasses.replace(mesh, ep_group=None)
+    with mock.patch.object(parallel, "_begin_reduce_scatter", own_share):
         update(b, "rank 0 of 16", cfg, FULL, mesh, 16)
-    finally:
-        parallel._begin_reduce_scatter = real
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def own_share(x, group):
