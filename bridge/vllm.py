@@ -83,16 +83,36 @@ def no_replay(vllm_args: str) -> str:
     return ""
 
 
+KEEP_ROUTERS = """--quantization-config '{"ignore": ["*.mlp.gate"]}'"""
+
+
 def unsound(vllm_args: str, experts: bool) -> str:
     """Why samples of a vLLM with these arguments are not to be trained on, or "". experts: the
     model has some."""
     args = " ".join(shlex.split(vllm_args.replace("=", " ")))
+    if re.search(r"--spec|-sc ", args) and not torch.cuda.is_available():
+        # measured: -9999 where transformers has -0.1 to -5
+        return (
+            "--vllm-args: with drafts vLLM 0.32 returns wrong log-probs on a CPU; leave "
+            "speculative decoding out"
+        )
+    if re.search(r"--enable[-_]eplb", args):
+        return (
+            "--vllm-args: --enable-eplb moves experts between GPUs, so that what a reload leaves "
+            "in vLLM could not be proven"
+        )
     online = r"(--quantization|-q) (fp8|mxfp)|--quantization[-_]config .*\"(linear|targets)\""
     if experts and re.search(online, args) and "mlp.gate" not in args:
         return (
             "--vllm-args: this quantizes the router too, which then chooses other experts; add "
-            """--quantization-config '{"ignore": ["*.mlp.gate"]}'"""
+            + KEEP_ROUTERS
         )
+    if re.search(r"--hf[-_]overrides", args) and torch.cuda.is_available():
+        if "head_dtype" not in args:
+            return (
+                "--vllm-args: --hf-overrides takes the place of the node's own, without which "
+                """logits are bf16; put "head_dtype": "float32" in it"""
+            )
     if re.search(r"rejection[-_]sample[-_]method\W+synthetic", args):
         return "--vllm-args: rejection_sample_method synthetic takes tokens the model did not draw"
     return ""
@@ -429,14 +449,21 @@ class VLLM:
         }
 
     async def checksums(self) -> dict[str, str]:
-        """Raises: as `load`."""
+        """Of every weight inside vLLM. Raises: as `load`; VLLMUnfit where a router is quantized,
+        which its arguments do not always show."""
         wait = Wait("weight update", self.cfg.load_timeout_s)
         try:
             async with asyncio.timeout(self.cfg.load_timeout_s):
                 answer = await self.post("/weight_checker", {"action": "checksum"})
         except TimeoutError:
             raise WaitOver(wait.message("checksums")) from None
-        return dict(answer.get("checksums") or {})
+        sums = dict(answer.get("checksums") or {})
+        if routers := [name for name in sums if re.search(r"\.mlp\.gate\.\w*scale", name)]:
+            raise VLLMUnfit(
+                f"vLLM has quantized {len(routers)} routers, such as {routers[0]}, which then "
+                f"choose other experts; add {KEEP_ROUTERS} to --vllm-args"
+            )
+        return sums
 
     async def generate(self, prompt_ids: list[int], sampling: dict, version: int) -> list[dict]:
         """All samples of a prompt in one request; vLLM shares the prompt's prefill between them."""

@@ -25,7 +25,7 @@ FOREIGN_FLAGS = {  # of other programs that the pages name
     "sbatch": "nodes gpus-per-node exclusive wrap",
     "vllm": "tensor-parallel-size data-parallel-size gpu-memory-utilization hf-overrides "
     "enable-expert-parallel no-enable-prefix-caching pipeline-parallel-size quantization "
-    "quantization-config speculative-config",
+    "quantization-config speculative-config enable-eplb",
     "slime": "calculate-per-token-loss eps-clip eps-clip-high",
 }
 FOREIGN_VARIABLES = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "TMPDIR"}

@@ -475,13 +475,36 @@ def test_more_gpus_than_there_are_is_one_line(tmp_path, monkeypatch):
         ("--quantization fp8_per_block", "quantizes the router"),
         ("-q fp8_per_tensor", "quantizes the router"),
         ("""-q fp8_per_block --quantization-config '{"ignore": ["*.mlp.gate"]}'""", ""),
+        ("--enable-expert-parallel", ""),
+        ("--enable-expert-parallel --enable-eplb", "could not be proven"),
         ("""--speculative-config '{"rejection_sample_method": "synthetic"}'""", "did not draw"),
         ("""--speculative-config '{"method": "ngram", "num_speculative_tokens": 4}'""", ""),
+        ("--spec-method ngram", "on a CPU: wrong log-probs"),
+        ("""--hf-overrides '{"rope_theta": 1e6}'""", 'put "head_dtype": "float32" in it'),
+        ("""--hf-overrides '{"rope_theta": 1e6, "head_dtype": "float32"}'""", ""),
     ],
 )
-def test_a_vllm_whose_samples_cannot_be_trained_on_is_refused(tmp_path, args, why):
+def test_a_vllm_whose_samples_cannot_be_trained_on_is_refused(tmp_path, args, why, monkeypatch):
+    if not why.startswith("on a CPU"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    why = why.removeprefix("on a CPU: ")
     (tmp_path / "config.json").write_text(json.dumps({"num_experts": 8}))
     run = {"dtype": "bfloat16", "max_model_len": 8, "seed": 0}
     server = VLLM(RolloutConfig(hub="", vllm_args=args), run, tmp_path / "log")
     with pytest.raises(VLLMUnfit, match=why) if why else contextlib.nullcontext():
         server._command(tmp_path, 1)
+
+
+def test_a_router_that_is_quantized_all_the_same_is_seen_in_vllm_itself(tmp_path, monkeypatch):
+    server = VLLM(RolloutConfig(hub=""), {}, tmp_path / "log")
+    names = ["dp0:pp0:pcp0:tp0:model.layers.0.mlp.experts.w13_weight_scale"]
+
+    async def answer(route, body):
+        return {"checksums": dict.fromkeys(names, "x")}
+
+    monkeypatch.setattr(server, "post", answer)
+    assert list(asyncio.run(server.checksums())) == names
+    names.append("dp0:pp0:pcp0:tp0:model.layers.0.mlp.gate.weight_scale_inv")
+    with pytest.raises(VLLMUnfit, match=r"quantized 1 routers, such as dp0.*mlp\.gate"):
+        asyncio.run(server.checksums())
