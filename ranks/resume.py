@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+import torch
+
 from bridge.console import say
 from bridge.validation import due_at_start, read_scores
 from ranks.checkpoint import load_state_tensors
@@ -24,6 +26,10 @@ def start_or_resume(cfg, checkpoints, mesh, origin, model, optimizer) -> Start:
     step, anew = (saved["step"], False) if path else (0, True)
     if path:
         load_state_tensors(path, model, optimizer, next(iter(saved["files"].values()))["updates"])
+    if mesh.device.type == "cuda":
+        # loading has left cached blocks of sizes that no step asks for; kept, they would cost the
+        # first update an allocation that fails, and a flush of everything
+        torch.cuda.empty_cache()
     if mesh.rank:
         return Start(step, saved, {}, [])
     validating = cfg.validates(0)
