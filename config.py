@@ -38,6 +38,7 @@ class Run(Group):
     seed: int = 0  # of the prompts' order, the warm start and vLLM's sampling
     max_num_steps: Count = 160  # rollout batches to train on
     log_samples: CountOrZero = 4  # samples of a step that are kept to be read, of two a prompt
+    log_tokens: bool = False  # with each token's log-ratio and weight, for watch.py --colour
     wandb_project: str = ""  # metrics go to this project of Weights & Biases, too
     tensorboard: bool = False  # and to runs/NAME/tensorboard
 

@@ -525,9 +525,12 @@ class Log:
                 f"{self.rollouts.hub.url}, {name_of_loss(alg)}, results in {self.cfg.run_dir}"
             )
 
-    def record(self, groups, lr: float, metrics: dict[str, torch.Tensor], counts) -> None:
+    def record(
+        self, groups, lr: float, metrics: dict[str, torch.Tensor], counts, of_tokens
+    ) -> None:
         """The record of a step. metrics: of all ranks; counts: loss tokens and samples of each
-        update. Where too many updates were skipped, `rollouts` is told that the run is to end."""
+        update; of_tokens: for the samples' log. Where too many updates were skipped,
+        `rollouts` is told that the run is to end."""
         if not self.speaks:
             return
         values = fetch({**metrics, "grad_norms": torch.stack(self._norms)})  # sync: one per step
@@ -558,7 +561,7 @@ class Log:
         log_step(record, run_dir)
         hub.record = record
         text = (self.prompts, self._decode)
-        kept = log_samples(groups, self.step, *text, run_dir, self.cfg.log_samples)
+        kept = log_samples(groups, self.step, *text, run_dir, self.cfg.log_samples, of_tokens)
         self.trackers.log(record, "step", kept)
         self._without_signal = count_without_signal(
             record, self._without_signal, self.cfg.reward, run_dir

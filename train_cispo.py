@@ -37,6 +37,7 @@ import torch.distributed as dist
 import loss
 from bridge.flags import piped
 from bridge.rollouts import Rollouts, Stop
+from bridge.show_samples import TokenValues
 from bridge.waits import Signals
 from bridge.weights import WeightsError, load_hf
 from config import Config
@@ -152,6 +153,7 @@ def train_update(
             )
             value.backward()
             _, stats = policy_loss(logprobs, tokens, *rest)
+        mb.logprobs = logprobs.detach()
         stats["entropy"] = torch.where(mb.mask, entropy, 0.0).sum() / num_tokens
         if expert_ids is not None:
             stats |= expert_stats(expert_ids, mb, num_tokens, model)
@@ -162,6 +164,26 @@ def train_update(
     counted = grad_norm.isfinite()
     metrics = {n: torch.where(counted, x, reduction_of(n).nothing) for n, x in metrics.items()}
     return metrics, grad_norm
+
+
+def token_values(updates: list[list[MicroBatch]], batch: Batch, cfg: Config, mesh) -> TokenValues:
+    """What the step's updates made of each token, on every rank."""
+    found_3F = torch.zeros(3, len(batch.token_ids), device=mesh.device)
+    no_terms = {"reference_policy_kl_penalty": 0.0, "positive_example_nll_weight": 0.0}
+    alone = dataclasses.replace(cfg.algorithm, **no_terms)  # terms that no advantage is in
+    for mb in (mb for micro_batches in updates for mb in micro_batches):
+        tokens, logprobs = tokens_of(mb), mb.logprobs.requires_grad_()
+        loss_N, parts = loss.token_loss(logprobs, tokens, alone, mb.sequence)
+        (grad_N,) = torch.autograd.grad(loss_N.sum(), logprobs)
+        # whichever loss it is: how far the gradient of log pi goes for an advantage of 1
+        weight_N = -grad_N / (tokens.advantages * tokens.weights)
+        found_3N = torch.stack([parts.curr - parts.gen, weight_N, torch.ones_like(weight_N)])
+        found_3N = torch.where(mb.mask, found_3N, 0.0)[:, : len(mb.places_N)]
+        found_3F[:, mb.places_N] += found_3N  # += since a masked micro-batch repeats a row
+    all_reduce(found_3F, mesh.dp_group)
+    log_ratios_F, weights_F, there_F = found_3F.cpu()
+    log_ratios_F[there_F == 0] = torch.nan  # not sampled, but put in
+    return TokenValues(batch.rows_PS, batch.lengths, log_ratios_F, weights_F)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -270,7 +292,8 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
             log.begin("publish_copy")
             rollouts.publish(step + 1)
             # 6 log and checkpoint
-            log.record(groups, lr, metrics, counts)
+            values = token_values(updates, batch, cfg, mesh) if cfg.log_tokens else None
+            log.record(groups, lr, metrics, counts, values)
             if checkpoint_due(step + 1, cfg):
                 log.score(step + 1)
                 save(step + 1)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from bridge.logs import last_line, read_jsonl
-from bridge.show_samples import page, show_samples
+from bridge.show_samples import COLOURS, page, show_samples
 from bridge.side_by_side import AXES, WINDOW, plot_together, table
 
 
@@ -408,6 +408,12 @@ def main() -> None:
     parser.add_argument(
         "--samples", nargs="?", type=int, const=-1, help="samples of this step, or of the last"
     )
+    parser.add_argument(
+        "--colour",
+        choices=COLOURS,
+        default="",
+        help="of the samples' tokens (a run's --log-tokens)",
+    )
     args = parser.parse_args()
     for run_dir in args.run_dirs:
         if not (run_dir / "config.json").exists():
@@ -419,9 +425,10 @@ def main() -> None:
         if args.samples is not None:
             page(
                 "".join(
-                    show_samples(d, None if args.samples < 0 else args.samples)
+                    show_samples(d, None if args.samples < 0 else args.samples, args.colour)
                     for d in args.run_dirs
-                )
+                ),
+                bool(args.colour),
             )
         elif several and args.png is not None:
             out = Path("side_by_side.png") if args.png == Path() else args.png

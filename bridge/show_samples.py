@@ -1,13 +1,61 @@
 """A run's logged samples, to be read, for watch.py: from samples.jsonl, in pages on a terminal and
 plain into a pipe."""
 
+import math
 import pydoc
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+
+from bridge.groups import Group
 from bridge.logs import read_jsonl
 
+
+# ---- written: what the training made of each token -----------------------------------------------
+class TokenValues(NamedTuple):
+    """Of the tokens of a step. Shapes: over prompts and samples (P, S); over the R samples that are
+    trained on; over their F tokens, NaN where a value is not known."""
+
+    rows_PS: torch.Tensor  # which samples are trained on
+    lengths_R: torch.Tensor
+    log_ratios_F: torch.Tensor  # log pi, at the token's update, less the sampler's; nats
+    weights_F: torch.Tensor  # what its gradient was multiplied by, besides the advantage
+
+    def pieces(self, group: Group, p: int, i: int, decode: Callable[[list[int]], str]) -> list:
+        """Sample i of the step's prompt p: [text, log-ratio, weight] of each token; of several
+        that make one character, their sum and mean. [] where it is not trained on."""
+        if not self.rows_PS[p, i]:
+            return []
+        row = int(self.rows_PS.flatten()[: p * self.rows_PS.shape[1] + i].sum())
+        begin = int(self.lengths_R[:row].sum())
+        ids = group.token_ids.split(group.lengths.tolist())[i].tolist()
+        found, waiting = [], []
+        for at, token in enumerate(ids, start=begin):
+            waiting.append((token, self.log_ratios_F[at].item(), self.weights_F[at].item()))
+            tokens, log_ratios, weights = zip(*waiting)
+            text = decode(list(tokens))
+            if not text.endswith("\ufffd") or len(waiting) == 4 or at == begin + len(ids) - 1:
+                found.append([text, known(sum(log_ratios)), known(sum(weights) / len(weights))])
+                waiting = []
+        return found
+
+
+def known(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+# ---- read ----------------------------------------------------------------------------------------
 BOLD, DIM, GREEN, RED, BLUE, OFF = (f"\x1b[{code}m" for code in (1, 2, 32, 31, 34, 0))
+# Backgrounds of 256-colour terminals, from far below the middle to far above it, and the bounds
+# between them: of a log-ratio, whose middle is 0; of a weight, its logarithm's.
+SHADES = [f"\x1b[38;5;16;48;5;{code}m" for code in (33, 75, 153, 0, 224, 210, 203)]
+BOUNDS = (-0.7, -0.2, -0.05, 0.05, 0.2, 0.7)
+DROPPED = "\x1b[9;2m"  # struck through: a weight of 0, so no gradient
+COLOURS = {"log-ratio": 1, "weight": 2}  # and where in a piece
 
 
 def printable(text: str) -> str:
@@ -23,9 +71,47 @@ def indented(text: str, colour: str = "") -> str:
     return "\n".join(f"    {colour}{line}{off}" for line in printable(text).split("\n"))
 
 
-def answer_of(sample: dict) -> list[str]:
+def shade(value: float | None, colour: str) -> str:
+    """The ANSI code of a token; "" in the middle, and where nothing is known."""
+    if value is None or (colour == "weight" and value < 0):
+        return ""
+    if colour == "weight":
+        if value == 0:
+            return DROPPED
+        value = math.log(value)
+    at = sum(value > bound for bound in BOUNDS)
+    return SHADES[at] if at != 3 else ""
+
+
+def legend(colour: str) -> str:
+    """What the shades mean."""
+    edges = [math.exp(b) if colour == "weight" else b for b in BOUNDS]
+    below = [f"{SHADES[i]} < {edges[i]:.2f} {OFF}" for i in range(3)]
+    above = [f"{SHADES[i + 1]} > {edges[i]:.2f} {OFF}" for i in range(3, 6)]
+    dropped = f"  {DROPPED} 0 {OFF}" if colour == "weight" else ""
+    return f"{colour} of each token:  {' '.join([*below, *above])}{dropped}\n"
+
+
+def shaded(pieces: list, colour: str) -> str:
+    """An answer, each token in its shade; one that ends a line shows where."""
+    text = "    "
+    for piece in pieces:
+        code = shade(piece[COLOURS[colour]], colour)
+        lines = printable(piece[0]).split("\n")
+        shown = [f"{code}{line or '↵'}{OFF}" if code else line for line in lines]
+        text += "\n    ".join(shown)
+    return text
+
+
+def answer_of(sample: dict, colour: str = "") -> list[str]:
     """An answer's lines: what the model wrote, and what its environment or an interruption put in
-    between, each under its writer's name."""
+    between, each under its writer's name; or, coloured, as one text."""
+    if colour:
+        return [
+            shaded(sample["values"], colour)
+            if sample["values"]
+            else indented(sample["completion"], DIM)
+        ]
     turns = sample.get("turns") or [{"policy": sample["completion"]}]
     lines = []
     for turn in turns:
@@ -36,9 +122,10 @@ def answer_of(sample: dict) -> list[str]:
     return lines
 
 
-def as_text(samples: list[dict]) -> str:
-    """The samples as text with ANSI colours: a prompt once, its answers below it."""
-    lines, before = [], None
+def as_text(samples: list[dict], colour: str = "") -> str:
+    """The samples as text with ANSI colours: a prompt once, its answers below it. colour: one of
+    COLOURS, of each token."""
+    lines, before = [legend(colour)] if colour else [], None
     for s in samples:
         if (which := (s["step"], s["ordinal"])) != before:
             before = which
@@ -49,19 +136,18 @@ def as_text(samples: list[dict]) -> str:
         old, new = s["versions"]
         weights = f"v{old}" if old == new else f"v{old} to v{new}"
         cut = f", {RED}cut off{OFF}" if s["truncated"] else ""
-        colour = GREEN if s["reward"] > 0 else RED
+        good = GREEN if s["reward"] > 0 else RED
         lines += [
             "",
-            f"  {BOLD}reward {colour}{s['reward']:.3f}{OFF}  {s['tokens']} tokens of {weights}"
-            f"{cut}",
-            *answer_of(s),
+            f"  {BOLD}reward {good}{s['reward']:.3f}{OFF}  {s['tokens']} tokens of {weights}{cut}",
+            *answer_of(s, colour),
         ]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def show_samples(run_dir: Path, step: int | None) -> str:
+def show_samples(run_dir: Path, step: int | None, colour: str = "") -> str:
     """A step's samples as text; None: the last step that has some. Raises: ValueError where there
-    are none."""
+    are none, or `colour` asks for what the run did not log."""
     samples = read_jsonl(run_dir / "samples.jsonl")
     steps = [s["step"] for s in samples]
     if not steps:
@@ -71,7 +157,10 @@ def show_samples(run_dir: Path, step: int | None) -> str:
         raise ValueError(
             f"--samples {step}: {run_dir} has those of steps {min(steps)} to {steps[-1]}"
         )
-    return as_text([s for s in samples if s["step"] == step])
+    shown = [s for s in samples if s["step"] == step]
+    if colour and not all("values" in s for s in shown):
+        raise ValueError(f"--colour {colour}: {run_dir} did not log its tokens; --log-tokens does")
+    return as_text(shown, colour)
 
 
 def without_colours(text: str) -> str:
@@ -80,9 +169,10 @@ def without_colours(text: str) -> str:
     return text
 
 
-def page(text: str) -> None:
-    """To the terminal by less (space and b turn pages, / searches, q ends), to a pipe plain."""
+def page(text: str, coloured: bool = False) -> None:
+    """To the terminal by less (space and b turn pages, / searches, q ends), to a pipe plain, unless
+    the colours were asked for."""
     if sys.stdout.isatty():
         pydoc.pipepager(text, "less -R")
     else:
-        print(without_colours(text), end="")
+        print(text if coloured else without_colours(text), end="")

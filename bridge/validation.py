@@ -24,6 +24,7 @@ import torch
 from bridge.groups import NOT_SAMPLED, Group, means_of_parts
 from bridge.ledger import Books, Lease
 from bridge.logs import read_jsonl
+from bridge.show_samples import TokenValues
 
 
 @dataclass
@@ -205,19 +206,22 @@ def log_samples(
     decode: Callable[[list[int]], str],
     run_dir: Path,
     most: int = 4,
+    values: TokenValues | None = None,
 ) -> list[dict]:
     """Of the step's first prompts the samples with the highest and the lowest reward, `most` in
-    all, to samples.jsonl. Returns them."""
+    all, to samples.jsonl; with what is known of their tokens. Returns them."""
     kept: list[dict] = []
     # Half of a character, which UTF-8 lacks, is written as JSON's \\ud83d.
     with open(run_dir / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as f:
-        for group in groups[: (most + 1) // 2]:
+        for p, group in enumerate(groups[: (most + 1) // 2]):
             best_and_worst = dict.fromkeys(
                 (int(group.rewards.argmax()), int(group.rewards.argmin()))
             )
             answer = prompts[group.ordinal].get("answer")
-            for sample in readable(group, best_and_worst, answer, decode)[: most - len(kept)]:
-                kept.append({"step": step, "ordinal": group.ordinal, **sample})
+            shown = readable(group, best_and_worst, answer, decode)[: most - len(kept)]
+            for i, sample in zip(best_and_worst, shown):
+                of_tokens = {"values": values.pieces(group, p, i, decode)} if values else {}
+                kept.append({"step": step, "ordinal": group.ordinal, **sample, **of_tokens})
                 f.write(json.dumps(kept[-1], ensure_ascii=False) + "\n")
     return kept
 

@@ -139,6 +139,7 @@ class MicroBatch:
     num_tokens: int  # without padding; 0 if all is masked
     rows_N: torch.Tensor  # positions whose hidden state predicts a sampled token
     targets_N: torch.Tensor  # those tokens
+    places_N: torch.Tensor  # and where they are in the batch's token_ids
     lengths_B: torch.Tensor  # sampled tokens of each sequence
     mask: torch.Tensor  # and the following: padded to whole chunks
     gen_logprobs: torch.Tensor
@@ -148,6 +149,7 @@ class MicroBatch:
     nll_weights: torch.Tensor  # and in the mean over tokens of rewarded samples
     sequence: torch.Tensor  # which sequence of the micro-batch a token is of
     age: torch.Tensor | None = None  # and these are filled in by the step
+    logprobs: torch.Tensor | None = None  # of the update's forward pass
     prev_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     expert_ids: torch.Tensor | None = None  # (L, t, K) to replay
@@ -212,6 +214,7 @@ class _Rows:
         self.versions = batch.versions.split(lengths)
         self.advantages = advantages_PS[batch.rows_PS]
         self.lengths = (batch.prompt_lengths + batch.lengths).tolist()  # with the prompt
+        self.starts = [0, *accumulate(lengths)]  # in token_ids
         # What was put into a sample is context, and no row of the loss: only sampled tokens count.
         self.sampled = [(v != NOT_SAMPLED).nonzero().flatten() for v in self.versions]
         self.num_sampled = torch.tensor([len(positions) for positions in self.sampled])
@@ -242,6 +245,7 @@ class _Rows:
             num_tokens=ends[-1] * live,
             rows_N=rows_N.to(device),
             targets_N=of_sampled(self.samples).to(device),
+            places_N=torch.cat([self.starts[r] + self.sampled[r] for r in rows]),
             lengths_B=lengths_B.to(device),
             mask=pad(torch.full((len(rows_N),), live)),
             gen_logprobs=pad(of_sampled(self.gen_logprobs)),
