@@ -4,6 +4,7 @@ With CISPO_TEST_GPU=1 the tests marked "gpu" run, and only these; else no test s
 they start several ranks on any machine and compare in fp32."""
 
 import fcntl
+import functools
 import os
 import sys
 from pathlib import Path
@@ -65,6 +66,17 @@ def tiny_checkpoint(tmp_path_factory):
         if not path.exists():
             task.warm_start(path, "reverse", seed=0, until=0.36, progress=lambda message: None)
     return path
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_checkpoint, tmp_path_factory):
+    """test_resume.plain_loop's tensors after so many steps, which several tests compare their run
+    with: computed once for each number of steps."""
+    from test_resume import plain_loop
+
+    return functools.cache(
+        lambda steps: plain_loop(tiny_checkpoint, tmp_path_factory.mktemp("plain"), steps)
+    )
 
 
 @pytest.fixture(scope="session")
