@@ -44,12 +44,13 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """For `-n auto`, as launch.sh says it: one worker more than cores, since many tests wait for a
-    process or a deadline. A single file is one worker's work, and a whole run takes all cores."""
+    process or a deadline, and 8 at most. A single file is one worker's work, and a whole run takes
+    all cores."""
     from bridge.processes import cores
 
     if config.getoption("--slow") or all(Path(arg.split("::")[0]).suffix for arg in config.args):
         return 0
-    return cores() + 1
+    return min(8, cores() + 1)
 
 
 @pytest.fixture(scope="session")
