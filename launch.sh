@@ -366,7 +366,10 @@ case "${1:-}" in
   --flags) shift; install; run "$python" "$here/train_cispo.py" --help "$@" ;;
   --quick) shift; install; run "$python" "$here/tools/quick.py" "$@" ;;
   install) install; exit ;;
-  test) shift; install; cd "$here"; run "$python" -m pytest "$@" ;;
+  test)
+    shift; install; cd "$here"
+    # several files at once, the long ones first (tests/conftest.py)
+    run "$python" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@" ;;
   trainer | rollout) node "$@" ;;
 esac
 [ $# -gt 0 ] || set -- --use-cispo

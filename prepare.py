@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch._inductor.config
 import torch.distributed as dist
 from blake3 import blake3
 from safetensors import SafetensorError
@@ -73,12 +72,13 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
 
 def use_machine(cfg: Config, local_world_size: int, real: bool) -> None:
     """Settings for what this machine has, GPUs or not. Raises: ValueError as `use_cpu` does."""
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        # torch takes up to 32 processes for each rank; the ranks of a node compile all at once
-        inductor = torch._inductor.config
-        inductor.compile_threads = max(1, min(32, cores() // local_world_size))
     if not torch.cuda.is_available():
         use_cpu(cfg, local_world_size, real)
+    if cfg.compile and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        from torch._inductor import config as inductor  # two seconds, so after what refuses a run
+
+        # torch takes up to 32 processes for each rank; the ranks of a node compile all at once
+        inductor.compile_threads = max(1, min(32, cores() // local_world_size))
 
 
 def use_cpu(cfg: Config, local_world_size: int, real: bool) -> None:

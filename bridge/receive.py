@@ -49,6 +49,7 @@ from bridge.weights import (
 RANGE_BYTES = 64 << 20
 STREAMS = 8  # requests at a time, over all trainer nodes
 PATIENCE_S = 120.0  # a trainer node may send nothing for so long
+SILENCE_S = 5.0  # and one connection, before the rest is asked for on another
 
 
 class NoRoom(WeightsError):
@@ -164,7 +165,7 @@ class Source:
         https = to.scheme == "https"
         connect = http.client.HTTPSConnection if https else http.client.HTTPConnection
         self._check()
-        with contextlib.closing(connect(to.hostname, to.port, timeout=5.0)) as connection:
+        with contextlib.closing(connect(to.hostname, to.port, timeout=SILENCE_S)) as connection:
             headers = {**self.headers, "Range": f"bytes={start}-{part.end - 1}"}
             path = f"{to.path.rstrip('/')}/weights/{part.version}/{part.name}"
             connection.request("GET", path, headers=headers)

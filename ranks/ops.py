@@ -6,6 +6,7 @@ ops with a gradient of their own.
 Shapes are those of model.py.
 """
 
+import functools
 import itertools
 
 import torch
@@ -81,7 +82,11 @@ def _head_body(
     return loss, logprobs_C, entropy_C
 
 
-_compiled_head_body = torch.compile(_head_body, fullgraph=True)
+@functools.cache
+def _compiled_head_body():
+    """Made at the first call, as torch's compiler takes two seconds to import: a run that is
+    refused and what never compiles need not wait for it."""
+    return torch.compile(_head_body, fullgraph=True)
 
 
 def _run_head_body(compiled, logits_Cv, dlogits_Cv, targets_C, aux, *rest):
@@ -91,7 +96,7 @@ def _run_head_body(compiled, logits_Cv, dlogits_Cv, targets_C, aux, *rest):
         return _head_body(logits_Cv, dlogits_Cv, targets_C, aux, *rest)
     for x in (logits_Cv, dlogits_Cv, targets_C, *aux):
         torch._dynamo.mark_dynamic(x, 0)
-    return _compiled_head_body(logits_Cv, dlogits_Cv, targets_C, aux, *rest)
+    return _compiled_head_body()(logits_Cv, dlogits_Cv, targets_C, aux, *rest)
 
 
 class _Head:

@@ -32,7 +32,8 @@ def on_ranks(world_size: int, function, *args, timeout_s: float = 300) -> list:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "train_cispo"])
+    # AdamW imports torch._dynamo, which takes each rank two seconds if it is not there already
+    context.set_forkserver_preload(["torch", "torch._dynamo", "train_cispo"])
     queue = context.Queue()
     workers = [
         context.Process(

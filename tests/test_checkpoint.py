@@ -19,7 +19,7 @@ import pytest
 import torch
 from on_ranks import on_ranks
 from safetensors.torch import load_file, save_file
-from test_resume import REPO, final, finish, plain_loop, same, start, trained, wait_for
+from test_resume import REPO, final, finish, same, start, trained, wait_for
 
 from bridge import weights
 from bridge.groups import Group
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_another_sequence_of_prompts_is_refused(tmp_path, tiny_c
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_saved(
-    tmp_path, tiny_checkpoint, fake_vllm_command
+    tmp_path, tiny_checkpoint, fake_vllm_command, plain
 ):
     """A whole version does not fit on the file system (ENOSPC). With room again the run goes on
     where it was."""
@@ -258,7 +258,7 @@ def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_sav
         in (tmp_path / "out").read_text()
     )
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
-    assert same(final(tmp_path, 12), plain_loop(tiny_checkpoint, tmp_path / "plain", 12))
+    assert same(final(tmp_path, 12), plain(12))
 
 
 # ---- one process, one attempt, one origin --------------------------------------------------------
@@ -298,10 +298,10 @@ def test_a_second_run_of_a_name_is_refused_until_the_first_has_ended_however(
     run.send_signal(signal.SIGKILL)
     run.wait()
     finish(
-        start(tmp_path, tiny_checkpoint, fake_vllm_command, 20, *flags, "--resume", "auto"),
+        start(tmp_path, tiny_checkpoint, fake_vllm_command, 10, *flags, "--resume", "auto"),
         tmp_path,
     )
-    assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(20)]
+    assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(10)]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../up", "/tmp/keep", "a/b", "a\nb", "x" * 300])

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from published import publish, write_version
+from torch._inductor import config as inductor
 
 import prepare
 from bridge import weights
@@ -24,7 +25,7 @@ from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.reward_process import reward_digest
 from bridge.vllm import VLLM, VLLMUnfit
-from config import RolloutConfig
+from config import Config, RolloutConfig
 from model import ModelConfig, Qwen3MoE
 from presets import parse_config
 from rollout import Node, next_limit
@@ -420,14 +421,14 @@ def test_gpus_that_torch_does_not_see_are_one_line_with_the_cause(
 def test_ranks_of_a_node_share_its_cores_to_compile(monkeypatch):
     monkeypatch.setattr(prepare, "cores", lambda: 24)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    inductor = torch._inductor.config
+    cfg = Config()
     with inductor.patch(compile_threads=7):  # monkeypatch would take the option away at the end
         monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
-        prepare.use_machine(None, 8, True)
+        prepare.use_machine(cfg, 8, True)
         assert inductor.compile_threads == 7  # the user's
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
         for ranks, threads in ((8, 3), (48, 1)):
-            prepare.use_machine(None, ranks, True)
+            prepare.use_machine(cfg, ranks, True)
             assert inductor.compile_threads == threads
 
 

@@ -84,7 +84,8 @@ def test_relative_paths_mean_the_caller_s_directory(program, args, env):
 
 
 def test_the_tests_run_beside_launch_sh(program):
-    assert f"in {program}: python -m pytest -x" in launch(program, "test", "-x").stdout
+    (said,) = re.findall(r"^in .*", launch(program, "test", "-x").stdout, re.M)
+    assert re.match(rf"in {program}: python -m pytest -n auto .* -x\b", said)
 
 
 def test_over_ssh_relative_paths_mean_each_node_s_directory_which_is_said(program, tmp_path):

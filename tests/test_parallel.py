@@ -355,8 +355,10 @@ LAYOUTS = {
 }
 
 
-QUICK = [(1, [(1, 1)]), (2, LAYOUTS[2]), (4, [(1, 4), (2, 2), (4, 1), (4, 4)])]
-SLOW = [(4, LAYOUTS[4]), (8, LAYOUTS[8]), (16, [(2, 8)])]
+# Two of four ranks: the others with --slow. Below all of them are compared with transformers.
+QUICK = [(1, [(1, 1)]), (2, LAYOUTS[2]), (4, [(2, 2), (4, 4)])]
+REST = [layout for layout in LAYOUTS[4] if layout not in QUICK[-1][1]]
+SLOW = [(4, REST), (8, LAYOUTS[8]), (16, [(2, 8)])]
 
 
 @pytest.mark.parametrize(
@@ -513,7 +515,8 @@ def compiled_against_eager(tp, ep, recompute, num_batches):
 
 
 @pytest.mark.parametrize(
-    ("world", "tp", "ep", "recompute", "batches"), [(1, 1, 1, False, 100), (2, 2, 2, True, 100)]
+    ("world", "tp", "ep", "recompute", "batches"),
+    [(1, 1, 1, False, 100), pytest.param(2, 2, 2, True, 100, marks=pytest.mark.slow)],
 )
 def test_compiled_blocks_equal_eager_ones_and_a_hundred_batches_compile_nothing_new(
     world, tp, ep, recompute, batches

@@ -159,10 +159,10 @@ def plain_loop(tiny_checkpoint, tmp_path, steps):
 
 
 def test_age_0_equals_a_plain_synchronous_loop_bit_for_bit(
-    tmp_path, tiny_checkpoint, fake_vllm_command
+    tmp_path, tiny_checkpoint, fake_vllm_command, plain
 ):
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 20)
-    expected = plain_loop(tiny_checkpoint, tmp_path / "plain", 20)
+    expected = plain(20)
     finish(run, tmp_path)
     assert same(final(tmp_path, 20), expected)
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(20)]
@@ -174,7 +174,7 @@ def test_age_0_equals_a_plain_synchronous_loop_bit_for_bit(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(
-    seed, tmp_path, tiny_checkpoint, fake_vllm_command
+    seed, tmp_path, tiny_checkpoint, fake_vllm_command, plain
 ):
     """Five times each, so 20 in all: kill -9 of the trainer, then the same command with --resume
     auto."""
@@ -192,12 +192,12 @@ def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(
     finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, steps, *flags), tmp_path)
     ordinals = trained(tmp_path)
     assert ordinals == [list(range(8 * step, 8 * step + 8)) for step in range(steps)]
-    assert same(final(tmp_path, steps), plain_loop(tiny_checkpoint, tmp_path / "plain", steps))
+    assert same(final(tmp_path, steps), plain(steps))
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_0_and_the_run_goes_on_where_it_was(
-    tmp_path, tiny_checkpoint, fake_vllm_command
+    tmp_path, tiny_checkpoint, fake_vllm_command, plain
 ):
     flags = ["--resume", "auto", "--checkpoint-every-steps", "0"]
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags)
@@ -216,11 +216,11 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on_where_it_was(
         in (tmp_path / "out").read_text()
     )
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
-    assert same(final(tmp_path, 12), plain_loop(tiny_checkpoint, tmp_path / "plain", 12))
+    assert same(final(tmp_path, 12), plain(12))
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_another_layout(tmp_path, tiny_checkpoint, fake_vllm_command):
+def test_a_run_goes_on_under_another_layout(tmp_path, tiny_checkpoint, fake_vllm_command, plain):
     run = start(tmp_path, tiny_checkpoint, fake_vllm_command, 12)
     wait_for(tmp_path, run, lambda out: "step    3 " in out)
     run.send_signal(signal.SIGTERM)
@@ -232,7 +232,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path, tiny_checkpoint, fake_vllm
     )
     assert "going on from runs/tiny/checkpoints/step-" in (tmp_path / "out").read_text()
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
-    expected, found = plain_loop(tiny_checkpoint, tmp_path / "plain", 12), final(tmp_path, 12)
+    expected, found = plain(12), final(tmp_path, 12)
     # One layout computes another's sums in another order, and a sample may then come out otherwise:
     # close, not equal.
     assert max((found[name] - expected[name]).abs().max() for name in expected) < 0.02
@@ -267,7 +267,7 @@ def test_when_a_rank_dies_torchrun_starts_the_job_again_and_it_resumes_by_itself
 
 @pytest.mark.slow
 def test_a_node_keeps_trying_while_the_trainer_is_away_and_keeps_its_vllm(
-    tmp_path, tiny_checkpoint, fake_vllm_command
+    tmp_path, tiny_checkpoint, fake_vllm_command, plain
 ):
     """kill -9 of the trainer, then another on the same port: the node's prompts are void, its vLLM
     goes on."""
@@ -309,4 +309,4 @@ def test_a_node_keeps_trying_while_the_trainer_is_away_and_keeps_its_vllm(
         and "stopped: RunOver" in log
     )
     assert trained(tmp_path) == [list(range(8 * step, 8 * step + 8)) for step in range(12)]
-    assert same(final(tmp_path, 12), plain_loop(tiny_checkpoint, tmp_path / "plain", 12))
+    assert same(final(tmp_path, 12), plain(12))

@@ -255,6 +255,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:5]
+import torch._dynamo  # the model wants it: here once, not in each child
 import bridge.publish
 from test_weights import loaded, nudge, publisher, weights
 root, checkpoint = Path(sys.argv[1]), Path(sys.argv[2])
