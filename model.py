@@ -545,10 +545,11 @@ def expert_load(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 # ---- shapes that are known without a download ----------------------------------------------------
-# The config.json of these names on the Hub (https://huggingface.co/NAME/raw/main/config.json), read
-# on 2026-11-27 in copies of it, and checked against torchtitan's models/qwen3 and, by parameters,
-# against the model cards (tests/test_known_models.py). All have 151,936 words, heads of 128 values
-# and eps 1e-6; where there are experts, a token takes 8 of 128.
+# As https://huggingface.co/Qwen/Qwen3-NAME/raw/main/config.json says, read on 2026-11-27 in copies
+# of these files and tables of their values on GitHub. The shapes agree with torchtitan's
+# models/qwen3/__init__.py (0310b49), the later RoPE bases with radixark/miles (scripts/models, pull
+# request 327), the parameters with the model cards (tests/test_known_models.py). All have 151,936
+# words, heads of 128 values and eps 1e-6; where there are experts, a token takes 8 of 128.
 _SHAPES = {
     # layers, D, H, G, width of a dense MLP and of an expert (0: none), tied, positions, RoPE's base
     "0.6B": (28, 1024, 16, 8, 3072, 0, True, 40_960, 1e6),

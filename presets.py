@@ -24,7 +24,7 @@ PRESET_NOTES = {
     "qwen3-4b": "the same, 4B: a GPU of 141 GB with vLLM on it too, or two of 80 GB",
     "qwen3-30b-a3b": "NeMo RL's CISPO recipe: Qwen3-30B-A3B on math, 16 GPUs train, 8 sample",
     "qwen3-30b-a3b-node": "the same on one node: 8 GPUs of 141 GB train, with vLLM on all of them",
-    "scalerl": "ScaleRL's algorithm on the same model and GPUs, answers of up to 14k tokens",
+    "scalerl": "ScaleRL's algorithm on that model, 16 + 8 GPUs, answers of up to 14k tokens",
 }
 
 # NeMo RL's nightly test of CISPO (grpo-cispo-mm1-...-3n8g-megatron-cispo.yaml, commit 7ea279a),
@@ -80,16 +80,16 @@ PRESETS = {
     ),
     "qwen3-30b-a3b": NIGHTLY,
     "qwen3-0.6b": SMALL,
-    # The trainer takes 77 GiB: 60 of parameters, gradients and AdamW's state in fp32, 7.5 of bf16.
-    # So a GPU of 80 GB has no room for vLLM too. The largest that both fit there is 1.7B:
-    # --preset qwen3-0.6b --model Qwen/Qwen3-1.7B.
+    # The trainer takes 77 GiB, of which 45 are AdamW's state and 15 gradients: a GPU of 80 GB has
+    # no room for vLLM too. It has with --preset qwen3-0.6b --model Qwen/Qwen3-1.7B.
     "qwen3-4b": dataclasses.replace(
         SMALL, preset="qwen3-4b", name="qwen3-4b", model="Qwen/Qwen3-4B", gpu_memory_gib=139.8,
     ),
     # AdamW's state over 8 GPUs is 43 GiB of each, and with all else the trainer takes 91. On 80 GB
     # it takes at least 69 (--tp 8), and vLLM 7 for its share of the weights, 6 of its own and 2 for
     # the samples of a prompt: 84. There 8 GPUs train and others sample: the preset above, or
-    # --dry-run --model Qwen/Qwen3-30B-A3B. Two engines of 4 GPUs, as the recipe has them.
+    # --dry-run --model Qwen/Qwen3-30B-A3B. Two engines of 4 GPUs, as the recipe has them. Of host
+    # RAM the node needs 610 GB, by README's count while a checkpoint is written.
     "qwen3-30b-a3b-node": dataclasses.replace(
         NIGHTLY, preset="qwen3-30b-a3b-node", name="qwen3-30b-a3b-node", max_num_steps=200,
         val_every_steps=20, dry_run_ranks=8, gpu_memory_gib=139.8, hub_port=0, local_rollout=True,

@@ -257,7 +257,8 @@ def shared_samples(m, cfg, world: int, **other) -> float:
     """Of the longest kind, whose keys and values all engines hold that share GPUs with ranks."""
     tp = int(vllm_value(cfg, "--tensor[-_]parallel[-_]size|-tp", 1))
     engines = int(vllm_value(cfg, "--data[-_]parallel[-_]size|-dp", 1))
-    share, fp8 = vllm_share(cfg, world), "fp8" in cfg.rollout_args
+    share = vllm_share(cfg, world)
+    fp8 = "--quantization fp8" in cfg.rollout_args.replace("=", " ")
     length = cfg.max_total_sequence_length
     each = speed.cached(m, cfg, length, tp, tp * engines, share, fp8, **other)
     return engines * max(0.0, each)

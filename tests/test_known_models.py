@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from argparse import Namespace
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -175,6 +176,14 @@ def test_a_model_without_a_preset_is_planned_with_the_lengths_of_a_real_run(monk
     assert [row[:3] for row in found if row[0] == "80"] == [("80", "4", "1"), ("80", "4", "same")]
 
 
+def test_the_page_shows_what_is_printed(monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs/nodes.md").read_text()
+    (name, shown) = re.search(
+        r"\$ python train_cispo.py --model (\S+) --dry-run\n(.*?)```", page, re.S
+    ).groups()
+    assert shown in dry_run(monkeypatch, capsys, "--model", name)[1]
+
+
 def test_a_235b_model_takes_64_gpus_of_80_gb(monkeypatch, capsys):
     report = dry_run(monkeypatch, capsys, "--model", "Qwen/Qwen3-235B-A22B")[1]
     assert re.search(r"24 GB +none of up to 512\n", report)
@@ -246,3 +255,14 @@ def test_what_shares_gpus_of_141_gb_does_not_fit_those_of_80(
     rows = table(monkeypatch, capsys, "--preset", preset, "--dry-run-ranks", "0")
     of_80 = {sample: int(train) for gb, train, sample, *_ in rows if gb == "80"}
     assert of_80 == ({"1": 1, "same": 2} if preset == "qwen3-4b" else {"1": 8})
+
+
+def test_the_largest_model_that_shares_a_gpu_of_80_gb_with_vllm_has_1_7b(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    flags = ["--preset", "qwen3-0.6b", "--model"]
+    assert dry_run(monkeypatch, capsys, *flags, "Qwen/Qwen3-1.7B")[0] == 0
+    rows = table(monkeypatch, capsys, "--model", "Qwen/Qwen3-4B")
+    assert ("80", "1", "same") not in [row[:3] for row in rows]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    two = ["--preset", "qwen3-4b", "--gpu-memory-gib", "79.6"]
+    assert dry_run(monkeypatch, capsys, *two)[0] == 0
