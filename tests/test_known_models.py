@@ -15,7 +15,8 @@ import torch
 import prepare
 from model import KNOWN_MODELS, ModelConfig
 from presets import PRESETS, parse_config
-from ranks import plan
+from ranks import dry_run as planner
+from ranks import plan, speed
 from ranks.plan import GIB
 from tests.test_dry_run import dry_run
 
@@ -208,6 +209,22 @@ def test_the_sums_of_the_gradients_are_counted_where_activations_leave_no_room_f
     assert plan.summed_gradients(dense, small, 1) == 0
     narrow = dataclasses.replace(small, grad_dtype="bfloat16")
     assert plan.summed_gradients(dense, narrow, 1) == 4 * dense.num_parameters
+
+
+def test_vllm_s_engines_share_the_experts_and_each_has_the_rest(monkeypatch):
+    """Two engines of 4 GPUs, of which each gives 0.3 of 139.8 GiB less 6; by hand."""
+    m, cfg = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"], PRESETS["qwen3-30b-a3b-node"]
+    experts = 2 * 48 * 128 * 3 * 2048 * 768
+    rest = 2 * 30_532_122_624 - experts
+    keys = 2 * 48 * 4 * 128 * 2  # of a token: keys and values of 4 heads in bf16
+    room = 4 * (0.3 * 139.8 - 6) * GIB - rest - experts / 2
+    assert speed.cached(m, cfg, 4096, 4, 8, 0.3) == pytest.approx(room / (4096 * keys))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    cfg = dataclasses.replace(cfg, dry_run=True)
+    assert planner.shared_samples(m, cfg, 8) == pytest.approx(2 * room / (4096 * keys))
+    # one engine has them all
+    alone = 4 * (0.3 * 139.8 - 6) * GIB - rest - experts
+    assert speed.cached(m, cfg, 4096, 4, 4, 0.3) == pytest.approx(alone / (4096 * keys))
 
 
 def test_a_vllm_without_room_for_one_sample_is_refused(monkeypatch, capsys):
