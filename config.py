@@ -210,8 +210,8 @@ class Plan(Group):
     """plan"""
 
     dry_run: bool = False  # print all flags and a layout's memory and traffic; status 2: too big
-    dry_run_ranks: int = 1  # of that layout; if torchrun starts several, as many
-    gpu_memory_gib: Positive = 79.6  # of a GPU; an 80 GB H100 has this much
+    dry_run_ranks: CountOrZero = 1  # of that layout, or torchrun's; 0: which GPUs train the model
+    gpu_memory_gib: Positive = 79.6  # of a GPU, as an H100 has; a run takes its GPU's if less
     nodes: int = 0  # compare all splits of so many into training and rollouts; 0: one layout
     mean_length: CountOrZero = 0  # tokens of a sample with its prompt; 0: the longest allowed
 

@@ -545,32 +545,52 @@ def expert_load(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 # ---- shapes that are known without a download ----------------------------------------------------
+# As https://huggingface.co/Qwen/Qwen3-NAME/raw/main/config.json says, read on 2026-11-27 in copies
+# of these files and tables of their values on GitHub. The shapes agree with torchtitan's
+# models/qwen3/__init__.py (0310b49), the later RoPE bases with radixark/miles (scripts/models, pull
+# request 327), the parameters with the model cards (tests/test_known_models.py). All have 151,936
+# words, heads of 128 values and eps 1e-6; where there are experts, a token takes 8 of 128.
+_SHAPES = {
+    # layers, D, H, G, width of a dense MLP and of an expert (0: none), tied, positions, RoPE's base
+    "0.6B": (28, 1024, 16, 8, 3072, 0, True, 40_960, 1e6),
+    "1.7B": (28, 2048, 16, 8, 6144, 0, True, 40_960, 1e6),
+    "4B": (36, 2560, 32, 8, 9728, 0, True, 40_960, 1e6),
+    "8B": (36, 4096, 32, 8, 12_288, 0, False, 40_960, 1e6),
+    "14B": (40, 5120, 40, 8, 17_408, 0, False, 40_960, 1e6),
+    "32B": (64, 5120, 64, 8, 25_600, 0, False, 40_960, 1e6),
+    "30B-A3B": (48, 2048, 32, 4, 6144, 768, False, 40_960, 1e6),
+    "235B-A22B": (94, 4096, 64, 4, 12_288, 1536, False, 40_960, 1e6),
+    "4B-2507": (36, 2560, 32, 8, 9728, 0, True, 262_144, 5e6),
+    "30B-A3B-2507": (48, 2048, 32, 4, 6144, 768, False, 262_144, 1e7),
+    "235B-A22B-2507": (94, 4096, 64, 4, 12_288, 1536, False, 262_144, 5e6),
+    "Coder-30B-A3B-Instruct": (48, 2048, 32, 4, 5472, 768, False, 262_144, 1e7),
+}
+
+
+def _known(layers, D, H, G, dense, expert, tied, positions, theta) -> ModelConfig:
+    experts = {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": expert,
+        "norm_topk_prob": True,
+    }
+    return ModelConfig(
+        vocab_size=151_936,
+        hidden_size=D,
+        num_hidden_layers=layers,
+        num_attention_heads=H,
+        num_key_value_heads=G,
+        head_dim=128,
+        intermediate_size=dense,
+        rope_theta=theta,
+        tie_word_embeddings=tied,
+        max_position_embeddings=positions,
+        **(experts if expert else {}),
+    )
+
+
 KNOWN_MODELS = {
-    "Qwen/Qwen3-30B-A3B": ModelConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        intermediate_size=6144,
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        norm_topk_prob=True,
-    ),
-    "Qwen/Qwen3-0.6B": ModelConfig(
-        vocab_size=151936,
-        hidden_size=1024,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=3072,
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    ),
+    f"Qwen/Qwen3-{name.replace('-2507', kind)}": _known(*shape)
+    for name, shape in _SHAPES.items()
+    for kind in (("-Instruct-2507", "-Thinking-2507") if "-2507" in name else ("",))
 }

@@ -112,18 +112,37 @@ def uncompilable_path() -> str:
 
 # ---- model ---------------------------------------------------------------------------------------
 def known_config(cfg) -> ModelConfig | None:
-    """What can be said of --model before anything is downloaded or made; None for a hub id that is
-    not known here. Raises: ValueError for that under --dry-run."""
+    """What can be said of --model before anything is downloaded or made: by its directory or what
+    the Hub's cache has of it, else by KNOWN_MODELS; None for a hub id that neither knows. Raises:
+    ValueError for that under --dry-run."""
     if not cfg.model:
         return task.tiny_config(cfg.task)
-    if Path(cfg.model).is_dir():
-        return ModelConfig.from_dir(cfg.model)
+    if path := model_here(cfg.model):
+        try:
+            return ModelConfig.from_dir(path)
+        except (ValueError, OSError) as e:
+            raise ValueError(f"--model {cfg.model}: {e}") from None
     if cfg.dry_run and cfg.model not in KNOWN_MODELS:
         raise ValueError(
-            f"--dry-run: --model {cfg.model!r} is neither a directory nor "
+            f"--dry-run: --model {cfg.model!r} is neither a directory, nor in the Hub's cache, nor "
             f"{', '.join(KNOWN_MODELS)}; a directory with the model's config.json is enough"
         )
     return KNOWN_MODELS.get(cfg.model)
+
+
+def model_here(name: str) -> Path | None:
+    """Where this machine has the config.json of a model: in a directory of that name, or in the
+    Hub's cache. Nothing is asked of a network."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no hub id: a path, say, whose directory is gone
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def fetch_model(name: str, files: list[str]) -> Path:

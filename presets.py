@@ -1,5 +1,6 @@
 """The presets, and how a command line becomes a Config."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -20,8 +21,10 @@ PRESET_NOTES = {
     "add": "the same model, two-digit sums: harder",
     "rounds": "the same model, over several turns: the next word is shown when one is reversed",
     "qwen3-0.6b": "dense Qwen3 on math: a GPU of 80 GB with vLLM on it too, or two of 24 GB",
+    "qwen3-4b": "the same, 4B: a GPU of 141 GB with vLLM on it too, or two of 80 GB",
     "qwen3-30b-a3b": "NeMo RL's CISPO recipe: Qwen3-30B-A3B on math, 16 GPUs train, 8 sample",
-    "scalerl": "ScaleRL's algorithm on the same model and GPUs, answers of up to 14k tokens",
+    "qwen3-30b-a3b-node": "the same on one node: 8 GPUs of 141 GB train, with vLLM on all of them",
+    "scalerl": "ScaleRL's algorithm on that model, 16 + 8 GPUs, answers of up to 14k tokens",
 }
 
 # NeMo RL's nightly test of CISPO (grpo-cispo-mm1-...-3n8g-megatron-cispo.yaml, commit 7ea279a),
@@ -56,6 +59,17 @@ NIGHTLY = Config(
     logprob_chunk_size=0, local_rollout=False, hub_port=8790, dry_run_ranks=16,
 )  # fmt: skip
 
+# The recipe on what one has at hand. Sizes and learning rate are ours, nothing is tuned: a fourth
+# of the samples an update, four updates a batch. By --dry-run the trainer takes 17 GiB; vLLM takes
+# 0.4 of its GPU, 32 GiB, shared or not. On two GPUs of 24 GB (CUDA_VISIBLE_DEVICES=0,1
+# --gpu-memory-gib 23) each has one.
+SMALL = dataclasses.replace(
+    NIGHTLY, preset="qwen3-0.6b", name="qwen3-0.6b", model="Qwen/Qwen3-0.6B", max_num_steps=200,
+    lr=1e-6, val_every_steps=20, train_global_batch_size=128, max_input_seq_length=1024,
+    max_new_tokens=3072, ep=1, dry_run_ranks=1, max_tokens_per_micro_batch=8192, hub_port=0,
+    local_rollout=True, rollout_args="--vllm-args '--gpu-memory-utilization 0.4'",
+)  # fmt: skip
+
 PRESETS = {
     "tiny": Config(),
     "add": dataclasses.replace(Config(), preset="add", name="add", task="add", max_num_steps=300),
@@ -65,15 +79,22 @@ PRESETS = {
         warm_start_accuracy=0.2,
     ),
     "qwen3-30b-a3b": NIGHTLY,
-    # The recipe on what one has at hand. Sizes and learning rate are ours, nothing is tuned: a
-    # fourth of the samples an update, four updates a batch. By --dry-run the trainer takes 15 GiB;
-    # vLLM takes 0.4 of its GPU, 32 GiB, shared or not. On two GPUs of 24 GB
-    # (CUDA_VISIBLE_DEVICES=0,1 --gpu-memory-gib 23) each has one.
-    "qwen3-0.6b": dataclasses.replace(
-        NIGHTLY, preset="qwen3-0.6b", name="qwen3-0.6b", model="Qwen/Qwen3-0.6B", max_num_steps=200,
-        lr=1e-6, val_every_steps=20, train_global_batch_size=128, max_input_seq_length=1024,
-        max_new_tokens=3072, ep=1, dry_run_ranks=1, max_tokens_per_micro_batch=8192, hub_port=0,
-        local_rollout=True, rollout_args="--vllm-args '--gpu-memory-utilization 0.4'",
+    "qwen3-0.6b": SMALL,
+    # The trainer takes 77 GiB, of which 45 are AdamW's state and 15 gradients: a GPU of 80 GB has
+    # no room for vLLM too. It has with --preset qwen3-0.6b --model Qwen/Qwen3-1.7B.
+    "qwen3-4b": dataclasses.replace(
+        SMALL, preset="qwen3-4b", name="qwen3-4b", model="Qwen/Qwen3-4B", gpu_memory_gib=139.8,
+    ),
+    # AdamW's state over 8 GPUs is 43 GiB of each, and with all else the trainer takes 91. On 80 GB
+    # it takes at least 69 (--tp 8), and vLLM 7 for its share of the weights, 6 of its own and 2 for
+    # the samples of a prompt: 84. There 8 GPUs train and others sample: the preset above, or
+    # --dry-run --model Qwen/Qwen3-30B-A3B. Two engines of 4 GPUs, as the recipe has them. Of host
+    # RAM the node needs 610 GB, by README's count while a checkpoint is written.
+    "qwen3-30b-a3b-node": dataclasses.replace(
+        NIGHTLY, preset="qwen3-30b-a3b-node", name="qwen3-30b-a3b-node", max_num_steps=200,
+        val_every_steps=20, dry_run_ranks=8, gpu_memory_gib=139.8, hub_port=0, local_rollout=True,
+        rollout_args="--vllm-args '--gpu-memory-utilization 0.3 --tensor-parallel-size 4 "
+        "--data-parallel-size 2'",
     ),
     # arXiv:2510.13786, as far as facts about it are at hand: 48 x 16 samples, 8 steps off-policy,
     # one ratio against the sampler bounded at 5 (4, 5 or 8 are the same), means over prompts, std
@@ -90,6 +111,8 @@ PRESETS = {
         interrupt_at_tokens=12288, lease_timeout_s=3600.0,
     ),
 }  # fmt: skip
+
+FOR_REAL = "qwen3-0.6b"  # whose lengths a model is planned with that is given without a preset
 
 
 # ---- from flags to a Config ----------------------------------------------------------------------
@@ -121,6 +144,10 @@ def parse_config(argv: list[str]) -> Config:
         sys.exit(0)
     cfg = parse_flags(Config, argv, defaults)
     given = {flag.split("=", 1)[0].replace("_", "-") for flag in argv}
+    bare = not PRESETS[cfg.preset].model and not {"--lr", "--max-new-tokens"} <= given
+    if bare and cfg.dry_run and is_real(cfg):  # planned for the lengths of a real run
+        ranks = [] if "--dry-run-ranks" in given else ["--dry-run-ranks", "0"]
+        return parse_config([*argv, *ranks, "--preset", FOR_REAL])
     cfg = with_own_data(cfg, defaults, given)
     if "--max-total-sequence-length" not in given and cfg.max_new_tokens > defaults.max_new_tokens:
         more = cfg.max_new_tokens - defaults.max_new_tokens  # prompts keep their room
@@ -128,7 +155,6 @@ def parse_config(argv: list[str]) -> Config:
         cfg = dataclasses.replace(cfg, max_total_sequence_length=total)
     cfg.validate()
     check_what_flags_name(cfg)
-    bare = not PRESETS[cfg.preset].model and not {"--lr", "--max-new-tokens"} <= given
     if bare and not cfg.dry_run and cfg.real_model:
         raise ValueError(
             f"--model {cfg.model}: --preset {cfg.preset} has a tiny model's --lr {cfg.lr:g} and "
@@ -137,6 +163,13 @@ def parse_config(argv: list[str]) -> Config:
             "give both"
         )
     return cfg
+
+
+def is_real(cfg: Config) -> bool:
+    """`cfg.real_model`, or no where its config.json cannot be read, which is told later."""
+    with contextlib.suppress(ValueError, OSError):
+        return cfg.real_model
+    return False
 
 
 def with_own_data(cfg: Config, defaults: Config, given: set[str]) -> Config:
@@ -182,7 +215,7 @@ def print_help(cfg: Config) -> None:
     usage = "usage: train_cispo.py [--preset NAME] [--flag VALUE ...]"
     print(f"{usage}      values shown: --preset {cfg.preset}\n")
     for name, what in PRESET_NOTES.items():
-        print(f"  --preset {name:16} {what}")
+        print(f"  --preset {name:18} {what}")
     print("\nA switch that is on is turned off by --no-NAME, and the other way round.")
     flags = Flags(cfg, cfg.resolved)
     print("\nwhat one sets first")

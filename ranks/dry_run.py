@@ -1,17 +1,20 @@
-"""What `--dry-run` prints: memory and traffic of a layout (plan.py), the time of an update, and how
-to divide nodes between training and rollouts (speed.py).
+"""What `--dry-run` prints: memory and traffic of a layout (plan.py), the time of an update, how to
+divide nodes between training and rollouts (speed.py), and which GPUs train a model at all.
 
     python train_cispo.py --preset qwen3-30b-a3b --dry-run
     python train_cispo.py --preset qwen3-30b-a3b --dry-run --nodes 3
+    python train_cispo.py --model Qwen/Qwen3-8B --dry-run
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 from ranks import speed
 from ranks.plan import (
     GIB,
     IMBALANCE,
+    VLLM_SHARE,
     activation_memory,
     as_flags,
     check_layout,
@@ -24,6 +27,7 @@ from ranks.plan import (
     parameter_classes,
     replayed_bytes,
     vllm_share,
+    vllm_value,
 )
 
 
@@ -42,15 +46,17 @@ def how_to_start(cfg, world: int) -> str:
 
 
 def print_report(m, cfg, world: int) -> None:
-    """Raises: ValueError for an impossible layout, and for one that does not fit, with what
-    would."""
+    """world: ranks of the layout; 0: which GPUs would do. Raises: ValueError for an impossible
+    layout, and for one that does not fit, with what would."""
     cfg = dataclasses.replace(cfg, dry_run=True)
-    if not cfg.nodes:
+    if world and not cfg.nodes:
         check_layout(m, world, cfg.tp, cfg.ep)
     check_model(m, cfg)
     cfg.validate()
     if cfg.nodes:
         return print_splits(m, cfg)
+    if not world:
+        return print_gpus(m, cfg)
     print(cfg.text + "\n")
     terms = memory(m, cfg, world)
     act = {name: size / GIB for name, size in activation_memory(m, cfg).items()}
@@ -67,8 +73,10 @@ def print_report(m, cfg, world: int) -> None:
         "live layer or loss": f"attention {act['attention']:.1f}, dense MLP "
         f"{act['dense MLP']:.1f}, MoE {act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with "
         f"{IMBALANCE:g} x the rows), loss {act['loss']:.1f}",
+        "sums of gradients": "in fp32, what they take beyond the activations that they replace",
         "vLLM on the same GPU": (
-            f"{vllm_share(cfg, world):g} of it, by --rollout-args; with a GPU more than ranks it "
+            f"{vllm_share(cfg, world):g} of it, by --rollout-args: room for "
+            f"{shared_samples(m, cfg, world):.0f} samples at once; with a GPU more than ranks it "
             "has that"
         ),
     }
@@ -89,6 +97,7 @@ def print_report(m, cfg, world: int) -> None:
         sent = replayed_bytes(m, cfg) * cfg.samples_per_step
         print(f"  {'experts to rank 0':24}{sent / 1e6:9.1f}  a step, with all layers, at most")
     check_memory(m, cfg, world)
+    check_sampler(m, cfg, world)
     if cfg.model:  # what takes a tiny one's time is none of these terms
         print_speed(m, cfg, world)
     print(f"\n{how_to_start(cfg, world)}")
@@ -237,3 +246,125 @@ def print_splits(m, cfg) -> None:
     )
     for t in speed.generation(m, cfg, one.rollout_nodes, mean_length(cfg), one.vllm):
         print(f"  {t.part:10}{t.name:34}{t.seconds:7.1f} s  {amount(t)}")
+
+
+# ---- which GPUs ----------------------------------------------------------------------------------
+SIZES = {"24 GB": 23.0, "80 GB": 79.6, "141 GB": 139.8}  # GiB of such a GPU
+MARGIN = 0.03  # of it stays free: so much a plan has been off (tests/test_fake_gpu.py)
+
+
+def shared_samples(m, cfg, world: int, **other) -> float:
+    """Of the longest kind, whose keys and values all engines hold that share GPUs with ranks."""
+    tp = int(vllm_value(cfg, "--tensor[-_]parallel[-_]size|-tp", 1))
+    engines = int(vllm_value(cfg, "--data[-_]parallel[-_]size|-dp", 1))
+    share = vllm_share(cfg, world)
+    fp8 = "--quantization fp8" in cfg.rollout_args.replace("=", " ")
+    length = cfg.max_total_sequence_length
+    each = speed.cached(m, cfg, length, tp, tp * engines, share, fp8, **other)
+    return engines * max(0.0, each)
+
+
+def check_sampler(m, cfg, world: int) -> None:
+    """Raises: ValueError for a vLLM on a rank's GPU that has no room for one sample there, whatever
+    else it needs."""
+    share = vllm_share(cfg, world)
+    if share and shared_samples(m, cfg, world, other=0) < 1:
+        raise ValueError(
+            f"--rollout-args {cfg.rollout_args!r}: vLLM's {share:g} of {cfg.gpu_memory_gib:g} GiB "
+            "do not hold its weights and the keys and values of one sample"
+        )
+
+
+class Way(NamedTuple):
+    """To train a model on GPUs of a size."""
+
+    ranks: int
+    sample: str  # GPUs of vLLM: a number of its own, or "same"
+    peak: float  # GiB of a rank's GPU
+    flags: dict  # of the trainer
+    vllm_args: list[str]
+
+
+def layouts(m, cfg, ranks: int) -> list[tuple[float, dict]]:
+    """All that fit without vLLM, the fastest first: the peak of a rank and flags of each."""
+    tokens = [cfg.max_tokens_per_micro_batch >> i for i in range(16)]
+    tokens = [n for n in tokens if n >= cfg.max_total_sequence_length]
+    found = []
+    for tp, ep, budget in itertools.product((1, 2, 4, 8), [1 << i for i in range(8)], tokens):
+        flags = {"tp": tp, "ep": ep, "max_tokens_per_micro_batch": budget}
+        changed = dataclasses.replace(cfg, **flags, local_rollout=False)
+        try:
+            check_layout(m, ranks, tp, ep)
+        except ValueError:
+            continue
+        peak = sum(memory(m, changed, ranks).values())
+        if peak <= (1 - MARGIN) * cfg.gpu_memory_gib:
+            N = update_tokens(changed, ranks)
+            terms = speed.training(m, changed, ranks, mean_length(cfg), N, speed.CODE)
+            found.append((speed.seconds(terms), peak, flags))
+    return [(peak, flags) for _, peak, flags in sorted(found, key=lambda layout: layout[:2])]
+
+
+def holds_group(m, cfg, tp: int, gpus: int, share: float) -> bool:
+    """Whether an engine on tp of vLLM's GPUs has room for all samples of a prompt at once."""
+    length = cfg.max_total_sequence_length
+    return speed.cached(m, cfg, length, tp, gpus, share) >= cfg.num_generations_per_prompt
+
+
+def engines(tp: int, gpus: int) -> list[str]:
+    """vLLM's flags for engines of tp GPUs on all of some."""
+    sizes = {"--tensor-parallel-size": tp, "--data-parallel-size": gpus // tp}
+    return [f"{name} {size}" for name, size in sizes.items() if size > 1]
+
+
+def own_gpus(m, cfg) -> Way | None:
+    """The fewest GPUs that train it, beside as few as vLLM needs."""
+    tp = next((tp for tp in (1, 2, 4, 8) if holds_group(m, cfg, tp, tp, VLLM_SHARE)), None)
+    for ranks in (1 << i for i in range(10)):
+        if tp and (found := layouts(m, cfg, ranks)):
+            peak, flags = found[0]
+            flags["local_rollout"] = ranks + tp <= speed.GPUS_A_NODE
+            return Way(ranks, str(tp), peak, flags, engines(tp, tp))
+    return None
+
+
+def same_gpus(m, cfg) -> Way | None:
+    """The fewest GPUs of one machine that train it with vLLM on all of them."""
+    for ranks in (1, 2, 4, 8):
+        for peak, flags in layouts(m, cfg, ranks):
+            share = int(100 * (1 - MARGIN - peak / cfg.gpu_memory_gib)) / 100
+            for tp in (n for n in (1, 2, 4, 8) if ranks % n == 0):
+                if holds_group(m, cfg, tp, ranks, share):
+                    args = [f"--gpu-memory-utilization {share:g}", *engines(tp, ranks)]
+                    peak += share * cfg.gpu_memory_gib
+                    return Way(ranks, "same", peak, {**flags, "local_rollout": True}, args)
+    return None
+
+
+def print_gpus(m, cfg) -> None:
+    """How many GPUs of which size train the model, and with which flags."""
+    print(
+        f"{cfg.model}: {m.num_parameters:,} parameters. The fewest GPUs of a size that train it on "
+        f"samples of {cfg.max_total_sequence_length} tokens, by arithmetic\n"
+    )
+    given = f"flags beside --preset {cfg.preset} --model {cfg.model}"
+    print(f"{'GPUs of':10}{'train':>6}{'sample':>8}{'GiB':>8}  {given}")
+    for name, gib in SIZES.items():
+        sized = dataclasses.replace(cfg, gpu_memory_gib=gib)
+        ways = [way for way in (own_gpus(m, sized), same_gpus(m, sized)) if way]
+        for way in ways:
+            flags = {"gpu_memory_gib": gib, **way.flags}
+            words = [as_flags({n: x for n, x in flags.items() if x != getattr(cfg, n)})]
+            if flags["local_rollout"]:
+                inner = f"--vllm-args '{' '.join(way.vllm_args)}'" if way.vllm_args else ""
+                words.append(f'--rollout-args="{inner}"')
+            print(
+                f"{name:10}{way.ranks:6}{way.sample:>8}{way.peak:8.1f}  "
+                f"{' '.join(filter(None, words))}"
+            )
+        if not ways:
+            print(f"{name:10}  none of up to 512")
+    print(
+        "\nGiB: the peak of a GPU that trains. To start it on one machine: NPROC=GPUS_THAT_TRAIN "
+        "bash launch.sh FLAGS; on several: docs/nodes.md"
+    )

@@ -6,9 +6,8 @@ holds between the seams (sequence parallelism), a bytes of an activation. A para
 `replicas` ranks, which add up their gradients and share its optimizer state (ZeRO-1), so that state
 is 12 * numel / replicas bytes: fp32 master, m and v.
 
-Parameters, gradients, optimizer state, bytes on the wire and FLOPs are exact. Activations are what
-autograd keeps when the model runs eagerly (a compiled block keeps less). Buffers of the optimizer
-step are not counted: they come when the activations are gone, and must fit where those were.
+Parameters, gradients, their sums, optimizer state, bytes on the wire and FLOPs are exact.
+Activations are what autograd keeps when the model runs eagerly (a compiled block keeps less).
 """
 
 import dataclasses
@@ -125,6 +124,16 @@ def static_memory(
     }
 
 
+def summed_gradients(m, cfg, world: int) -> float:
+    """Bytes of a rank's shard of the gradients' sums over ranks, in fp32. They are made while the
+    last backward pass gives up its activations, and stay until the update is done. fp32 gradients
+    of parameters that no other rank holds are their own sums."""
+    classes = parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)
+    own = dtype_bytes(cfg)[1] == 4
+    made = [c for c in classes if c.trained and (c.replicas > 1 or not own)]
+    return 4 * sum(c.numel / c.replicas for c in made)
+
+
 # ---- activations ---------------------------------------------------------------------------------
 def dtype_bytes(cfg) -> tuple[int, int]:
     """Of a parameter or activation, and of a gradient. "auto" is what it is on CUDA."""
@@ -175,8 +184,13 @@ def vllm_share(cfg, world: int) -> float:
     gpus = len(named.split(",")) if named else torch.cuda.device_count()
     if not cfg.local_rollout or gpus > ranks or not (torch.cuda.is_available() or cfg.dry_run):
         return 0.0
-    given = re.findall(r"--gpu[-_]memory[-_]utilization[ =]([\d.]+)", cfg.rollout_args)
-    return float(given[-1]) if given else VLLM_SHARE
+    return vllm_value(cfg, "--gpu[-_]memory[-_]utilization", VLLM_SHARE)
+
+
+def vllm_value(cfg, names: str, unset: float) -> float:
+    """Of a flag for the vLLM that is started here. names: a pattern of its spellings."""
+    given = re.findall(rf"(?:{names})[ =]+([\d.]+)", cfg.rollout_args)
+    return float(given[-1]) if given else unset
 
 
 def memory(m, cfg, world: int) -> dict[str, float]:
@@ -192,7 +206,12 @@ def memory(m, cfg, world: int) -> dict[str, float]:
     # The backward of one layer, or the loss. Without recompute most of the layer is in the term
     # above already.
     layer = max(act["dense MLP"], act["MoE, fullest rank"] - (0 if recompute else act["MoE"]))
-    terms["live layer or loss"] = max(layer + act["attention"] * recompute, act["loss"])
+    layer += act["attention"] * recompute
+    terms["live layer or loss"] = max(layer, act["loss"])
+    # The sums of the gradients take the place of the saved activations.
+    first = terms["saved activations"] + terms["live layer or loss"]
+    if (more := summed_gradients(m, cfg, world) + layer - first) > 0:
+        terms["sums of gradients"] = more
     gib = {"CUDA and NCCL": OVERHEAD_GIB, **{name: size / GIB for name, size in terms.items()}}
     if share := vllm_share(cfg, world):
         gib["vLLM on the same GPU"] = share * cfg.gpu_memory_gib
@@ -363,4 +382,7 @@ def check(m, cfg, world: int) -> None:
     check_model(m, cfg)
     if torch.cuda.is_available():
         check_cuda(m, cfg)
+        # a plan for larger GPUs than these is none
+        here = int(torch.cuda.get_device_properties(0).total_memory / GIB * 10) / 10
+        cfg = dataclasses.replace(cfg, gpu_memory_gib=min(cfg.gpu_memory_gib, here))
     check_memory(m, cfg, world)

@@ -270,17 +270,39 @@ class Engine(NamedTuple):
         return self.sequences / self.tp / seconds(self.terms)
 
 
-def engine(m, cfg, length: float, tp: int, in_flight: float, fp8: bool) -> Engine | None:
-    """An engine that has in_flight sequences a GPU at most; None where its weights do not fit. FP8:
-    the weights of experts and projections have a byte; embedding, head, router and keys stay."""
-    numel = {kind: n for kind, (_, n, _) in slices(m, 1, 1).items()}
+def vllm_weights(m, fp8: bool) -> dict[str, int]:
+    """Bytes by class. FP8: the weights of experts and projections have a byte; embedding, head,
+    router and keys stay."""
     wide = ("embedding and head", "routers", "norms")
-    size = {kind: n * (1 if fp8 and kind not in wide else 2) for kind, n in numel.items()}
-    L, C, D = m.num_hidden_layers, m.head_dim, m.hidden_size
-    kv = 2 * L * max(m.num_key_value_heads, tp) * C * 2  # bytes of a token, on all tp GPUs
+    return {
+        kind: n * (1 if fp8 and kind not in wide else 2)
+        for kind, (_, n, _) in slices(m, 1, 1).items()
+    }
+
+
+def vllm_keys(m, tp: int) -> int:
+    """Bytes of keys and values of a token, on all tp GPUs."""
+    return 2 * m.num_hidden_layers * max(m.num_key_value_heads, tp) * m.head_dim * 2
+
+
+def cached(
+    m, cfg, length: float, tp: int, gpus: int, share: float, fp8=False, other=VLLM_OTHER
+) -> float:
+    """Sequences whose keys and values an engine of tp GPUs holds beside its weights, in a share of
+    each GPU's memory; below 0 where these alone are too much. gpus: of all engines, over which the
+    experts are cut."""
+    size = vllm_weights(m, fp8)
+    weights = sum(size.values()) - size.get("experts", 0) * (1 - tp / gpus)
+    room = tp * (share * cfg.gpu_memory_gib * 2**30 - other) - weights
+    return room / (vllm_keys(m, tp) * length)
+
+
+def engine(m, cfg, length: float, tp: int, in_flight: float, fp8: bool) -> Engine | None:
+    """An engine that has in_flight sequences a GPU at most; None where its weights do not fit."""
+    size, kv = vllm_weights(m, fp8), vllm_keys(m, tp)
+    L, D = m.num_hidden_layers, m.hidden_size
     context = (length + min(PROMPT_TOKENS, length / 2)) / 2  # mean over a sample's decoding
-    room = tp * (VLLM_SHARE * cfg.gpu_memory_gib * 2**30 - VLLM_OTHER) - sum(size.values())
-    B = min(tp * in_flight, room / (kv * length))
+    B = min(tp * in_flight, cached(m, cfg, length, tp, tp, VLLM_SHARE, fp8))
     if B < 1:
         return None
     experts, K, E = size.get("experts", 0), m.num_experts_per_tok, max(1, m.num_experts)

@@ -315,7 +315,7 @@ def test_any_checkpoint_directory_can_be_planned_for(monkeypatch, capsys, tiny_c
     [
         (
             ["--model", "nobody/x"],
-            "--model 'nobody/x' is neither a directory nor Qwen/Qwen3-30B-A3B",
+            "--model 'nobody/x' is neither a directory, nor in the Hub's cache, nor Qwen/",
         ),
         (["--preset", "qwen3-30b-a3b", "--ep", "6"], "--ep 6 does not divide num_experts=128"),
         (
@@ -336,18 +336,7 @@ SHARED = "vLLM on the same GPU"
 @pytest.fixture
 def qwen3_4b(tmp_path):
     """Its config.json alone."""
-    cfg = ModelConfig(
-        vocab_size=151936,
-        hidden_size=2560,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=9728,
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    )
+    cfg = KNOWN_MODELS["Qwen/Qwen3-4B"]
     (tmp_path / "4b").mkdir()
     (tmp_path / "4b/config.json").write_text(json.dumps(cfg.to_hf(0)))
     return str(tmp_path / "4b")
