@@ -161,6 +161,8 @@ class Flags:
             shown = f"--{'' if value else 'no-'}{name}"
         else:
             text = repr(value) if isinstance(value, str) else str(value)
+            if isinstance(value, tuple):
+                text = " ".join(map(repr, value)) or "''"
             text = "unset" if value is None else text if len(text) < 48 else f"{text[:40]}..."
             shown = f"--{name} {text}"
         options = " | ".join(choices(self.kinds[field]))

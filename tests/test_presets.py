@@ -51,7 +51,7 @@ RECIPE = [
     ("megatron_cfg.expert_model_parallel_size", 8, "ep"),
     ("megatron_cfg.freeze_moe_router", True, "freeze_moe_router"),
     ("router_replay", "off", "router_replay"),
-    ("data.dataset_name", "nvidia/OpenMathInstruct-2", "data"),
+    ("data.dataset_name", ["nvidia/OpenMathInstruct-2"], "data"),
     ("data.split less split_validation_size, 5 %", "train_1M[5%:]", "data_split"),
     ("of which grpo.max_val_samples", "train_1M[:128]", "val_data_split"),
     ("grpo.val_period, val_at_start and val_at_end", 10, "val_every_steps"),
@@ -264,7 +264,7 @@ def test_the_length_limit_grows_with_the_answers_where_it_is_not_given():
 def test_own_data_has_not_the_preset_s_columns_and_validation():
     cfg = parse_config(["--preset", "qwen3-0.6b", "--data", "mine.jsonl"])
     found = (cfg.data_split, cfg.prompt_column, cfg.answer_column, cfg.val_data, cfg.val_data_split)
-    assert found == ("train", "", "", "", "train") and cfg.prompt_template == presets.MATH_PROMPT
+    assert found == ("train", "", "", (), "train") and cfg.prompt_template == presets.MATH_PROMPT
     cfg = parse_config(
         ["--preset", "qwen3-0.6b", "--data=mine.jsonl", "--data-split", "dev", "--reward", "exact"]
     )
