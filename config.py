@@ -106,8 +106,8 @@ class Data(Group):
             found = None
         if not isinstance(found, dict) or ours & found.keys():
             yield (
-                f"--chat-template-kwargs {self.chat_template_kwargs!r}: expected a JSON object as "
-                f"""{{"enable_thinking": false}} is, without {", ".join(sorted(ours))}"""
+                f"--chat-template-kwargs {self.chat_template_kwargs!r}: expected a JSON object, as "
+                f"""{{"enable_thinking": false}}, without {", ".join(sorted(ours))}"""
             )
 
     @property

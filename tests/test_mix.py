@@ -245,17 +245,14 @@ def between_of_a_node(run, checkpoint, tmp_path):
     return asyncio.run(answer())
 
 
-@pytest.mark.parametrize(
-    ("given", "why"),
-    [
-        ("enable_thinking", "expected a JSON object"),
-        ("[1]", "expected a JSON object"),
-        ('{"add_generation_prompt": false}', "without add_generation_prompt, messages, tokenize"),
-    ],
-)
-def test_variables_that_are_none_are_one_line(given, why):
-    with pytest.raises(ValueError, match=rf"--chat-template-kwargs '.*: expected .*{why[:20]}"):
+@pytest.mark.parametrize("given", ["enable_thinking", "[1]", '{"tokenize": true}'])
+def test_variables_that_are_none_are_one_line(given):
+    with pytest.raises(ValueError) as refused:
         presets.parse_config([f"--chat-template-kwargs={given}"])
+    assert str(refused.value) == (
+        f"--chat-template-kwargs {given!r}: expected a JSON object, as "
+        '{"enable_thinking": false}, without add_generation_prompt, messages, tokenize'
+    )
 
 
 def test_a_variable_that_the_template_would_pass_over_is_refused(tmp_path, checkpoint):
