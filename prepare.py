@@ -164,18 +164,11 @@ def resolve_model(cfg: Config, rank: int) -> Path:
 
 # ---- data ----------------------------------------------------------------------------------------
 def read_all(names: list[str], split: str, cfg: Config, flag: str) -> list[data.Examples]:
-    """These data sets. Where there are several, the split is of those that have some."""
-    several = len(names) > 1
-    return [
-        data.read_data(
-            name,
-            "train" if several and data.is_row_file(name) else split,
-            cfg.prompt_column,
-            cfg.answer_column,
-            flag,
-        )
-        for name in names
-    ]
+    """These data sets. The split is of those that have some; where none has, it is refused."""
+    rows = [data.is_row_file(name) for name in names]
+    splits = ["train" if row_file and not all(rows) else split for row_file in rows]
+    columns = (cfg.prompt_column, cfg.answer_column, flag)
+    return [data.read_data(name, of, *columns) for name, of in zip(names, splits)]
 
 
 def check_all_answers(cfg: Config, examples, held_out: dict[str, data.Examples]) -> None:
@@ -244,12 +237,12 @@ def load_prompts(cfg: Config, checkpoint: Path, examples, held_out: dict | None 
                 f"{rows.num_chats} are chats"
             )
     interruption(cfg, codec)  # raises what it raises before there is a run
-    for spec in rewards_of(cfg).values():
+    for flag, spec in rewards_of(cfg).items():
         for role in roles_asked_for(reward_sources(spec), spec.rpartition(":")[2]):
             try:
                 codec.between(role, "?")
             except ValueError as e:
-                raise ValueError(f"--reward {spec}: {e}") from None
+                raise ValueError(f"{flag_of(flag)} {spec}: {e}") from None
     limit = (
         f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens "
         f"{cfg.max_new_tokens}"

@@ -146,7 +146,7 @@ def test_a_split_is_of_those_of_several_that_have_some(tmp_path, files):
     found = examples_of(files[0], path, "--data-split", "train[:2]")
     assert [len(part) for part in found.parts] == [3, 2]
     with pytest.raises(ValueError, match="only Parquet files have splits"):
-        examples_of(files[0], "--data-split", "train[:2]")
+        examples_of(*files, "--data-split", "train[:2]")
 
 
 # ---- columns within columns ----------------------------------------------------------------------
@@ -230,10 +230,14 @@ def between_of_a_node(run, checkpoint, tmp_path):
     async def ask(*args, **kwargs):
         raise Enough  # it has its tokenizer by now
 
+    async def started():
+        pass
+
     async def answer():
         node = Node(parse_flags(RolloutConfig, ["http://h:1", "--dir", str(tmp_path / "n")]), None)
         node.serve(run)
         node.run, node.checkpoint, node.ask = run, checkpoint, ask
+        node.players.workers.start = started
         node.ready.set()
         try:
             await node.answer_prompts()

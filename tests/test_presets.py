@@ -196,6 +196,9 @@ def test_help_shows_every_flag_once_on_one_line_with_its_value(preset, capsys):
     # unset in tiny: resolved
     assert value("--ratio-clip-max") == {"tiny": "5.0", "scalerl": "4.0"}[preset]
     assert value("--max-input-seq-length") == {"tiny": "56", "scalerl": "2048"}[preset]
+    (data,) = [line for line in lines if line.split()[:1] == ["--data"]]
+    shown = {"tiny": "--data ''", "scalerl": "--data 'nvidia/OpenMathInstruct-2'"}[preset]
+    assert data.split("  ")[1] == shown and "class" not in data
     groups = [line for line in lines if line and not line.startswith(" ")]
     assert {"the run", "data", "rewards", "rollouts", "loss", "training"} <= set(groups)
 
