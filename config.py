@@ -85,13 +85,14 @@ class ModelAndTask(Group):
 class Data(Group):
     """data"""
 
-    data: str = ""  # JSONL, JSON, CSV, Parquet, a saved data set, or NAME[:CONFIG] of the Hub
-    data_split: str = "train"  # of it; train[:5000] is one too
-    prompt_column: str = ""  # "": prompt, messages, conversations, problem or question
-    answer_column: str = ""  # "": answer or expected_answer, whichever there is
+    data: tuple[str, ...] = ()  # files, or NAME[:CONFIG] of the Hub; several may have :WEIGHT
+    data_split: str = "train"  # of those that have splits; train[:5000] is one too
+    prompt_column: str = ""  # or NAME.IN.IT; "": prompt, messages, conversations, problem, question
+    answer_column: str = ""  # or NAME.IN.IT; "": answer or expected_answer, whichever there is
     system_prompt: str = ""  # text or file: first message of every chat that has none
     prompt_template: str = "{problem}"  # text or file; {problem} or {}: prompt; {NAME}: a column
     chat_template: bool = True  # text is a user's message in the model's chat template; off: raw
+    chat_template_kwargs: str = ""  # JSON with variables of that template
     max_input_seq_length: int | None = None  # longer prompts are left out; unset: room for answers
     no_resampling_pass_rate: float | None = None  # a prompt of this mean reward does not return
 
@@ -99,6 +100,20 @@ class Data(Group):
         rate = self.no_resampling_pass_rate
         if rate is not None and rate <= 0:
             yield f"--no-resampling-pass-rate {rate}: must be above 0, or no prompt comes back"
+        ours = {"add_generation_prompt", "messages", "tokenize"}
+        try:
+            found = self.template_kwargs
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or ours & found.keys():
+            yield (
+                f"--chat-template-kwargs {self.chat_template_kwargs!r}: expected a JSON object, as "
+                f"""{{"enable_thinking": false}}, without {", ".join(sorted(ours))}"""
+            )
+
+    @property
+    def template_kwargs(self) -> dict:
+        return json.loads(self.chat_template_kwargs or "{}")
 
 
 @dataclass(frozen=True)
@@ -157,25 +172,20 @@ class RolloutFlags(Group):
 class ValidationFlags(Group):
     """validation: held-out prompts, answered beside the training ones"""
 
-    val_every_steps: int = 40  # and at the start and the end; 0: never. Needs --val-data or a task
-    val_data: str = ""  # as --data; "": 64 examples of the built-in task that are not trained on
-    val_data_split: str = "train"  # of it; test[:500] is one too
-    val_samples: int = 4  # of each prompt: the k of avg@k and pass@k
+    val_every_steps: CountOrZero = 40  # and at start and end; 0: never. Needs --val-data or a task
+    val_data: tuple[str, ...] = ()  # [NAME=]DATA, the first names the best; "": 64 of the task
+    val_data_split: str = "train"  # of those that have splits; test[:500] is one too
+    val_reward: str = ""  # as --reward, for validation; "": that of --reward
+    val_samples: Count = 4  # of each prompt: the k of avg@k and pass@k
     val_pass_threshold: float = 1.0  # a sample with at least this reward solves its prompt (pass@k)
-    val_temperature: Temperature = 1.0  # of sampling; 0: greedy, with one sample
+    val_temperature: NonNegative = 1.0  # of sampling; 0: greedy, with one sample
     val_timeout_s: Seconds = 600.0  # longest wait for the last one at the end of the run
 
     def faults(self) -> Iterator[str]:
-        every, temperature, samples = self.val_every_steps, self.val_temperature, self.val_samples
-        if min(every, temperature) < 0 or samples < 1:
+        if self.val_temperature == 0 and self.val_samples > 1:
             yield (
-                f"--val-every-steps {every}, --val-temperature {temperature} and --val-samples "
-                f"{samples}: must be at least 0, 0 and 1"
-            )
-        if temperature == 0 and samples > 1:
-            yield (
-                f"--val-samples {samples}: --val-temperature 0 is greedy, all samples would be the "
-                "same; use 1"
+                f"--val-samples {self.val_samples}: --val-temperature 0 is greedy, all samples "
+                "would be the same; use 1"
             )
 
 

@@ -223,6 +223,15 @@ def prompt_of(value) -> str | list[dict]:
     return value if isinstance(value, str) else chat_of(value)
 
 
+def reach(row: dict, column: str):
+    """What a row has in a column, or in NAME.IN.IT within one; None if that is not there."""
+    if column in row:
+        return row[column]
+    for name in column.split("."):
+        row = row.get(name) if isinstance(row, dict) else None
+    return row
+
+
 def check_text(value) -> None:
     """Raises: ValueError for half of a character, as a cut emoji leaves it: it has no form in
     UTF-8."""
@@ -246,6 +255,7 @@ class Examples:
         if not len(rows):
             raise ValueError(f"{name}: holds no example")
         self.rows, self.name, self.notes, self.num_chats = rows, name, [], 0
+        self.parts, self.starts = [self], [0]  # as Several has them
         self.templates: dict[str, str] = {}  # those that `template` has compared with every row
         without = []
         if hasattr(rows, "features"):
@@ -284,9 +294,14 @@ class Examples:
             )
 
     def _column(self, what: str, wanted: str, usual: tuple[str, ...]) -> str:
-        there = list(self.rows[0])
+        first = self.rows[0]
+        there = list(first)
         found = [c for c in ((wanted,) if wanted else usual) if c in there]
+        if wanted and reach(first, wanted) is not None:
+            found = [wanted]
         if len(found) != 1:
+            inner = {c: x for c, x in first.items() if isinstance(x, dict)}
+            there += [f"{c}.{name}" for c, x in inner.items() for name in x]
             raise ValueError(
                 f"{self.name} has the columns {', '.join(there)}: which is the {what}? "
                 f"--{what}-column {wanted or '|'.join(found or usual)}"
@@ -297,10 +312,17 @@ class Examples:
     def _values(self, *names: str):
         """What every row has in these columns, in the order of the rows."""
         if not hasattr(self.rows, "select_columns"):
-            return (tuple(row.get(c) for c in names) for row in self.rows)
+            return (tuple(reach(row, c) for c in names) for row in self.rows)
         # others, long ones, are not read
-        batches = self.rows.select_columns(list(dict.fromkeys(names))).iter(1000)
-        return (values for batch in batches for values in zip(*(batch[c] for c in names)))
+        there = self.rows.column_names
+        top = [c if c in there else c.partition(".")[0] for c in names]
+        batches = self.rows.select_columns(list(dict.fromkeys(top))).iter(1000)
+        rows = (zip(*(batch[c] for c in top)) for batch in batches)
+        return (
+            tuple(reach({c: value}, name) for c, value, name in zip(top, values, names))
+            for batch in rows
+            for values in batch
+        )
 
     def _error(self, i: int, column: str, e: ValueError) -> ValueError:
         where = self.rows.where(i) if isinstance(self.rows, Lines) else f"{self.name} row {i}"
@@ -335,8 +357,8 @@ class Examples:
         row = plain(self.rows[i])
         return {
             **row,
-            "prompt": prompt_of(row[self.prompt_column]),
-            "answer": row[self.answer_column],
+            "prompt": prompt_of(reach(row, self.prompt_column)),
+            "answer": reach(row, self.answer_column),
         }
 
     def template(self, text: str) -> str:
@@ -387,7 +409,65 @@ class Examples:
         return found
 
 
+PER_BLOCK = 1000  # prompts in which the weights of the data sets are kept
+
+
+def mix_of(given: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    """What --data names: the data sets, and how many of PER_BLOCK prompts each of them gives, none
+    where they have no weights. One alone has none: NAME:2024 is a set of the Hub.
+
+    Raises: ValueError for a weight that is missing or too small, or a data set named twice.
+    """
+    found = [re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text) for text in given]
+    weighted = len(given) > 1 and any(found)
+    if weighted and not all(found):
+        bare = next(text for text, match in zip(given, found) if not match)
+        raise ValueError(f"--data {bare}: has no weight, and others have; all or none, as {bare}:1")
+    names = [match[1] for match in found] if weighted else list(given)
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"--data {twice[0]}: is named twice; give it a weight instead")
+    if not weighted:
+        return names, []
+    weights = [float(match[2]) for match in found]
+    exact = [PER_BLOCK * weight / (sum(weights) or 1) for weight in weights]
+    counts = [int(x) for x in exact]
+    by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_rest[: PER_BLOCK - sum(counts)]:
+        counts[i] += 1
+    if min(counts) < 1:
+        i = counts.index(min(counts))
+        raise ValueError(
+            f"--data {given[i]}: a weight of {weights[i]:g} is below 1/{PER_BLOCK} of all"
+        )
+    return names, counts
+
+
+def named(given: tuple[str, ...]) -> dict[str, str]:
+    """What --val-data names: NAME=DATA, or DATA under the name of its file or set.
+
+    Raises: ValueError where a name is there twice, or is one of our metrics'.
+    """
+    found = {}
+    for text in given:
+        match = re.fullmatch(r"([\w-]{1,40})=(.+)", text)
+        name, what = match.groups() if match and not Path(text).exists() else ("", text)
+        if not name:
+            last = Path(what).name.partition(":")[0]
+            ending = next((e for e in (*ROW_FILES, ".parquet") if last.endswith(e)), "")
+            name = re.sub(r"[^\w-]+", "-", last.removesuffix(ending))[:40]
+        if name in found or name == "reward":
+            why = "is the name of two data sets" if name in found else "is the name of a metric"
+            raise ValueError(f"--val-data {text}: {name!r} {why}; give another, as NAME={what}")
+        found[name] = what
+    return found
+
+
 ROW_FILES = tuple(f".{kind}{gz}" for gz in ("", ".gz") for kind in ("jsonl", "json", "csv"))
+
+
+def is_row_file(name: str) -> bool:
+    """Whether `Lines` reads it, which knows no splits."""
+    return name.endswith(ROW_FILES) and Path(name).is_file()
 
 
 def read_data(
@@ -411,7 +491,7 @@ def read_data(
         raise ValueError(
             f"{flag} {name!r}: the name of a file ends with {', '.join(ROW_FILES)} or .parquet"
         )
-    if path.is_file() and not name.endswith(".parquet"):
+    if is_row_file(name):
         if split != "train":
             raise ValueError(f"{flag}-split {split!r}: only Parquet files have splits")
         return Examples(Lines(name, flag), prompt_column, answer_column, f"{flag} {name}")

@@ -14,6 +14,7 @@ data set. The table comes at the end.
 import asyncio
 import contextlib
 import json
+import re
 import shutil
 import signal
 import sys
@@ -77,7 +78,8 @@ def parse(argv: list[str]) -> tuple[Evaluation, list[str]]:
     for name in ("models", "data"):
         given = getattr(found, name)
         if not given or len(set(given)) < len(given):
-            raise ValueError(f"{name} {' '.join(given)!r}: one or more, each once")
+            said = f"--{name}" if name == "data" else name
+            raise ValueError(f"{said} {' '.join(given)!r}: one or more, each once")
     return found, rest
 
 
@@ -90,7 +92,11 @@ def read(ev: Evaluation, rest: list[str]) -> list[list[Prompts]]:
     for model in ev.models:
         found.append([])
         for name in ev.data:
-            cfg = parse_config([*rest, "--model", model, "--data", name, *sampling])
+            try:
+                cfg = parse_config([*rest, "--model", model, "--data", name, *sampling])
+            except ValueError as e:  # it knows these three by longer names
+                said = re.sub(r"--val-(samples|temperature|pass-threshold)\b", r"--\1", str(e))
+                raise ValueError(said) from None
             examples, checkpoint = load_examples(cfg), resolve_model(cfg, rank=0)
             prompts, codec, _ = data = load_prompts(cfg, checkpoint, examples)
             kept = [examples[i] for i in range(len(examples)) if i not in prompts.skip]
@@ -110,7 +116,7 @@ class Evaluator(Node):
 
     async def begin(self) -> None:
         """Raises: VLLMUnfit, RewardsEnd, RuntimeError."""
-        await self.workers.start()
+        await self.val_players.workers.start()
         await self._start(0)
         self.ready.set()
         self.watching = asyncio.create_task(self.watch_vllm())
@@ -129,7 +135,7 @@ class Evaluator(Node):
 
     async def round(self, p: Prompts, num_samples: int, temperature: float) -> Round:
         """Every prompt answered, or given up as in a validation."""
-        self.codec = self.players.codec = p.codec
+        self.codec = self.val_players.codec = p.codec
         how = {"n": num_samples, "temperature": temperature}
         self.run["val_sampling"] = {**p.run["val_sampling"], **how}
         cfg = p.cfg
@@ -240,6 +246,7 @@ def table(ev: Evaluation, records: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> None:
+    log.who = ""  # no rollout node of a trainer
     try:
         ev, rest = parse(argv)
         prompts = read(ev, rest)

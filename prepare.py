@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 import data
 import task
-from bridge.flags import parse_flags
+from bridge.flags import flag_of, parse_flags
 from bridge.hub import check_address
 from bridge.processes import cores, why_no_gpu
 from bridge.reward_pool import check_reward, roles_asked_for
@@ -56,9 +56,8 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
         reward_takes(cfg)
     examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
     held_out = load_held_out(cfg, examples) if rank == 0 else None
-    for rows, name in ((examples, "--data"), (held_out, "--val-data")):
-        if rows and (warning := check_answers(cfg.reward, rows, name)):
-            say(f"warning: {warning}")
+    if rank == 0:
+        check_all_answers(cfg, examples, held_out)
     checkpoint = resolve_model(cfg, rank)
     if model_cfg is None:
         plan.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
@@ -183,11 +182,30 @@ def resolve_model(cfg: Config, rank: int) -> Path:
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_examples(cfg: Config) -> data.Examples:
+def read_all(names: list[str], split: str, cfg: Config, flag: str) -> list[data.Examples]:
+    """These data sets. The split is of those that have some; where none has, it is refused."""
+    rows = [data.is_row_file(name) for name in names]
+    splits = ["train" if row_file and not all(rows) else split for row_file in rows]
+    columns = (cfg.prompt_column, cfg.answer_column, flag)
+    return [data.read_data(name, of, *columns) for name, of in zip(names, splits)]
+
+
+def check_all_answers(cfg: Config, examples, held_out: dict[str, data.Examples]) -> None:
+    """Say of which data set the rewards can hardly be 1. Raises: ValueError where none can."""
+    checked = [(cfg.reward, part) for part in examples.parts]
+    checked += [(cfg.val_reward or cfg.reward, part) for part in held_out.values()]
+    for reward, part in checked:
+        if warning := check_answers(reward, part, part.name):
+            say(f"warning: {warning}")
+
+
+def load_examples(cfg: Config) -> data.Examples | task.Several:
     """The run's data set. Raises: ValueError for one that cannot be read, or has not what the
     template names."""
     if cfg.data:
-        examples = data.read_data(cfg.data, cfg.data_split, cfg.prompt_column, cfg.answer_column)
+        names, counts = data.mix_of(cfg.data)
+        parts = read_all(names, cfg.data_split, cfg, "--data")
+        examples = task.Several(parts, counts) if len(parts) > 1 else parts[0]
     else:
         examples = data.Examples(
             task.task_examples(cfg.task, 20_000, cfg.seed), name=f"--task {cfg.task}"
@@ -196,10 +214,10 @@ def load_examples(cfg: Config) -> data.Examples:
     return examples
 
 
-def load_held_out(cfg: Config, examples: data.Examples) -> data.Examples | None:
-    """The data set of validation. Raises: ValueError as `load_examples` does."""
+def load_held_out(cfg: Config, examples) -> dict[str, data.Examples]:
+    """The data sets of validation by name. Raises: ValueError as `load_examples` does."""
     if not cfg.validates(0):
-        return None
+        return {}
     if not cfg.val_data:
         found = task.held_out_examples(cfg.task, 64, cfg.seed, examples)
         if len(found) < 64:
@@ -207,29 +225,29 @@ def load_held_out(cfg: Config, examples: data.Examples) -> data.Examples | None:
                 f"--task {cfg.task}: all but {len(found)} of its prompts are trained on; these "
                 "validate"
             )
-        return data.Examples(found, name=f"--task {cfg.task}")
-    held_out = data.read_data(
-        cfg.val_data, cfg.val_data_split, cfg.prompt_column, cfg.answer_column, "--val-data"
-    )
-    held_out.template(examples.template(data.text_of(cfg.prompt_template)))
-    return held_out
+        return {cfg.task: data.Examples(found, name=f"--task {cfg.task}")}
+    names = data.named(cfg.val_data)
+    parts = read_all(list(names.values()), cfg.val_data_split, cfg, "--val-data")
+    for part in parts:
+        part.template(examples.template(data.text_of(cfg.prompt_template)))
+    return dict(zip(names, parts))
 
 
-def load_prompts(
-    cfg: Config, checkpoint: Path, examples: data.Examples, held_out: data.Examples | None = None
-):
-    """The run's prompts, their tokenizer, and the list of held-out examples. Raises: ValueError
-    when none of a data set is short enough to be answered, or the checkpoint's tokenizer or its
-    template cannot do it."""
-    template = examples.template(data.text_of(cfg.prompt_template))
-    codec = task.Codec(checkpoint, data.text_of(cfg.system_prompt), template, cfg.chat_template)
+def load_prompts(cfg: Config, checkpoint: Path, examples, held_out: dict | None = None):
+    """The run's prompts, their tokenizer, and the lists of held-out examples by name. Raises:
+    ValueError when none of a data set is short enough to be answered, or the checkpoint's tokenizer
+    or its template cannot do it."""
+    template, held_out = examples.template(data.text_of(cfg.prompt_template)), held_out or {}
+    how = (template, cfg.chat_template, cfg.template_kwargs)
+    codec = task.Codec(checkpoint, data.text_of(cfg.system_prompt), *how)
+    codec.check_kwargs()
     vocab_size = ModelConfig.from_dir(checkpoint).vocab_size
     if outside := [i for i in task.eos_token_ids(checkpoint) if not 0 <= i < vocab_size]:
         raise ValueError(
             f"{checkpoint}: eos_token_id {outside[0]} is outside the vocabulary of {vocab_size}: "
             "no sample would end by it; mend generation_config.json or config.json"
         )
-    for rows in filter(None, (examples, held_out)):
+    for rows in (*examples.parts, *held_out.values()):
         for note in rows.notes:
             say(note)
         if rows.num_chats and template != "{problem}":
@@ -238,12 +256,12 @@ def load_prompts(
                 f"{rows.num_chats} are chats"
             )
     interruption(cfg, codec)  # raises what it raises before there is a run
-    function = cfg.reward.rpartition(":")[2]
-    for role in roles_asked_for(reward_sources(cfg.reward), function):
-        try:
-            codec.between(role, "?")
-        except ValueError as e:
-            raise ValueError(f"--reward {cfg.reward}: {e}") from None
+    for flag, spec in rewards_of(cfg).items():
+        for role in roles_asked_for(reward_sources(spec), spec.rpartition(":")[2]):
+            try:
+                codec.between(role, "?")
+            except ValueError as e:
+                raise ValueError(f"{flag_of(flag)} {spec}: {e}") from None
     limit = (
         f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens "
         f"{cfg.max_new_tokens}"
@@ -254,18 +272,23 @@ def load_prompts(
 
     def too_long(rows: data.Examples, what: str) -> set[int]:
         skip = rows.too_long(codec, cfg.max_prompt_tokens)
+        several = f" of {rows.name}" if len(examples.parts) > 1 or len(held_out) > 1 else ""
         if len(skip) == len(rows):
-            raise ValueError(f"no {what} can be used: all {len(skip)} have {limit}")
+            raise ValueError(f"no {what}{several} can be used: all {len(skip)} have {limit}")
         if skip:
-            say(f"{len(skip)} of {len(rows)} {what}s are left out: they have {limit}")
+            say(f"{len(skip)} of {len(rows)} {what}s{several} are left out: they have {limit}")
         return skip
 
-    skip = too_long(examples, "prompt")
-    left_out = too_long(held_out, "held-out prompt") if held_out else set()
-    val_examples = (
-        [held_out[i] for i in range(len(held_out)) if i not in left_out] if held_out else []
-    )
-    return task.Prompts(examples, cfg.seed, skip), codec, val_examples
+    skip = {
+        start + i
+        for start, part in zip(examples.starts, examples.parts)
+        for i in too_long(part, "prompt")
+    }
+    kept = {}
+    for name, rows in held_out.items():
+        left_out = too_long(rows, "held-out prompt")
+        kept[name] = [rows[i] for i in range(len(rows)) if i not in left_out]
+    return task.Prompts(examples, cfg.seed, skip), codec, kept
 
 
 def node_config(cfg: Config) -> RolloutConfig:
@@ -283,13 +306,24 @@ def check_replay(cfg: Config) -> None:
         raise ValueError(why)
 
 
-def reward_takes(cfg: Config) -> str:
-    """What the reward function judges: a "completion", all "completions" of a prompt, or a "sample"
-    that it makes itself. Raises: ValueError when it cannot be loaded."""
-    if not reward_sources(cfg.reward):
-        return takes(built_in()[cfg.reward])
-    node = node_config(cfg)
-    return check_reward(cfg.reward, node.reward_start_timeout_s, node.reward_away_timeout_s)
+def rewards_of(cfg: Config) -> dict[str, str]:
+    """The reward functions by flag, that of validation where it has its own."""
+    found = {"reward": cfg.reward, "val_reward": cfg.val_reward}
+    return {flag: spec for flag, spec in found.items() if spec}
+
+
+def reward_takes(cfg: Config) -> set[str]:
+    """What the reward functions judge: a "completion", all "completions" of a prompt, or a "sample"
+    that they make themselves. Raises: ValueError when one cannot be loaded."""
+    found, node = set(), node_config(cfg)
+    limits = (node.reward_start_timeout_s, node.reward_away_timeout_s)
+    for flag, spec in rewards_of(cfg).items():
+        try:
+            own = reward_sources(spec)
+            found.add(check_reward(spec, *limits) if own else takes(built_in()[spec]))
+        except ValueError as e:
+            raise ValueError(str(e).replace("--reward", flag_of(flag), 1)) from None
+    return found
 
 
 def interruption(cfg: Config, codec: task.Codec) -> dict:
@@ -308,7 +342,7 @@ def interruption(cfg: Config, codec: task.Codec) -> dict:
 
 # ---- what a run is made from ---------------------------------------------------------------------
 def origin_of(
-    cfg: Config, checkpoint: Path, examples: data.Examples, held_out: data.Examples | None
+    cfg: Config, checkpoint: Path, examples, held_out: dict[str, data.Examples]
 ) -> dict[str, str]:
     """Digests of what a run is made from, mostly by flag: a resumed run must have the same or say
     what changed."""
@@ -320,11 +354,12 @@ def origin_of(
         checkpoint / name
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     ]
+    of_validation = [rows.digest() for rows in held_out.values()]
     return {
         "data": examples.digest(),
-        "val_data": held_out.digest() if held_out else "",
+        "val_data": " ".join(of_validation),
         "model": model_digest(checkpoint),
-        "reward": reward_digest(cfg.reward),
+        **{flag: reward_digest(spec) for flag, spec in rewards_of(cfg).items()},
         **{name: digest(text.encode()) for name, text in texts.items()},
         "tokenizer": " ".join(digest(file.read_bytes()) for file in files if file.exists()),
     }
@@ -374,9 +409,10 @@ def run_for_nodes(cfg: Config, checkpoint: Path, data, dtype: torch.dtype) -> di
         "fp32_lm_head": cfg.fp32_lm_head,
         **interruption(cfg, codec),
         "recompute_kv_cache": cfg.recompute_kv_cache_after_weight_updates,
-        "reward": cfg.reward,
-        "reward_digest": reward_digest(cfg.reward),
-        "plays": reward_takes(cfg) == "sample",
+        **rewards_of(cfg),
+        **{f"{flag}_digest": reward_digest(spec) for flag, spec in rewards_of(cfg).items()},
+        "plays": "sample" in reward_takes(cfg),
+        "chat_template_kwargs": cfg.template_kwargs,
         "experts": cfg.router_replay == "sampler"
         and (m.num_hidden_layers, m.num_experts_per_tok, m.num_experts),
         "sampling": sampling,

@@ -33,10 +33,10 @@ NIGHTLY = Config(
     preset="qwen3-30b-a3b", name="qwen3-30b-a3b", model="Qwen/Qwen3-30B-A3B", seed=42,
     max_num_steps=10,
     # Its prompt file in other words: one user's message through the chat template, so Qwen3 thinks.
-    data="nvidia/OpenMathInstruct-2", prompt_column="problem", answer_column="expected_answer",
+    data=("nvidia/OpenMathInstruct-2",), prompt_column="problem", answer_column="expected_answer",
     # train_1M less 5 %, of which 128 validate at the start, every 10 steps and at the end, with one
     # sample each, not greedy.
-    data_split="train_1M[5%:]", val_data="nvidia/OpenMathInstruct-2",
+    data_split="train_1M[5%:]", val_data=("nvidia/OpenMathInstruct-2",),
     val_data_split="train_1M[:128]", val_every_steps=10, val_samples=1, val_temperature=1.0,
     prompt_template=MATH_PROMPT, reward="math",  # hf_math_verify
     # 512 samples, 16 updates.
@@ -143,6 +143,8 @@ def parse_config(argv: list[str]) -> Config:
             print_help(defaults)
         sys.exit(0)
     cfg = parse_flags(Config, argv, defaults)
+    none = {name: tuple(filter(None, getattr(cfg, name))) for name in ("data", "val_data")}
+    cfg = dataclasses.replace(cfg, **none)  # --val-data "" is none
     given = {flag.split("=", 1)[0].replace("_", "-") for flag in argv}
     bare = not PRESETS[cfg.preset].model and not {"--lr", "--max-new-tokens"} <= given
     if bare and cfg.dry_run and is_real(cfg):  # planned for the lengths of a real run
@@ -186,7 +188,7 @@ def check_what_flags_name(cfg: Config) -> None:
     """Files, packages and further flags. Raises: ValueError. What is imported here is not needed
     for --help."""
     from bridge.reward_process import reward_sources
-    from data import PLACE, split_template, text_of
+    from data import PLACE, mix_of, named, split_template, text_of
 
     try:
         parse_flags(RolloutConfig, ["HUB", *shlex.split(cfg.rollout_args)])
@@ -197,6 +199,12 @@ def check_what_flags_name(cfg: Config) -> None:
 
         Trackers.check(cfg)
     reward_sources(cfg.reward)
+    try:
+        cfg.val_reward and reward_sources(cfg.val_reward)
+    except ValueError as e:
+        raise ValueError(str(e).replace("--reward", "--val-reward", 1)) from None
+    mix_of(cfg.data)
+    named(cfg.val_data)
     template = text_of(cfg.prompt_template)
     if template.count("{problem}") > 1 or not PLACE.search(template):
         split_template(template)  # raises; the rest needs the columns

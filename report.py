@@ -26,7 +26,7 @@ from bridge.console import say
 from bridge.groups import NOT_SAMPLED, Group, means_of_parts
 from bridge.logs import last_line, read_jsonl, without_time
 from bridge.prometheus import numbers
-from bridge.validation import Round, Validation, log_samples, samples, score
+from bridge.validation import log_samples, log_validation
 from bridge.weights import checkpoint_files
 from loss import Algorithm, effective_share, ratio_quantile
 from ranks.batch import left_out, trained_lengths
@@ -270,40 +270,6 @@ def log_validations(
         trackers.log(record, "version")
         scores[done.version] = record[f"validation/avg@{hub.validation.num_samples}"]
     return scores
-
-
-def log_validation(
-    done: Round, validation: Validation, decode: Callable[[list[int]], str], run_dir: Path
-) -> dict:
-    """A finished round: its samples to validation/vN.jsonl, its record to validation.jsonl and a
-    line to the console. Returns the record."""
-    path = run_dir / "validation" / f"v{done.version}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    lines = [json.dumps(s, ensure_ascii=False) for s in samples(done, validation.examples, decode)]
-    path.write_text(
-        "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
-    )
-    record, k = (
-        score(done, validation.num_samples, validation.pass_threshold),
-        validation.num_samples,
-    )
-    solved = (
-        "" if validation.pass_threshold == 1 else f" (reward {validation.pass_threshold:g} or more)"
-    )
-    with open(run_dir / "validation.jsonl", "a") as f:
-        f.write(json.dumps(record) + "\n")
-    (first, last), r = record["versions"], lambda name: record[f"validation/{name}"]
-    wrong = [
-        f"{r(name)} {name.replace('_', ' ')}"
-        for name in ("prompts_failed", "samples_dropped", "leases_repeated")
-        if r(name)
-    ]
-    say(
-        f"validation of v{done.version}: avg@{k} {r(f'avg@{k}'):.3f}, pass@{k} "
-        f"{r(f'pass@{k}'):.3f}{solved} on {r('prompts')} prompts, tokens of v{first}..v{last}, "
-        f"{done.seconds:.1f} s{''.join(f', {w}' for w in wrong)}"
-    )
-    return record
 
 
 # ---- elsewhere -----------------------------------------------------------------------------------

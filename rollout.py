@@ -34,9 +34,9 @@ from bridge.episodes import Players
 from bridge.flags import parse_flags
 from bridge.groups import pack_group
 from bridge.processes import log, node_name, own_directory, why_no_gpu
-from bridge.reward_pool import Away, RewardsEnd, RewardWorkers
+from bridge.reward_pool import Away, RewardsEnd
 from bridge.reward_process import reward_digest
-from bridge.sample import Damaged, Sample, experts_of, interrupted
+from bridge.sample import Damaged, Sample, experts_of, interrupted, what_was_wrong
 from bridge.vllm import NO_ANSWER, VLLM, VLLMUnfit
 from bridge.waits import Wait, WaitOver, backoff_s
 from config import RolloutConfig
@@ -71,18 +71,6 @@ async def all_of(coroutines) -> list:
         await asyncio.wait(tasks)
 
 
-def what_was_wrong(scores: list, example: dict) -> str:
-    """Of samples without a reward: how many, and why; "" if there is none."""
-    wrong = [str(x) for x in scores if isinstance(x, Damaged)]
-    wrong += [f"reward: {x}" for x in scores if isinstance(x, str)]
-    # time-outs differ by their time of day
-    kinds = [bad.partition(" since ")[0] for bad in wrong]
-    reasons = ", ".join(
-        f"{kinds.count(kind)} x {wrong[kinds.index(kind)]}" for kind in dict.fromkeys(kinds)
-    )
-    return f"samples dropped: {reasons[:600]}; of {str(example)[:200]}" if wrong else ""
-
-
 # ---- the node ------------------------------------------------------------------------------------
 class Node:
     """The tasks of a rollout node around one vLLM."""
@@ -93,7 +81,7 @@ class Node:
             os.getpid(), os.environ.get("CISPO_NODE_MARK") or secrets.token_hex(4)
         )
         self.root = own_directory(cfg)
-        self.vllm = self.workers = self.players = None
+        self.vllm = self.players = self.val_players = None
         self.run: dict = {}
         self.ready = asyncio.Event()  # vLLM is up on the weights of self.version, and the hub knows
         self.engine = asyncio.Lock()  # held by whoever starts vLLM or loads weights into it
@@ -111,16 +99,15 @@ class Node:
         return await ask(self.hub, method, route, self.cfg.hub_timeout_s, **kwargs)
 
     def serve(self, run: dict) -> None:
-        """What a run needs here, not started yet: a vLLM, and the processes of its reward."""
+        """What a run needs here, not started yet: a vLLM, and the processes of its rewards."""
         self.vllm = VLLM(self.cfg, run, self.root / "vllm.log")
-        self.workers = RewardWorkers(
-            run["reward"],
-            self.cfg.reward_workers,
-            self.cfg.reward_timeout_s,
-            self.cfg.reward_start_timeout_s,
-            self.cfg.reward_away_timeout_s,
-        )
-        self.players = Players(self.workers)
+        self.players = self.val_players = Players.of(run["reward"], self.cfg)
+        if run.get("val_reward"):
+            self.val_players = Players.of(run["val_reward"], self.cfg)
+
+    @property
+    def judges(self) -> set[Players]:
+        return {self.players, self.val_players}
 
     async def join(self) -> None:
         """Ask the hub what the run is. A vLLM that fits it is kept, its weights are not trusted."""
@@ -130,8 +117,9 @@ class Node:
         except ValueError:
             raise RuntimeError(f"{self.cfg.hub} answers, but is no hub") from None
         try:
-            if reward_digest(run["reward"]) != run["reward_digest"]:
-                raise ValueError(f"--reward {run['reward']!r}: the file differs from the trainer's")
+            for flag in ("reward", "val_reward"):
+                if flag in run and reward_digest(run[flag]) != run[f"{flag}_digest"]:
+                    raise ValueError(f"--reward {run[flag]!r}: the file differs from the trainer's")
         except ValueError as e:
             raise RuntimeError(f"{e}; copy it to {self.name} from where the trainer runs") from None
         fits = {**self.run, "id": ""} == {**run, "id": ""}
@@ -150,7 +138,8 @@ class Node:
     async def close(self) -> None:
         if self.vllm is not None:
             await self.vllm.stop()
-            await self.workers.close()
+            for players in self.judges:
+                await players.workers.close()
 
     async def follow_weights(self) -> None:
         """Fetch every newer version as it is published, and load it. One that cannot be had whole
@@ -334,7 +323,9 @@ class Node:
                 "leases": held,
                 "vllm": {**vitals, "limit": self.limit, **load},
             }
-            body["failed_rewards"], self.workers.failed = dict(self.workers.failed), Counter()
+            body["failed_rewards"] = sum((p.workers.failed for p in self.judges), Counter())
+            for players in self.judges:
+                players.workers.failed = Counter()
             for lease in json.loads(await self.ask("POST", "/beat", json=body))["drop"]:
                 if (task := self.held.get(lease)) and not task.done():
                     log(f"lease {lease} is no longer ours")
@@ -370,7 +361,7 @@ class Node:
             samples = [Sample(lease["prompt_ids"], *how) for _ in range(self.run[kind]["n"])]
             try:
                 scores, prompt_experts = await all_of(
-                    [self.scores_of(samples, lease["example"]), self.prompt_experts(lease, request)]
+                    [self.scores_of(samples, lease), self.prompt_experts(lease, request)]
                 )
             except NotGenerated as e:
                 why = str(e)
@@ -448,19 +439,21 @@ class Node:
                 await asyncio.sleep(backoff_s(attempt))
         raise NotGenerated(why)
 
-    async def scores_of(self, samples: list[Sample], example: dict) -> list:
+    async def scores_of(self, samples: list[Sample], lease: dict) -> list:
         """Make the samples of a prompt. Returns, of each, its reward, or why it has none: Damaged,
         Away, or another str. A sample is scored when it ends; a function that judges all of them
         waits for the last."""
         ended, scores, left = [], {}, len(samples)
+        players = self.players if lease["validates"] is None else self.val_players
+        workers, example = players.workers, lease["example"]
         interruption = self.run.get("interrupt_at", 0), self.run.get("interrupt_ids", [])
 
         async def make(sample: Sample) -> None:
             nonlocal left
             ask = interrupted(sample, *interruption, self.codec.decode)
             try:
-                if self.workers.takes == "sample":
-                    scores[sample] = await self.players.play(sample, ask, example)
+                if workers.takes == "sample":
+                    scores[sample] = await players.play(sample, ask, example)
                     return
                 sample.turns = 1
                 await ask()
@@ -470,11 +463,11 @@ class Node:
             finally:
                 left -= 1
             await asyncio.sleep(0)  # those that end together are scored together
-            if not ended or (left and self.workers.takes == "completions"):
+            if not ended or (left and workers.takes == "completions"):
                 return
             scoring, ended[:] = ended[:], []
             texts = [self.codec.decode(s.token_ids) for s in scoring]
-            scores.update(zip(scoring, await self.workers.score(texts, example)))
+            scores.update(zip(scoring, await workers.score(texts, example)))
 
         await all_of(make(sample) for sample in samples)
         return [scores[sample] for sample in samples]
@@ -489,9 +482,11 @@ class Node:
             log(f"lease {lease}: {e}")  # expired meanwhile
 
     async def answer_prompts(self) -> None:
-        await asyncio.gather(self.workers.start(), self.ready.wait())
-        self.codec = self.players.codec = Codec(self.checkpoint)
-        if self.workers.takes == "sample":
+        await asyncio.gather(*(p.workers.start() for p in self.judges), self.ready.wait())
+        self.codec = Codec(self.checkpoint, kwargs=self.run.get("chat_template_kwargs"))
+        for players in self.judges:
+            players.codec = self.codec
+        if any(players.workers.takes == "sample" for players in self.judges):
             await asyncio.to_thread(self.codec.warm_up)
         try:
             while True:

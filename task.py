@@ -1,7 +1,7 @@
 """What is trained on: prompts and answers. FORK HERE: this is the file that every project replaces.
 
 Three ways in, none of which needs an edit:
-    --data NAME          a JSONL, JSON, CSV or Parquet file, a saved data set, or one on the Hub
+    --data NAME ...      JSONL, JSON, CSV or Parquet files, saved data sets, or some of the Hub
     --reward NAME        exact, numeric, math, or FILE.py:FUNCTION (the contract is in rewards.py)
     --task reverse | add the built-in character tasks, learned on a laptop in two minutes
 
@@ -14,46 +14,90 @@ The built-in tasks come with a tokenizer of single characters and a supervised w
 from random weights no sample is ever right and a policy gradient has nothing to reinforce.
 """
 
+import bisect
 import contextlib
 import functools
 import hashlib
 import json
 import math
 import random
+import re
 import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
-from data import chat_of, filled_in, split_template
+from data import Examples, chat_of, filled_in, split_template
+
+
+class Several:
+    """Several data sets as one: the rows of the first, then those of the next, and so on. counts:
+    how many of each block of prompts they give (data.mix_of); none: one for each row."""
+
+    def __init__(self, parts: list[Examples], counts: list[int]):
+        self.parts, self.counts = parts, counts
+        self.starts = np.cumsum([0, *map(len, parts)]).tolist()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        part = bisect.bisect_right(self.starts, i) - 1
+        return self.parts[part][i - self.starts[part]]
+
+    def digest(self) -> str:
+        """Of the rows and of how they are mixed."""
+        mixed = [[part.digest() for part in self.parts], self.counts]
+        return blake3(json.dumps(mixed).encode()).hexdigest()
+
+    def template(self, text: str) -> str:
+        """As Examples.template, for all of them."""
+        for part in self.parts:
+            text = part.template(text)
+        return text
 
 
 class Prompts:
     """An endless sequence of prompts: ordinal -> example. Each epoch is a permutation of its own,
     which depends on nothing but the seed, so an ordinal names the same prompt in every process and
-    after every restart. `skip`: rows that are not sampled; their ordinals are passed over by the
-    ledger, so that the others' stay what they are."""
+    after every restart. So it is with data sets that are mixed by weight: a block of ordinals is
+    dealt out to them in a seeded order, and each has epochs of its own. `skip`: rows that are not
+    sampled; their ordinals are passed over by the ledger, so that the others' stay what they are.
+    """
 
     def __init__(self, examples, seed: int, skip: set[int] = frozenset()):
         self.examples, self.seed, self.skip = examples, seed, skip
-        self._orders: dict[int, np.ndarray] = {}
+        self.counts = getattr(examples, "counts", [])  # of a block, by data set
+        # the last two of each data set: one that is leased again may be of the epoch before
+        self._order = functools.lru_cache(2 * len(self.counts) + 2)(self._order)
 
     def row(self, ordinal: int) -> int:
         """The row of the data set that an ordinal names."""
-        epoch, position = divmod(ordinal, len(self.examples))
-        if epoch not in self._orders:
-            # RandomState, since numpy promises its stream for ever: a checkpoint of today resumes
-            # under any numpy.
-            order = np.random.RandomState([self.seed % 2**32, epoch]).permutation(
-                len(self.examples)
-            )
-            self._orders = {
-                **{e: o for e, o in self._orders.items() if e == epoch - 1},
-                epoch: order,
-            }
-        return int(self._orders[epoch][position])
+        if not self.counts:
+            return self._in_turn(ordinal, len(self.examples))
+        block, i = divmod(ordinal, sum(self.counts))
+        num_sets = len(self.counts)
+        owners = np.repeat(np.arange(num_sets), self.counts)
+        dealt = owners[self._order(len(owners), block, num_sets)]
+        mine = dealt[i]
+        before = block * self.counts[mine] + np.count_nonzero(dealt[:i] == mine)
+        first, end = self.examples.starts[mine : mine + 2]
+        return first + self._in_turn(int(before), end - first, int(mine))
+
+    def _in_turn(self, place: int, size: int, *data_set: int) -> int:
+        """The row at a place of one data set's sequence."""
+        epoch, position = divmod(place, size)
+        return int(self._order(size, epoch, *data_set)[position])
+
+    def _order(self, size: int, *key: int) -> np.ndarray:
+        # RandomState, since numpy promises its stream for ever: a checkpoint of today resumes under
+        # any numpy.
+        return np.random.RandomState([self.seed % 2**32, *key]).permutation(size)
 
     def __getitem__(self, ordinal: int) -> dict:
         return self.examples[self.row(ordinal)]
@@ -62,8 +106,8 @@ class Prompts:
 class Codec:
     """Text to token ids and back, from a checkpoint's tokenizer.json and its chat template.
 
-    Raises: ValueError without a tokenizer.json, or for a system prompt where there is no chat
-    template to take it.
+    Raises: ValueError without a tokenizer.json, or for a system prompt or kwargs where there is no
+    chat template to take them.
     """
 
     def __init__(
@@ -72,7 +116,9 @@ class Codec:
         system_prompt: str = "",
         template: str = "{problem}",
         chat: bool = True,
+        kwargs: dict | None = None,
     ):
+        """kwargs: variables of the chat template."""
         from tokenizers import Tokenizer
 
         self.path = Path(checkpoint)
@@ -89,15 +135,20 @@ class Codec:
             self.tokenizer.model.dropout = None
         self.parts = split_template(template)
         self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.kwargs = kwargs or {}
         config = self.path / "tokenizer_config.json"
         has_chat = (self.path / "chat_template.jinja").exists() or bool(
             config.exists() and json.loads(config.read_text(encoding="utf-8")).get("chat_template")
         )
-        self.chat, self._hf, self._around = chat and has_chat, None, None
+        self.chat, self._around = chat and has_chat, None
         if self.system and not self.chat:
             raise ValueError(
                 f"--system-prompt: {checkpoint} has no chat template to take it, or it is "
                 "switched off"
+            )
+        if self.kwargs and not self.chat:
+            raise ValueError(
+                f"--chat-template-kwargs: {checkpoint} has no chat template, or it is switched off"
             )
 
     def encode(self, example: dict) -> list[int]:
@@ -177,12 +228,9 @@ class Codec:
         if self.system and all(message["role"] != "system" for message in chat):
             chat = [*self.system, *chat]
         try:
-            if self._hf is None:
-                # takes seconds to import: only chats need it
-                from transformers import AutoTokenizer
-
-                self._hf = AutoTokenizer.from_pretrained(self.path)
-            text = self._hf.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            text = self._hf.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=False, **self.kwargs
+            )
         except (
             jinja2.TemplateError,
             OSError,
@@ -204,6 +252,20 @@ class Codec:
                     f"template of {self.path}"
                 )
         return text
+
+    @functools.cached_property
+    def _hf(self):
+        from transformers import AutoTokenizer  # takes seconds to import: only chats need it
+
+        return AutoTokenizer.from_pretrained(self.path)
+
+    def check_kwargs(self) -> None:
+        """Raises: ValueError for one that the chat template would pass over in silence."""
+        for name in self.kwargs:
+            if not re.search(rf"\b{re.escape(name)}\b", str(self._hf.chat_template)):
+                raise ValueError(
+                    f"--chat-template-kwargs: the chat template of {self.path} has no {name!r}"
+                )
 
     def decode(self, ids: list[int], special: bool = False) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=not special)

@@ -214,7 +214,7 @@ class Screen:
         rounds = read_jsonl(self.run_dir / "validation.jsonl")
         newest, lines = rounds[-1] if rounds else {}, []
         for metric in (name for name in newest if "@" in name):
-            label = f"validation {metric.split('/')[1]}, v{newest['version']}"
+            label = f"{metric.replace('/', ' ', 1)}, v{newest['version']}"
             score, course = show(newest[metric], ".3f"), spark([r.get(metric) for r in rounds])
             lines.append(f"  {label:34}{score:>22}   {GREEN}{course}{OFF}")
         return lines
@@ -378,7 +378,9 @@ def plot(run_dir: Path, path: Path | None = None) -> Path:
         ax.set(title=title, xlabel="step", ylabel=label, yscale="log" if log else "linear")
         ax.grid(alpha=0.3)
     validations = read_jsonl(run_dir / "validation.jsonl")
-    for name, color in zip((n for r in validations[:1] for n in r if "@" in n), ("black", "gray")):
+    # one after the other, as data sets may have come later
+    names = dict.fromkeys(n for r in validations for n in r if "@" in n)
+    for name, color in zip(names, ("black", "gray", *(f"C{i % 10}" for i in range(2, len(names))))):
         points = [(r["version"], r[name]) for r in validations if name in r]
         axes.flat[0].plot(*zip(*points), "o--", color=color, label=name.replace("/", " "))
     for ax in axes.flat:

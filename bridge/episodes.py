@@ -74,6 +74,12 @@ class Player:
 class Players:
     """Plays the episodes of a node, in the processes of its reward functions."""
 
+    @classmethod
+    def of(cls, spec: str, node) -> "Players":
+        """With processes of a reward function, not started yet. node: the flags of rollout.py."""
+        limits = (node.reward_timeout_s, node.reward_start_timeout_s, node.reward_away_timeout_s)
+        return cls(RewardWorkers(spec, node.reward_workers, *limits))
+
     def __init__(self, workers: RewardWorkers):
         self.workers, self.codec = workers, None
         self.players: list[Player] = []

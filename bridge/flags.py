@@ -142,7 +142,8 @@ def choices(kind) -> list[str]:
     """The values of a Literal, or of one that may be None; else none."""
     is_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     kinds = typing.get_args(kind) if is_union else [kind]
-    return [str(value) for k in kinds for value in typing.get_args(k)]
+    literals = [k for k in kinds if typing.get_origin(k) is typing.Literal]
+    return [str(value) for k in literals for value in typing.get_args(k)]
 
 
 class Flags:
@@ -161,6 +162,8 @@ class Flags:
             shown = f"--{'' if value else 'no-'}{name}"
         else:
             text = repr(value) if isinstance(value, str) else str(value)
+            if isinstance(value, tuple):
+                text = " ".join(map(repr, value)) or "''"
             text = "unset" if value is None else text if len(text) < 48 else f"{text[:40]}..."
             shown = f"--{name} {text}"
         options = " | ".join(choices(self.kinds[field]))

@@ -47,7 +47,10 @@ def program_files() -> list[Path]:
 
 
 def log(message: str) -> None:
-    say(message, who="rollout")
+    say(message, who=log.who)
+
+
+log.who = "rollout"  # whose processes these are
 
 
 def node_name(pid: int, mark: str) -> str:

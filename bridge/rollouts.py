@@ -44,9 +44,9 @@ class Rollouts:
     """
 
     def __init__(self, cfg, model, dtype: torch.dtype, checkpoint: Path, data, run: dict, start):
-        """data: prompts, codec and held-out examples on rank 0, None elsewhere; run: what a node
-        must know of the run; start: the step to begin at, the saved state, the validations due;
-        dtype: of the weights that are sent; checkpoint: where config and tokenizer are."""
+        """data: prompts, codec and held-out examples by name on rank 0, None elsewhere; run: what a
+        node must know of the run; start: the step to begin at, the saved state, the validations
+        due; dtype: of the weights that are sent; checkpoint: where config and tokenizer are."""
         self.cfg, self.rank, self.stop = cfg, model.mesh.rank, None
         self.hub: Hub | None = None
         self.node: LocalRollout | None = None
@@ -151,11 +151,12 @@ def start_hub(cfg, data, vocab_size: int, run: dict) -> Hub:
         cfg.no_resampling_pass_rate,
     )
     validation = Validation(
-        held_out,
+        [example for examples in held_out.values() for example in examples],
         cfg.val_samples,
         cfg.lease_timeout_s,
         cfg.max_prompt_failures,
         cfg.val_pass_threshold,
+        {name: len(examples) for name, examples in held_out.items()},
     )
     weights_dir, token = cfg.run_dir / "weights", os.environ.get("CISPO_TOKEN")
     token = token or secrets.token_urlsafe(32)

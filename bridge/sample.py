@@ -131,3 +131,15 @@ def interrupted(sample: Sample, at: int, text_ids: list[int], decode) -> Ask:
         return Turn([*thought.token_ids, *put, *rest.token_ids], rest.finish)
 
     return ask
+
+
+def what_was_wrong(scores: list, example: dict) -> str:
+    """Of samples without a reward: how many, and why; "" if there is none."""
+    wrong = [str(x) for x in scores if isinstance(x, Damaged)]
+    wrong += [f"reward: {x}" for x in scores if isinstance(x, str)]
+    # time-outs differ by their time of day
+    kinds = [bad.partition(" since ")[0] for bad in wrong]
+    reasons = ", ".join(
+        f"{kinds.count(kind)} x {wrong[kinds.index(kind)]}" for kind in dict.fromkeys(kinds)
+    )
+    return f"samples dropped: {reasons[:600]}; of {str(example)[:200]}" if wrong else ""

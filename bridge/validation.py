@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from bridge.console import say
 from bridge.groups import NOT_SAMPLED, Group, means_of_parts
 from bridge.ledger import Books, Lease
 from bridge.logs import read_jsonl
@@ -49,9 +50,11 @@ class Validation(Books):
         lease_timeout_s: float = 600.0,
         max_failures: int = 5,
         pass_threshold: float = 1.0,
+        sets: dict[str, int] | None = None,
     ):
+        """sets: the data sets that the examples are of, in their order, and how many of each."""
         super().__init__(lease_timeout_s, max_failures)
-        self.pass_threshold = pass_threshold
+        self.pass_threshold, self.sets = pass_threshold, sets or {"": len(examples)}
         self.examples, self.num_samples = examples, num_samples
         self.rounds: dict[int, Round] = {}  # by version, oldest first
         self.begun: list[int] = []  # versions of all rounds that were ever asked for
@@ -127,38 +130,92 @@ def due_at_start(
 
 
 # ---- scores --------------------------------------------------------------------------------------
-def score(done: Round, num_samples: int, pass_threshold: float = 1.0) -> dict:
-    """The record of a finished round. avg@k: mean reward of all k samples of every prompt; pass@k:
-    share of prompts that one of their k solves, with a reward of at least pass_threshold."""
-    prompts, groups = len(done.groups) + len(done.failed), list(done.groups.values())
+def score(
+    done: Round, num_samples: int, pass_threshold: float = 1.0, sets: dict[str, int] | None = None
+) -> dict:
+    """The record of a finished round. sets: as in Validation. The scores of the first have plain
+    names, and tell the best checkpoint; those of another are `validation/NAME/...`."""
+    groups = done.groups.values()
+    versions = [int(v) for g in groups for v in (g.oldest_version, g.versions.max())]
+    versions = versions or [done.version]
+    record = {"version": done.version, "versions": [min(versions), max(versions)]}
+    sets, first = sets or {"": len(done.groups) + len(done.failed)}, 0
+    for name, num_prompts in sets.items():
+        prefix = f"validation/{name}/" if first else "validation/"
+        mine = range(first, first := first + num_prompts)
+        of_set = [g for i, g in done.groups.items() if i in mine]
+        record |= scores_of(of_set, num_prompts, num_samples, pass_threshold, prefix)
+    record["validation/leases_repeated"] = done.repeated
+    return {**record, "timing/validation/total_s": done.seconds}
+
+
+def scores_of(
+    groups: list[Group], prompts: int, num_samples: int, pass_threshold: float, prefix: str
+) -> dict:
+    """Of a data set. avg@k: mean reward of all k samples of every prompt; pass@k: share of prompts
+    that one of their k solves, with a reward of at least pass_threshold."""
     rewards = torch.cat([g.rewards for g in groups]).double() if groups else torch.zeros(0)
     lengths = torch.cat([g.lengths for g in groups]).double() if groups else torch.zeros(0)
-    versions = [int(v) for g in groups for v in (g.oldest_version, g.versions.max())] or [
-        done.version
-    ]
     passed = sum(bool((g.rewards >= pass_threshold).any()) for g in groups)
-    return {
-        "version": done.version,
-        "versions": [min(versions), max(versions)],
-        f"validation/avg@{num_samples}": rewards.sum().item() / (prompts * num_samples),
-        f"validation/pass@{num_samples}": passed / prompts,
-        "validation/prompts": prompts,
-        "validation/prompts_failed": len(done.failed),
-        "validation/samples_dropped": prompts * num_samples - len(rewards),
-        "validation/leases_repeated": done.repeated,
-        "validation/mean_gen_tokens_per_sample": lengths.mean().item() if groups else None,
-        "validation/truncation_rate": sum(int(g.truncated.sum()) for g in groups)
-        / max(1, len(rewards)),
-        "timing/validation/total_s": done.seconds,
-        **means_of_parts(groups, "validation/reward/"),
+    truncated = sum(int(g.truncated.sum()) for g in groups)
+    found = {
+        f"avg@{num_samples}": rewards.sum().item() / (prompts * num_samples),
+        f"pass@{num_samples}": passed / prompts,
+        "prompts": prompts,
+        "prompts_failed": prompts - len(groups),
+        "samples_dropped": prompts * num_samples - len(rewards),
+        "mean_gen_tokens_per_sample": lengths.mean().item() if groups else None,
+        "truncation_rate": truncated / max(1, len(rewards)),
+        **means_of_parts(groups, "reward/"),
     }
+    return {f"{prefix}{name}": value for name, value in found.items()}
 
 
-def samples(done: Round, examples, decode: Callable[[list[int]], str]) -> list[dict]:
-    """Every sample of a round, readable."""
-    found = []
+def log_validation(
+    done: Round, validation: Validation, decode: Callable[[list[int]], str], run_dir: Path
+) -> dict:
+    """A finished round: its samples to validation/vN.jsonl, its record to validation.jsonl and a
+    line for each data set to the console. Returns the record."""
+    path = run_dir / "validation" / f"v{done.version}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    found = samples(done, validation.examples, decode, validation.sets)
+    lines = [json.dumps(s, ensure_ascii=False) for s in found]
+    path.write_text(
+        "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
+    )
+    least, k, sets = validation.pass_threshold, validation.num_samples, validation.sets
+    record = score(done, k, least, sets)
+    with open(run_dir / "validation.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
+    solved = "" if least == 1 else f" (reward {least:g} or more)"
+    first, last = record["versions"]
+    for i, name in enumerate(sets):
+        r = {
+            key.removeprefix(f"validation/{name}/" if i else "validation/"): x
+            for key, x in record.items()
+        }
+        wrong = [
+            f", {r[what]} {what.replace('_', ' ')}"
+            for what in ("prompts_failed", "samples_dropped", "leases_repeated")
+            if r.get(what)
+        ]
+        say(
+            f"validation of v{done.version}{f', {name}' if len(sets) > 1 else ''}: avg@{k} "
+            f"{r[f'avg@{k}']:.3f}, pass@{k} {r[f'pass@{k}']:.3f}{solved} on {r['prompts']} "
+            f"prompts, tokens of v{first}..v{last}, {done.seconds:.1f} s{''.join(wrong)}"
+        )
+    return record
+
+
+def samples(
+    done: Round, examples, decode: Callable[[list[int]], str], sets: dict[str, int] | None = None
+) -> list[dict]:
+    """Every sample of a round, readable; where there are several data sets, with its own."""
+    found, names = [], [name for name, count in (sets or {}).items() for _ in range(count)]
     for index, group in sorted(done.groups.items()):
-        found += readable(group, range(len(group.rewards)), examples[index].get("answer"), decode)
+        of = {"data": names[index]} if len(sets or {}) > 1 else {}
+        rows = readable(group, range(len(group.rewards)), examples[index].get("answer"), decode)
+        found += [{**of, **row} for row in rows]
     return found
 
 

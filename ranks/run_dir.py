@@ -55,15 +55,15 @@ def check_origin(path: Path, manifest: dict, cfg, origin: dict) -> None:
     # an older program kept no digests
     by_name = () if made_from else ("task", "data", "data_split")
     for name in ("seed", "num_prompts_per_step", *by_name):
-        if saved.get(name) != getattr(cfg, name):
+        if listed(saved.get(name)) != listed(getattr(cfg, name)):
             raise CheckpointError(
                 f"{path} was made with {name} = {saved.get(name)!r}, this run has "
                 f"{getattr(cfg, name)!r}: the sequence of prompts would be another"
             )
     if made_from and made_from["data"] != origin["data"]:
         raise CheckpointError(
-            f"{path} was made with other rows than {cfg.data or cfg.task!r} has now, or in "
-            "another order: the sequence of prompts would be another"
+            f"{path} was made with other rows than {' '.join(cfg.data) or cfg.task!r} has now, or "
+            "in another order or mix: the sequence of prompts would be another"
         )
     if made_from and made_from["model"] != origin["model"] and (cfg.model or saved["model"]):
         raise CheckpointError(
@@ -72,17 +72,30 @@ def check_origin(path: Path, manifest: dict, cfg, origin: dict) -> None:
         )
 
 
+def listed(value):
+    """A flag's value as JSON has it. Of a flag that takes several, older runs have one as text."""
+    value = [*filter(None, [value])] if isinstance(value, str | None) else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def shown(value) -> str:
+    """As it stands on a command line."""
+    several = isinstance(value, list | tuple)
+    return " ".join(map(repr, value)) or "''" if several else repr(value)
+
+
 def differences(cfg, origin: dict, saved: dict) -> list[str]:
     """A line for each thing that the run has now and its checkpoint was not made with."""
     was, now, found = saved["config"], dataclasses.asdict(cfg), []
     made_from = saved.get("origin", origin)
     for name in (name for name in now if name in was and name not in ("name", "resume")):
         flag = f"--{'no-' if now[name] is False else ''}{name.replace('_', '-')}"
-        if was[name] != now[name]:
-            change = "" if isinstance(now[name], bool) else f" {now[name]!r}, was {was[name]!r}"
+        if listed(was[name]) != listed(now[name]):
+            told = f" {shown(now[name])}, was {shown(was[name])}"
+            change = "" if isinstance(now[name], bool) else told
             found.append(f"{flag}{change}")
         elif origin.get(name) != made_from.get(name):
-            found.append(f"{flag} {now[name]!r}, which has another content now")
+            found.append(f"{flag} {shown(now[name])}, which has another content now")
     if origin["tokenizer"] != made_from["tokenizer"]:
         found.append("another tokenizer or chat template than before")
     if "origin" not in saved:
@@ -97,6 +110,7 @@ def differences(cfg, origin: dict, saved: dict) -> list[str]:
 # after are not compared.
 SCORED_BY = (
     "reward",
+    "val_reward",
     "val_data",
     "val_data_split",
     "val_temperature",
@@ -108,7 +122,8 @@ SCORED_BY = (
 def scores_as_before(cfg, origin: dict, saved: dict) -> bool:
     was, made_from = saved["config"], saved.get("origin", origin)
     return all(
-        was.get(name) == getattr(cfg, name) and made_from.get(name) == origin.get(name)
+        listed(was.get(name)) == listed(getattr(cfg, name))
+        and made_from.get(name) == origin.get(name)
         for name in SCORED_BY
     )
 
@@ -241,6 +256,9 @@ def begin_run_dir(
     (run_dir / "code").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(cfg.text)
     keep_code(run_dir / "code", reward_sources(cfg.reward), saved)
+    if cfg.val_reward:
+        own = reward_sources(cfg.val_reward)
+        keep_reward(run_dir / "code/reward-of-validation", own, saved)
     return found
 
 
@@ -277,8 +295,7 @@ def keep_config(run_dir: Path, step: int, text: str) -> None:
 
 
 def keep_code(code: Path, reward_files: dict, saved: dict) -> None:
-    """The sources that the run is made with: a forked loss is no flag, but `diff -r` shows it. The
-    reward of the steps so far is kept where it has changed."""
+    """The sources that the run is made with: a forked loss is no flag, but `diff -r` shows it."""
     for old in code.rglob("*.py"):  # of a program before this one, which had other files
         if not old.relative_to(code).parts[0].startswith("reward"):
             old.unlink()
@@ -286,10 +303,16 @@ def keep_code(code: Path, reward_files: dict, saved: dict) -> None:
         copy = code / file.relative_to(REPO)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
-    sources = {code / "reward" / name: text for name, text in relative(reward_files).items()}
+    keep_reward(code / "reward", reward_files, saved)
+
+
+def keep_reward(kept: Path, files: dict, saved: dict) -> None:
+    """A reward's sources. Those of the steps so far are kept where they have changed."""
+    sources = {kept / name: text for name, text in relative(files).items()}
     if saved and any(p.exists() and p.read_bytes() != text for p, text in sources.items()):
-        shutil.rmtree(before := code / f"reward-before-step-{saved['step']}", ignore_errors=True)
-        (code / "reward").rename(before)
+        before = kept.with_name(f"{kept.name}-before-step-{saved['step']}")
+        shutil.rmtree(before, ignore_errors=True)
+        kept.rename(before)
     for path, text in sources.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text)

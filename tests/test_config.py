@@ -354,7 +354,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
     )
     load = lambda **flags: (
         load_prompts(
-            cfg := Config(data=str(tmp_path / "d.jsonl"), **flags),
+            cfg := Config(data=(str(tmp_path / "d.jsonl"),), **flags),
             tiny_checkpoint,
             load_examples(cfg),
         )[0].skip

@@ -65,7 +65,7 @@ def write(path, rows):
 def prompts(path, checkpoint, **flags):
     """The texts that the model gets, as a run has them."""
     cfg = config.Config(
-        data=str(path), model=str(checkpoint), max_total_sequence_length=256, **flags
+        data=(str(path),), model=str(checkpoint), max_total_sequence_length=256, **flags
     )
     found, codec, _ = prepare.load_prompts(cfg, checkpoint, prepare.load_examples(cfg))
     return [codec.decode(codec.encode(example)) for example in found.examples]
@@ -317,7 +317,7 @@ def test_half_a_character_in_a_prompt_or_an_answer_is_refused_with_its_row(tmp_p
         try:
             prepare.load_held_out(
                 config.Config(
-                    val_data=write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}, row])
+                    val_data=(write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}, row]),)
                 ),
                 data.Examples([{"prompt": "a", "answer": "b"}]),
             )

@@ -38,10 +38,12 @@ def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     (tmp_path / "my.py").write_text(GRADED)
     node = f"--vllm-command '{fake_vllm_command}' --dir {tmp_path / 'node'}"
-    flags = ["--data", "a.jsonl", "b.jsonl", "--samples", 3, "--reward", "my.py:score"]
+    # as a validation does: by its own reward
+    flags = ["--data", "a.jsonl", "b.jsonl", "--samples", 3, "--val-reward", "my.py:score"]
     models = [shutil.copytree(tiny_checkpoint, tmp_path / name) for name in ("m", "n")]
     done = evaluate(tmp_path, *models, *flags, "--rollout-args", node, "--out", "e")
     assert done.returncode == 0, done.stderr + done.stdout
+    assert "vLLM is up" in done.stdout and "rollout:" not in done.stdout  # there is no node
     scores, samples = read(tmp_path / "e/scores.jsonl"), read(tmp_path / "e/samples.jsonl")
     of = [(s["model"], s["data"], s["prompts"]) for s in scores]
     assert of == [(str(m), d, n) for m in models for d, n in (("a.jsonl", 5), ("b.jsonl", 3))]
@@ -66,8 +68,13 @@ def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
     "argv, says",
     [
         (["--data", "none.jsonl"], "none.jsonl': no such file"),
-        (["--data", "d.jsonl", "d.jsonl"], "each once"),
-        (["--data", "d.jsonl", "--samples", 0], "--val-samples 0"),
+        (["--data", "d.jsonl", "d.jsonl"], "error: --data 'd.jsonl d.jsonl': one or more, each on"),
+        (["--data", "d.jsonl", "--samples", 0], "error: --samples 0: must be at least 1"),
+        (["--data", "d.jsonl", "--temperature", -1], "error: --temperature -1.0: must be at least"),
+        (
+            ["--data", "d.jsonl", "--temperature", 0],
+            "error: --samples 8: --temperature 0 is greedy",
+        ),
         (["--data", "d.jsonl", "--rewardd", "exact"], "--rewardd"),
     ],
 )

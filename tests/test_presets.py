@@ -51,7 +51,7 @@ RECIPE = [
     ("megatron_cfg.expert_model_parallel_size", 8, "ep"),
     ("megatron_cfg.freeze_moe_router", True, "freeze_moe_router"),
     ("router_replay", "off", "router_replay"),
-    ("data.dataset_name", "nvidia/OpenMathInstruct-2", "data"),
+    ("data.dataset_name", ["nvidia/OpenMathInstruct-2"], "data"),
     ("data.split less split_validation_size, 5 %", "train_1M[5%:]", "data_split"),
     ("of which grpo.max_val_samples", "train_1M[:128]", "val_data_split"),
     ("grpo.val_period, val_at_start and val_at_end", 10, "val_every_steps"),
@@ -196,6 +196,9 @@ def test_help_shows_every_flag_once_on_one_line_with_its_value(preset, capsys):
     # unset in tiny: resolved
     assert value("--ratio-clip-max") == {"tiny": "5.0", "scalerl": "4.0"}[preset]
     assert value("--max-input-seq-length") == {"tiny": "56", "scalerl": "2048"}[preset]
+    (data,) = [line for line in lines if line.split()[:1] == ["--data"]]
+    shown = {"tiny": "--data ''", "scalerl": "--data 'nvidia/OpenMathInstruct-2'"}[preset]
+    assert data.split("  ")[1] == shown and "class" not in data
     groups = [line for line in lines if line and not line.startswith(" ")]
     assert {"the run", "data", "rewards", "rollouts", "loss", "training"} <= set(groups)
 
@@ -264,7 +267,7 @@ def test_the_length_limit_grows_with_the_answers_where_it_is_not_given():
 def test_own_data_has_not_the_preset_s_columns_and_validation():
     cfg = parse_config(["--preset", "qwen3-0.6b", "--data", "mine.jsonl"])
     found = (cfg.data_split, cfg.prompt_column, cfg.answer_column, cfg.val_data, cfg.val_data_split)
-    assert found == ("train", "", "", "", "train") and cfg.prompt_template == presets.MATH_PROMPT
+    assert found == ("train", "", "", (), "train") and cfg.prompt_template == presets.MATH_PROMPT
     cfg = parse_config(
         ["--preset", "qwen3-0.6b", "--data=mine.jsonl", "--data-split", "dev", "--reward", "exact"]
     )

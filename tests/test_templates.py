@@ -70,7 +70,7 @@ def test_prompts_that_a_template_repeats_or_unicode_lengthens_are_measured_as_th
         path = write(
             tmp_path / "d.jsonl", [{"prompt": text, "answer": "b"}, {"prompt": "a", "answer": "b"}]
         )
-        cfg = config.Config(data=path, max_total_sequence_length=128)
+        cfg = config.Config(data=(path,), max_total_sequence_length=128)
         return prepare.load_prompts(cfg, checkpoint, prepare.load_examples(cfg))[0].skip
 
     assert left_out("a" * 60) == set()
@@ -100,7 +100,7 @@ from test_templates import single_digits
 task.TASKS["add"] = (single_digits, task.TASKS["add"][1])
 cfg = config.Config(task="add")
 examples = data.Examples(task.task_examples("add", int(sys.argv[1]), 0))
-print(len(prepare.load_held_out(cfg, examples)))
+print(len(prepare.load_held_out(cfg, examples)["add"]))
 """
 
 

@@ -331,7 +331,7 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
         (train_cispo, "train_update", updated),
     ]:
         monkeypatch.setattr(module, name, stand_in)
-    train_cispo.train(cfg, tiny_checkpoint, ([{}] * 100, Codec(tiny_checkpoint), []))
+    train_cispo.train(cfg, tiny_checkpoint, ([{}] * 100, Codec(tiny_checkpoint), {}))
     records = [
         json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()
     ]
