@@ -327,13 +327,13 @@ REWARDS = {**MATCH, "rounds": rounds}
 
 def check_answers(spec: str, examples, name: str) -> str:
     """Whether a built-in reward can give 1 at all: the answers of some rows are scored against
-    themselves, for half a second at most. Returns a warning about some of them, or "".
+    themselves, for half a second at most. Returns a warning about some of them, or "". One is of
+    answers in sentences, in which math-verify multiplies the letters: of "3 is the only value" it
+    is a right sample that says the same, and no 3.
 
     Raises: ValueError when it is so for none.
     """
-    if spec == "math":
-        pass
-    tried, failed, end = 0, [], time.monotonic() + 0.5
+    tried, failed, sentences, end = 0, [], [], time.monotonic() + 0.5
     for i in range(0, len(examples) if spec in MATCH else 0, max(1, len(examples) // 50)):
         tried, why = tried + 1, "scored against itself it is worth 0"
         answer = (example := examples[i])["answer"]
@@ -348,6 +348,9 @@ def check_answers(spec: str, examples, name: str) -> str:
                 MATCH[spec](same if spec == "exact" else f"\\boxed{{{stated(answer)}}}", example)
                 == 1
             )
+            # in tags a sentence is read for what it says
+            if spec == "math" and not math_match(f"<answer>{stated(answer)}</answer>", example):
+                sentences.append(f"{name} row {i}: {answer!r:.100}")
         except Exception as e:  # any: sympy's too
             right, why = False, str(e) or repr(e)
         if not right:
@@ -357,4 +360,9 @@ def check_answers(spec: str, examples, name: str) -> str:
     text = f"--reward {spec} cannot be 1 for {len(failed)} of {tried} answers that were tried"
     if failed and len(failed) == tried:
         raise ValueError(f"{text}; {failed[0]}")
+    if sentences and not failed:
+        return (
+            f"--reward math is 1 for nothing but the same words for {len(sentences)} of {tried} "
+            f"answers that were tried, since they are sentences; {sentences[0]}"
+        )
     return f"{text}; {failed[0]}" if failed else ""

@@ -504,6 +504,9 @@ def test_a_reward_that_cannot_read_the_answers_is_found_at_the_start():
             == ""
         )
     assert rewards.check_answers("my.py:score", rows(None), "") == ""
+    # of CHAMP: a box with 3 in it would be worth 0
+    found = rewards.check_answers("math", rows("No", "0", "3 is the only possible value"), "--data")
+    assert "the same words for 1 of 3 answers" in found and found.endswith("only possible value'")
 
 
 @pytest.mark.parametrize(
