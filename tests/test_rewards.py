@@ -504,9 +504,23 @@ def test_a_reward_that_cannot_read_the_answers_is_found_at_the_start():
             == ""
         )
     assert rewards.check_answers("my.py:score", rows(None), "") == ""
-    # of CHAMP: a box with 3 in it would be worth 0
     found = rewards.check_answers("math", rows("No", "0", "3 is the only possible value"), "--data")
-    assert "the same words for 1 of 3 answers" in found and found.endswith("only possible value'")
+    assert "the same words for 1 of 3 answers" in found and found.endswith("' is a sentence")
+
+
+def test_answers_all_over_a_file_are_tried_however_long_the_first_takes(monkeypatch):
+    """It imports math-verify; the half second for the others begins behind it."""
+    clock, tried = [0.0], []
+
+    def numeric(completion, example):
+        clock[0] += 0.02 if tried else 9.0
+        tried.append(example["answer"])
+        return float(example["answer"] < 900)
+
+    monkeypatch.setattr(rewards.time, "monotonic", lambda: clock[0])
+    monkeypatch.setitem(rewards.MATCH, "numeric", numeric)
+    found = rewards.check_answers("numeric", [{"answer": n} for n in range(1000)], "--data x")
+    assert len(tried) > 20 and f"row {min(n for n in tried if n >= 900)}:" in found
 
 
 @pytest.mark.parametrize(
