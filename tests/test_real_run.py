@@ -65,7 +65,7 @@ def test_the_chat_template_gives_transformers_token_ids_and_special_tokens_are_r
 ):
     assert task.eos_token_ids(model) == [151645, 151643]
     for told in ({}, {"enable_thinking": False}):
-        codec = task.Codec(model, template=TEMPLATE, told=told)
+        codec = task.Codec(model, template=TEMPLATE, kwargs=told)
         for row in problems():
             chats = [
                 {"role": {"System": "system", "User": "user"}.get(m["role"], "assistant")}
