@@ -365,6 +365,7 @@ def print_gpus(m, cfg) -> None:
         if not ways:
             print(f"{name:10}  none of up to 512")
     print(
-        "\nGiB: the peak of a GPU that trains. To start it on one machine: NPROC=GPUS_THAT_TRAIN "
-        "bash launch.sh FLAGS; on several: docs/nodes.md"
+        "\nGiB: the peak of a GPU that trains; sample: the GPUs of one vLLM, by its "
+        "--tensor-parallel-size\nto start it on one machine: NPROC=GPUS_THAT_TRAIN bash launch.sh "
+        "FLAGS; on several: docs/nodes.md"
     )
