@@ -406,7 +406,7 @@ def test_arrays_csv_and_gzipped_files_are_read(tmp_path, form):
         ("d.csv", b"", "holds no example"),
         ("d.csv", b"prompt,answer\n\xff,a\n", "not CSV ('utf-8' codec"),
         ("d.jsonl.gz", b"no gzip", "Not a gzipped file"),
-        ("d.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "end-of-stream"),
+        ("d.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:-9], "end-of-stream"),
         (
             "d.tsv",
             b"prompt\tanswer\n",
