@@ -142,8 +142,8 @@ def score(
     sets, first = sets or {"": len(done.groups) + len(done.failed)}, 0
     for name, num_prompts in sets.items():
         prefix = f"validation/{name}/" if first else "validation/"
-        mine = range(first, first := first + num_prompts)
-        of_set = [g for i, g in done.groups.items() if i in mine]
+        of_set = [g for i, g in done.groups.items() if first <= i < first + num_prompts]
+        first += num_prompts
         record |= scores_of(of_set, num_prompts, num_samples, pass_threshold, prefix)
     record["validation/leases_repeated"] = done.repeated
     return {**record, "timing/validation/total_s": done.seconds}
