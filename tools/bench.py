@@ -5,6 +5,7 @@
     python tools/bench.py weights   what a version of the weights costs (bench_weights.py)
     python tools/bench.py rl        whole runs, ours and TRL's (bench_rl.py)
     python tools/bench.py gpu       what one GPU does, beside what was predicted (bench_gpu.py)
+    python tools/bench.py hub       what rank 0 takes in from many nodes (bench_hub.py)
 
 One process per contender, on the same inputs; each first proves that it computes the same, then
 they take turns, so that a noisy machine is noisy for all. Times are medians of --runs. CPU time is
@@ -34,7 +35,7 @@ import loss
 from model import ModelConfig, MoE, Qwen3MoE
 from ranks import ops
 from ranks.parallel import Mesh
-from tools import bench_gpu, bench_rl, bench_weights
+from tools import bench_gpu, bench_hub, bench_rl, bench_weights
 
 REPO = Path(__file__).resolve().parent.parent
 PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "accelerate==1.15.0"]
@@ -536,7 +537,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", choices=[*SUITES, "weights", "rl", "gpu"], help="model: the whole model, then moe"
+        "what",
+        choices=[*SUITES, "weights", "rl", "gpu", "hub"],
+        help="model: the whole model, then moe",
     )
     sizes = (
         ("V", 151936),
@@ -563,12 +566,16 @@ def main():
         "--verbose", action="store_true", help="show what the contenders write to stderr"
     )
     parser.add_argument("--contender", help=argparse.SUPPRESS)
+    bench_hub.add_flags(parser)
     args = parser.parse_args()
     if args.contender:
         contender(args)
         return
     if args.what == "gpu":
         bench_gpu.main(args.only)
+        return
+    if args.what == "hub":
+        bench_hub.main(args)
         return
     if args.what == "rl":
         bench_rl.main(args, peer_python)
