@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from bridge.reward_process import MOST_PARTS, PART_NAME
 
@@ -150,17 +149,49 @@ class Experts(NamedTuple):
         return self.layers * self.per_token * self.dtype.itemsize
 
 
-def parse_group(body: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of a /groups body. Raises: Refused (400) unless it is exactly the format
-    above."""
+MAX_HEADER_BYTES = 1 << 16
+DTYPES = {"F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
+DTYPES |= {"I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+
+
+def views(body: bytearray) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a safetensors blob. The tensors lie in `body`: the library would copy
+    them while no other request is answered, 50 MB with router replay. Raises: ValueError,
+    TypeError, KeyError, AttributeError or struct.error unless they fill it end to end."""
+    (size,) = struct.unpack_from("<Q", body)
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {size} bytes, {MAX_HEADER_BYTES} is the most")
+    header, tensors, start = json.loads(body[8 : 8 + size]), {}, 8 + size
+    metadata, end = header.pop("__metadata__", None) or {}, start
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("metadata that is no text")
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, at = DTYPES[entry["dtype"]], entry["shape"], end
+        if not all(type(n) is int and 0 <= n <= len(body) for n in shape):
+            raise ValueError(f"{name:.60} has the shape {shape!s:.60}")
+        count = math.prod(shape)
+        end += count * dtype.itemsize
+        if entry["data_offsets"] != [at - start, end - start] or end > len(body):
+            raise ValueError(f"{name:.60} is not where the tensor before it ends")
+        if at % dtype.itemsize:
+            raise ValueError(f"{name:.60} is not aligned")
+        # frombuffer takes no count of 0
+        flat = torch.frombuffer(body, dtype=dtype, count=count, offset=at) if count else []
+        tensors[name] = torch.as_tensor(flat, dtype=dtype).view(shape)
+    if end != len(body):
+        raise ValueError(f"tensors of {end} bytes in a body of {len(body)}")
+    return metadata, tensors
+
+
+def parse_group(body: bytearray) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a /groups body; they keep its memory. Raises: Refused (400) unless it
+    is exactly the format above."""
     try:
-        tensors = load(body)
-        (header_bytes,) = struct.unpack("<Q", body[:8])
-        metadata = json.loads(body[8 : 8 + header_bytes]).get("__metadata__") or {}
+        metadata, tensors = views(body)
         for name in GROUP_NUMBERS:
             given = metadata.get(name, "nan")
             metadata[name] = float(given) if len(given) < 32 else math.nan
-    except (SafetensorError, struct.error, ValueError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError) as e:
         raise Refused(400, f"body is not safetensors: {str(e)[:200]}") from None
     for name, dtype in GROUP_TENSORS.items():
         if name not in tensors:

@@ -33,6 +33,9 @@ from bridge.waits import Wait, WaitOver
 from bridge.weights import digest
 
 FETCH_LIMIT_S = 1800.0  # how long files may be kept for a node that fetches them
+# Groups that are read at once; the senders of others wait. Side by side all would be half there at
+# the deadline, and in memory: 64 nodes send up to 256, of 50 MB each with router replay.
+GROUPS_AT_ONCE = 16
 FORGET_S = 3600.0  # a node that is silent this long is no longer listed
 
 
@@ -140,6 +143,7 @@ class Hub:
         self.record: dict = {}  # of the last step; the trainer puts a new one in its place
         # Prompts: who hands out the next one.
         self.books: list[Books] = [self.validation, self.ledger]
+        self.reading = asyncio.Semaphore(GROUPS_AT_ONCE)
         # Weights.
         self.version = 0  # the trainer's: how many steps it has finished
         self.published = -1  # the newest version on disk

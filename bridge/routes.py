@@ -72,6 +72,21 @@ def application(hub) -> web.Application:
     return app
 
 
+async def read(request: web.Request) -> bytearray:
+    """A body, in one piece of memory from the start: `request.read` lets it grow, and copies it at
+    the end. Raises: HTTPRequestEntityTooLarge."""
+    size, end = request.content_length, 0
+    if size is None or "Content-Encoding" in request.headers:  # not what a node sends
+        return bytearray(await request.read())
+    if size > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size, size)
+    body = bytearray(size)
+    while chunk := (await request.content.readchunk())[0]:
+        body[end : end + len(chunk)] = chunk
+        end += len(chunk)
+    return body
+
+
 class Routes:
     """A method for each route; what it changes is the hub's."""
 
@@ -96,11 +111,11 @@ class Routes:
             why = "body is larger than any group of this run"
             return web.json_response({"error": why}, status=413)
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def _body(self, request: web.Request) -> bytearray:
         whom = f"the body of {request.path} from {request.remote}"
         wait = Wait("body", self.hub.body_timeout_s, whom=whom)
         try:
-            return await asyncio.wait_for(request.read(), wait.deadline_s)
+            return await asyncio.wait_for(read(request), wait.deadline_s)
         except TimeoutError:
             raise Refused(408, wait.message()) from None
 
@@ -189,7 +204,8 @@ class Routes:
     # -- groups in
     async def groups(self, request: web.Request) -> web.Response:
         hub = self.hub
-        metadata, tensors = parse_group(await self._body(request))
+        async with hub.reading:
+            metadata, tensors = parse_group(await self._body(request))
         given = metadata.get("lease")
         books, lease = hub.books_of(given or "")
         if lease is None:

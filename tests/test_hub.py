@@ -5,6 +5,7 @@ import asyncio
 import heapq
 import json
 import random
+import struct
 import threading
 import time
 
@@ -14,7 +15,7 @@ import torch
 from published import publish, write_version
 from safetensors.torch import save
 
-from bridge.groups import Group
+from bridge.groups import Group, Refused, parse_group, views
 from bridge.hub import Hub
 from bridge.ledger import Ledger
 from bridge.waits import WaitOver
@@ -141,6 +142,97 @@ def test_a_bad_group_is_refused_with_the_reason_and_the_run_goes_on(hub):
     )
     assert found == 422 and f"more than {NEW} tokens" in body
     assert push(hub, lease_id)[0] == 200  # the same lease is still good
+
+
+def test_a_body_is_read_as_the_library_reads_it_without_a_copy():
+    tensors = group_tensors(
+        extra=torch.arange(6, dtype=torch.int16).view(1, 3, 2), none=torch.zeros(0, 2)
+    )
+    body = bytearray(save(tensors, metadata={"lease": "l"}))
+    metadata, found = views(body)
+    assert metadata == {"lease": "l"} and found.keys() == tensors.keys()
+    for name, t in tensors.items():
+        assert found[name].dtype == t.dtype and torch.equal(found[name], t), name
+    body[-1] ^= 1  # of a one-byte tensor, which the library puts last
+    assert found["truncated"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"shape": [3]}, "not where the tensor before it ends"),
+        ({"shape": [-2]}, "shape"),
+        ({"shape": [True, 2]}, "shape"),
+        ({"shape": [2**40, 2**40]}, "shape"),
+        ({"shape": "2"}, "shape"),
+        ({"shape": [16], "data_offsets": [0, 64]}, "not where"),  # past the end
+        ({"data_offsets": [4, 12]}, "not where"),
+        ({"data_offsets": [0, 8, 8]}, "not where"),
+        ({"data_offsets": None}, ""),
+        ({"dtype": "F8"}, "F8"),
+        ({"dtype": ["F32"]}, ""),
+        (None, "bytes in a body of"),  # no tensor is there for its bytes
+        (7, ""),
+    ],
+)
+def test_a_header_that_says_something_else_than_its_body_holds_is_refused(change, why):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    entry = {**entry, **change} if isinstance(change, dict) else change
+    text = json.dumps({"x": entry} if entry else {}).encode()
+    text += b" " * (-len(text) % 8)
+    with pytest.raises(Refused, match=f"body is not safetensors: .*{why}"):
+        parse_group(bytearray(struct.pack("<Q", len(text)) + text + bytes(8)))
+
+
+def test_tensors_out_of_line_and_metadata_that_is_no_text_are_refused():
+    def blob(text: bytes, data: bytes) -> bytearray:
+        return bytearray(struct.pack("<Q", len(text)) + text + data)
+
+    with pytest.raises(Refused, match="not aligned"):
+        entry = b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}} '
+        parse_group(blob(entry + b" " * (-len(entry) % 8 + 1), bytes(4)))
+    with pytest.raises(Refused, match="no text"):
+        parse_group(blob(b'{"__metadata__": {"turns_per_sample": 1}}', b""))
+    with pytest.raises(Refused, match="a header of 65537 bytes"):
+        parse_group(blob(b" " * 65_537, b""))
+
+
+def test_groups_wait_to_be_read_and_that_is_not_counted_against_them(hub):
+    """Two that stall take the one place in turn; a group that came after them is read then, though
+    it has waited for longer than a body may take."""
+    hub.body_timeout_s, hub.reading = 0.2, asyncio.Semaphore(1)
+    body, ends = save(group_tensors(), metadata={"lease": lease(hub)[0]}), []
+
+    async def half():
+        yield body[:8]
+        await asyncio.Event().wait()
+
+    async def scenario():
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        async with asyncio.timeout(20), aiohttp.ClientSession(hub.url, headers=headers) as session:
+
+            async def send(data):
+                size = {"Content-Length": str(len(body))}
+                async with session.post("/groups", data=data, headers=size) as response:
+                    ends.append(response.status)
+
+            stalled = [asyncio.create_task(send(half())) for _ in range(2)]
+            while len(hub.reading._waiters or ()) < 1:
+                await asyncio.sleep(0.01)  # a short poll of another thread's state
+            await asyncio.gather(send(body), *stalled)
+
+    asyncio.run(scenario())
+    assert ends == [408, 408, 200]
+
+
+def test_a_body_without_a_length_is_read_too_and_as_bounded(hub):
+    async def pieces(body):
+        for at in range(0, len(body), 1 << 16):
+            yield body[at : at + (1 << 16)]
+
+    body = save(group_tensors(), metadata={"lease": lease(hub)[0]})
+    assert call(hub, "POST", "/groups", data=pieces(bytes(2 << 20)))[0] == 413
+    assert call(hub, "POST", "/groups", data=pieces(body))[0] == 200
 
 
 def test_garbage_oversize_and_unknown_leases_are_refused_and_the_run_goes_on(hub):

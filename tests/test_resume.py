@@ -142,7 +142,7 @@ def plain_loop(tiny_checkpoint, tmp_path, steps):
             samples = [Sample(request.prompt, sampling, cfg.max_new_tokens, None) for _ in choices]
             for sample, choice in zip(samples, choices):
                 sample.add([], choice)
-            _, tensors = parse_group(pack_group(samples, rewards, ""))
+            _, tensors = parse_group(bytearray(pack_group(samples, rewards, "")))
             groups.append(Group(ordinal, codec.encode(example), **tensors))
         return groups
 

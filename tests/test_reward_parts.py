@@ -22,7 +22,8 @@ def sample():
 
 def body():
     rewards = [{"reward": 1, "format": True}, {"reward": 0.0, "format": 0.5, "tool": 2.0}, 0.5]
-    return pack_group([sample() for _ in rewards], [reward_or_why(judge(x)) for x in rewards], "l")
+    scores = [reward_or_why(judge(x)) for x in rewards]
+    return bytearray(pack_group([sample() for _ in rewards], scores, "l"))
 
 
 def test_each_part_is_a_metric_over_the_samples_that_have_it():
@@ -68,4 +69,4 @@ def test_a_part_that_is_no_finite_number_costs_the_sample_and_is_named(value, ki
 )
 def test_the_hub_refuses_parts_that_are_none(name, x):
     with pytest.raises(Refused):
-        parse_group(save({**load(body()), name: x}, metadata={"lease": "l"}))
+        parse_group(bytearray(save({**load(bytes(body())), name: x})))

@@ -211,7 +211,7 @@ async def running_requests(server) -> bool:
 def weights_of_blob(blob):
     from bridge.groups import parse_group
 
-    return parse_group(blob)
+    return parse_group(bytearray(blob))
 
 
 def test_samples_without_finite_logprobs_are_not_whole(loop, server):
