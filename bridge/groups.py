@@ -156,8 +156,8 @@ DTYPES |= {"I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 
 def views(body: bytearray) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a safetensors blob. The tensors lie in `body`: the library would copy
-    them, which takes as long as all else with a group of 50 MB. Raises: ValueError, TypeError,
-    KeyError, AttributeError or struct.error unless they fill it end to end."""
+    them while no other request is answered, 50 MB with router replay. Raises: ValueError,
+    TypeError, KeyError, AttributeError or struct.error unless they fill it end to end."""
     (size,) = struct.unpack_from("<Q", body)
     if size > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {size} bytes, {MAX_HEADER_BYTES} is the most")

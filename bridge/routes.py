@@ -73,8 +73,8 @@ def application(hub) -> web.Application:
 
 
 async def read(request: web.Request) -> bytearray:
-    """A body, in one piece of memory from the start. `request.read` copies it twice more. Raises:
-    HTTPRequestEntityTooLarge."""
+    """A body, in one piece of memory from the start: `request.read` lets it grow, and copies it at
+    the end. Raises: HTTPRequestEntityTooLarge."""
     size, end = request.content_length, 0
     if size is None or "Content-Encoding" in request.headers:  # not what a node sends
         return bytearray(await request.read())

@@ -225,6 +225,16 @@ def test_groups_wait_to_be_read_and_that_is_not_counted_against_them(hub):
     assert ends == [408, 408, 200]
 
 
+def test_a_body_without_a_length_is_read_too_and_as_bounded(hub):
+    async def pieces(body):
+        for at in range(0, len(body), 1 << 16):
+            yield body[at : at + (1 << 16)]
+
+    body = save(group_tensors(), metadata={"lease": lease(hub)[0]})
+    assert call(hub, "POST", "/groups", data=pieces(bytes(2 << 20)))[0] == 413
+    assert call(hub, "POST", "/groups", data=pieces(body))[0] == 200
+
+
 def test_garbage_oversize_and_unknown_leases_are_refused_and_the_run_goes_on(hub):
     for body in (b"", b"garbage", b"\xff" * 4096, (1 << 60).to_bytes(8, "little") + b"{}"):
         status, reason = call(hub, "POST", "/groups", data=body)
