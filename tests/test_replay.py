@@ -24,6 +24,8 @@ from bridge.sample import Damaged, experts_of
 from bridge.vllm import no_replay
 from config import Config
 from model import ModelConfig, Qwen3MoE
+from prepare import check_replay
+from presets import parse_config
 from ranks.batch import Batch, pack_batch
 from ranks.parallel import Mesh
 from ranks.replay import give_experts, of_row
@@ -212,26 +214,29 @@ def test_experts_that_are_not_there_cost_the_sample(told, said):
     assert said in str(damaged.value)
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
+def test_what_cannot_be_replayed_is_refused_in_one_line(tmp_path):
+    """Two of them from outside, the others by the same check."""
+    for flags, said in [
         (["--rollout-args", "--vllm-args '-pp 2'"], "--pipeline-parallel-size"),
-        (["--rollout-args", "--vllm-args --pipeline-parallel-size=2"], "--pipeline-parallel-size"),
-        (["--rollout-args", "--vllm-args --no-enable-prefix-caching"], "its prefix cache"),
         (
             ["--model", "Qwen/Qwen3-0.6B", "--dry-run"],
             "--router-replay sampler: the model is dense",
         ),
-    ],
-)
-def test_what_cannot_be_replayed_is_refused_in_one_line(flags, said, tmp_path):
-    done = subprocess.run(
-        [sys.executable, REPO / "train_cispo.py", "--router-replay", "sampler", *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+    ]:
+        done = subprocess.run(
+            [sys.executable, REPO / "train_cispo.py", "--router-replay", "sampler", *flags],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+    for given, said in [
+        ("--pipeline-parallel-size=2", "--pipeline-parallel-size"),
+        ("--no-enable-prefix-caching", "its prefix cache"),
+    ]:
+        flags = ["--router-replay", "sampler", "--rollout-args", f"--vllm-args {given}"]
+        with pytest.raises(ValueError, match=f"^--router-replay sampler: .*{said}.*$"):
+            check_replay(parse_config(flags))
     assert not no_replay("--pipeline-parallel-size 1 --tensor-parallel-size 2")
 
 
