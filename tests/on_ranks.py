@@ -24,6 +24,14 @@ def _rank(rank, world_size, port, queue, function, args):
             torch.distributed.destroy_process_group()
 
 
+def forks():
+    """Makes processes that have all imports of a trainer."""
+    context = multiprocessing.get_context("forkserver")
+    # AdamW imports torch._dynamo, which takes each rank two seconds if it is not there already
+    context.set_forkserver_preload(["torch", "torch._dynamo", "train_cispo"])
+    return context
+
+
 def on_ranks(world_size: int, function, *args, timeout_s: float = 300) -> list:
     """function(*args) in world_size processes with torchrun's environment; their results by rank.
     function is of a module's top level, and its results are plain Python. A rank that fails fails
@@ -31,9 +39,7 @@ def on_ranks(world_size: int, function, *args, timeout_s: float = 300) -> list:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    # AdamW imports torch._dynamo, which takes each rank two seconds if it is not there already
-    context.set_forkserver_preload(["torch", "torch._dynamo", "train_cispo"])
+    context = forks()
     queue = context.Queue()
     workers = [
         context.Process(

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from on_ranks import on_ranks
+from programs import run_program
 from safetensors.torch import load_file, save_file
 from test_resume import REPO, final, finish, same, start, trained, wait_for
 
@@ -264,16 +265,7 @@ def test_a_disk_that_fills_up_under_the_weights_stops_the_run_with_its_state_sav
 # ---- one process, one attempt, one origin --------------------------------------------------------
 def refused(cwd, tiny_checkpoint, *flags):
     """The one line with which a run ends at its start."""
-    command = [
-        sys.executable,
-        str(REPO / "train_cispo.py"),
-        "--model",
-        str(tiny_checkpoint),
-        *flags,
-    ]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_program(REPO / "train_cispo.py", "--model", tiny_checkpoint, *flags, cwd=cwd)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
     return done.stderr
 

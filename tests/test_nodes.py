@@ -10,7 +10,6 @@ import runpy
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 import types
@@ -20,6 +19,7 @@ import aiohttp
 import pytest
 import torch
 from aiohttp import web
+from programs import run_program
 from test_failures import REPO, groups, make_hub, run_node, until
 
 import bridge.publish
@@ -284,8 +284,7 @@ def test_what_is_no_address_of_a_hub_is_one_line(address, why, monkeypatch, caps
 def test_a_hub_that_cannot_listen_is_one_line_before_anything_is_made(tmp_path, flags):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         flags = flags.format(taken=taken.getsockname()[1])
-        command = [sys.executable, str(REPO / "train_cispo.py"), *flags.split()]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        found = run_program(REPO / "train_cispo.py", *flags.split(), cwd=tmp_path, timeout_s=200)
     assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
     (line,) = found.stderr.strip().splitlines()
     assert line.startswith("train_cispo.py: error: --hub-host") and not list(tmp_path.iterdir())

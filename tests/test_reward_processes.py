@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from programs import run_program
 
 from bridge import reward_process
 from bridge.reward_pool import RewardWorkers, check_reward
@@ -247,15 +248,9 @@ def test_the_time_that_an_import_takes_is_not_the_first_sample_s(tmp_path):
 def test_a_reward_file_that_cannot_be_loaded_is_one_line_before_anything_starts(
     tmp_path, text, reason
 ):
-    command = [
-        sys.executable,
-        str(REPO / "train_cispo.py"),
-        "--reward",
-        write(tmp_path / "my.py", text),
-        "--rollout-args",
-        "--reward-start-timeout-s 3",
-    ]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    flags = ["--reward", write(tmp_path / "my.py", text)]
+    flags += ["--rollout-args", "--reward-start-timeout-s 3"]
+    ended = run_program(REPO / "train_cispo.py", *flags, cwd=tmp_path, timeout_s=300)
     (line,) = ended.stderr.splitlines()
     assert (
         ended.returncode == 2
