@@ -302,9 +302,13 @@ class Examples:
         if len(found) != 1:
             inner = {c: x for c, x in first.items() if isinstance(x, dict)}
             there += [f"{c}.{name}" for c, x in inner.items() for name in x]
+            given = f"{wanted} is none of them" if wanted else "|".join(found or usual)
+            outer = wanted.partition(".")[0]
+            if outer != wanted and isinstance(first.get(outer), str):
+                given += f": {outer} is text, which has nothing in it"
             raise ValueError(
                 f"{self.name} has the columns {', '.join(there)}: which is the {what}? "
-                f"--{what}-column {wanted or '|'.join(found or usual)}"
+                f"--{what}-column {given}"
                 f"{''.join(f' ({note})' for note in self.notes)}"
             )
         return found[0]

@@ -124,7 +124,7 @@ class Evaluator(Node):
     async def ask(self, method: str, route: str, **kwargs) -> bytes:
         """What a node tells its hub of a prompt: here, its samples."""
         assert route == "/groups", route
-        metadata, tensors = parse_group(kwargs["data"])
+        metadata, tensors = parse_group(bytearray(kwargs["data"]))  # what is read-only warns
         lease = self.books.leases[metadata["lease"]]
         prompt_ids = self.codec.encode(self.books.examples[lease.ordinal])
         self.books.accept(lease.id, Group(lease.ordinal, prompt_ids, **tensors))

@@ -281,6 +281,7 @@ class Screen:
         landed = sum(node["version"] == hub["published"] for node in self.nodes)
         skipped = f" + {hub['skipped']} skipped" if hub.get("skipped") else ""
         validation = hub.get("validation", {})
+        scored = {r["version"] for r in read_jsonl(self.run_dir / "validation.jsonl")}
         of_validation = validation.get("counts", {}).items()
         counts = {**hub["counts"], **{f"validation {name}": n for name, n in of_validation}}
         trouble = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
@@ -299,6 +300,7 @@ class Screen:
                 f"{BOLD}VALIDATION{OFF} of v{r['version']}: {r['answered']} of {r['of']} prompts "
                 "answered"
                 for r in validation.get("rounds", ())
+                if r["version"] not in scored  # since the last step
             ),
         ]
 
@@ -445,11 +447,11 @@ def main() -> None:
 
 
 def redraw(run_dirs: list[Path], once: bool) -> None:
-    """The screen of a run, or the table of several, every 2 s until Ctrl-C."""
+    """The screen of a run, or the table of several, every 2 s until Ctrl-C; into a pipe once."""
     while True:
         width = shutil.get_terminal_size((100, 40)).columns
         text = frame(run_dirs[0], width) if len(run_dirs) == 1 else table(run_dirs) + "\n"
-        if once:
+        if once or not sys.stdout.isatty():
             print(text, end="")
             return
         sys.stdout.write("\x1b[H\x1b[J" + text)  # from the top, and nothing left of the one before

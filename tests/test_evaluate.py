@@ -44,6 +44,7 @@ def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
     done = evaluate(tmp_path, *models, *flags, "--rollout-args", node, "--out", "e")
     assert done.returncode == 0, done.stderr + done.stdout
     assert "vLLM is up" in done.stdout and "rollout:" not in done.stdout  # there is no node
+    assert "Warning" not in done.stderr + done.stdout
     scores, samples = read(tmp_path / "e/scores.jsonl"), read(tmp_path / "e/samples.jsonl")
     of = [(s["model"], s["data"], s["prompts"]) for s in scores]
     assert of == [(str(m), d, n) for m in models for d, n in (("a.jsonl", 5), ("b.jsonl", 3))]

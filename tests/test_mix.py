@@ -171,8 +171,16 @@ def test_a_column_within_a_column_is_the_answer(tmp_path, form):
     with pytest.raises(ValueError, match=r"which is the answer.*--answer-column") as refused:
         data.read_data(str(path))
     assert "reward_model.style, reward_model.ground_truth" in str(refused.value)
-    with pytest.raises(ValueError, match=r"--answer-column reward_model\.truth"):
+    with pytest.raises(ValueError, match=r"--answer-column reward_model\.truth is none of them$"):
         data.read_data(str(path), answer_column="reward_model.truth")
+
+
+def test_a_column_within_text_is_refused_and_says_that_it_is_text(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text('prompt,meta\na,"{""gold"": ""b""}"\n')
+    why = r"--answer-column meta\.gold is none of them: meta is text, which has nothing in it"
+    with pytest.raises(ValueError, match=why):
+        data.read_data(str(path), answer_column="meta.gold")
 
 
 def test_a_prompt_within_a_column_goes_through_template_and_lengths(tmp_path, checkpoint):

@@ -212,13 +212,14 @@ def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
             parse_config(flags)
 
 
-def screen(run_dir: Path) -> str:
+def screen(run_dir: Path, *flags: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(REPO / "watch.py"), str(run_dir), "--once"],
+        [sys.executable, str(REPO / "watch.py"), str(run_dir), *(flags or ["--once"])],
         capture_output=True,
         text=True,
         check=True,
         cwd=run_dir.parent.parent,
+        timeout=60,
     )
     return re.sub(r"\x1b\[\d*m", "", done.stdout)
 
@@ -237,6 +238,13 @@ def test_a_directory_that_is_no_run_is_one_line(tmp_path):
     )
     (tmp_path / "config.json").write_text("{}")
     assert "no step yet; no word from a rollout node" in screen(tmp_path)
+
+
+def test_into_a_pipe_the_table_of_runs_goes_once(tmp_path):
+    """Nobody sees it redrawn there, and the command behind it would wait for ever."""
+    (tmp_path / "config.json").write_text("{}")
+    text = screen(tmp_path, str(tmp_path))
+    assert text.count("steps  samples") == 1 and "\x1b" not in text
 
 
 def step_record(step: int, reward: float = 0.5, without_signal: float = 0.0) -> dict:
@@ -309,6 +317,16 @@ def test_the_screen_shows_what_foretells_a_collapse(tmp_path):
     plain = re.sub(r"\x1b\[\d+m", "", screen(run))
     assert re.search(r"effective sample size +87\.5% ", plain)
     assert re.search(r"tokens out of trust region +1\.25% ", plain)
+
+
+def test_a_validation_that_ended_after_the_last_step_is_not_shown_as_open(tmp_path):
+    run = run_of(tmp_path, [])
+    record = step_record(5)
+    rounds = [{"version": v, "of": 64, "answered": 0} for v in (5, 6)]
+    record["hub"]["validation"] = {"rounds": rounds}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (run / "validation.jsonl").write_text(json.dumps({"version": 5}) + "\n")
+    assert "VALIDATION of v6" in screen(run) and "VALIDATION of v5" not in screen(run)
 
 
 def test_a_run_without_a_step_left_ends_well(tmp_path, capsys):
