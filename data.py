@@ -422,7 +422,7 @@ def mix_of(given: tuple[str, ...]) -> tuple[list[str], list[int]]:
 
     Raises: ValueError for a weight that is missing or too small, or a data set named twice.
     """
-    found = [re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text) for text in given]
+    found = [re.fullmatch(r"(.+):(-?(?:\d+\.?\d*|\.\d+))", text) for text in given]
     weighted = len(given) > 1 and any(found)
     if weighted and not all(found):
         bare = next(text for text, match in zip(given, found) if not match)

@@ -182,7 +182,7 @@ def token_values(updates: list[list[MicroBatch]], batch: Batch, cfg: Config, mes
         found_3F[:, mb.places_N] += found_3N  # += since a masked micro-batch repeats a row
     all_reduce(found_3F, mesh.dp_group)
     log_ratios_F, weights_F, there_F = found_3F.cpu()
-    log_ratios_F[there_F == 0] = torch.nan  # not sampled, but put in
+    log_ratios_F[there_F == 0] = weights_F[there_F == 0] = torch.nan  # not sampled, but put in
     return TokenValues(batch.rows_PS, batch.lengths, log_ratios_F, weights_F)
 
 

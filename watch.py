@@ -201,6 +201,7 @@ class Screen:
             "",
             f"{BOLD}LEARNING{OFF}{DIM}{f'mean of {WINDOW} steps':>50}   whole run{OFF}",
             self.metric("reward", "reward", ".3f"),
+            *(self.metric(f"  {part}", f"reward/{part}", ".3f") for part in parts(self.records)),
             *self.validation(),
             self.metric("groups without signal", "groups_without_signal", ".0%"),
             self.metric("entropy, nats", "entropy", ".3f"),
@@ -305,6 +306,12 @@ class Screen:
         ]
 
 
+def parts(records: list[dict]) -> list[str]:
+    """The parts of the rewards that any step has."""
+    found = dict.fromkeys(name for r in records for name in r)
+    return [n.removeprefix("train/reward/") for n in found if n.startswith("train/reward/")]
+
+
 # ---- curves --------------------------------------------------------------------------------------
 # Panels: title, axis label, logarithmic?, and {legend: metric}
 PANELS = [
@@ -369,7 +376,8 @@ def plot(run_dir: Path, path: Path | None = None) -> Path:
     for ax in axes.flat[len(PANELS) :]:
         ax.set_axis_off()
     for ax, (title, label, log, curves) in zip(axes.flat, PANELS):
-        for legend, metric in curves.items():
+        more = {part: f"train/reward/{part}" for part in parts(records) if title == "Reward"}
+        for legend, metric in (curves | more).items():
             points = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
             # dots where a metric does not exist at every step: a line would invent the steps
             # between

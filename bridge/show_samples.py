@@ -72,7 +72,7 @@ def indented(text: str, colour: str = "") -> str:
 
 
 def shade(value: float | None, colour: str) -> str:
-    """The ANSI code of a token; "" in the middle, and where nothing is known."""
+    """The ANSI code of a token; "" in the middle, and where there is no advantage."""
     if value is None or (colour == "weight" and value < 0):
         return ""
     if colour == "weight":
@@ -89,14 +89,16 @@ def legend(colour: str) -> str:
     below = [f"{SHADES[i]} < {edges[i]:.2f} {OFF}" for i in range(3)]
     above = [f"{SHADES[i + 1]} > {edges[i]:.2f} {OFF}" for i in range(3, 6)]
     dropped = f"  {DROPPED} 0 {OFF}" if colour == "weight" else ""
-    return f"{colour} of each token:  {' '.join([*below, *above])}{dropped}\n"
+    put_in = f"  {BLUE}put in, not sampled{OFF}"
+    return f"{colour} of each token:  {' '.join([*below, *above])}{dropped}{put_in}\n"
 
 
 def shaded(pieces: list, colour: str) -> str:
     """An answer, each token in its shade; one that ends a line shows where."""
     text = "    "
     for piece in pieces:
-        code = shade(piece[COLOURS[colour]], colour)
+        sampled = piece[COLOURS["log-ratio"]] is not None
+        code = shade(piece[COLOURS[colour]], colour) if sampled else BLUE
         lines = printable(piece[0]).split("\n")
         shown = [f"{code}{line or '↵'}{OFF}" if code else line for line in lines]
         text += "\n    ".join(shown)

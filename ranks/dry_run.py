@@ -100,6 +100,8 @@ def print_report(m, cfg, world: int) -> None:
     check_sampler(m, cfg, world)
     if cfg.model:  # what takes a tiny one's time is none of these terms
         print_speed(m, cfg, world)
+    if cfg.data:
+        print("\nnot opened for this plan: the data sets; a run reads them first of all")
     print(f"\n{how_to_start(cfg, world)}")
 
 
@@ -366,6 +368,8 @@ def print_gpus(m, cfg) -> None:
             print(f"{name:10}  none of up to 512")
     print(
         "\nGiB: the peak of a GPU that trains; sample: the GPUs of one vLLM, by its "
-        "--tensor-parallel-size\nto start it on one machine: NPROC=GPUS_THAT_TRAIN bash launch.sh "
+        "--tensor-parallel-size\nto see a row in full, with its FLAGS: CUDA_VISIBLE_DEVICES=(all "
+        "GPUs of it, as 0,1,2) python train_cispo.py FLAGS --dry-run --dry-run-ranks "
+        "GPUS_THAT_TRAIN\nto start it on one machine: NPROC=GPUS_THAT_TRAIN bash launch.sh "
         "FLAGS; on several: docs/nodes.md"
     )

@@ -195,7 +195,9 @@ def test_a_model_that_is_another_one_on_a_node_is_refused_with_rank_and_host(
 def _begin(directory):
     os.chdir(Path(directory) / f"disk{os.environ['RANK']}")
     join_ranks(60)
-    cfg = SimpleNamespace(run_dir=Path("runs/x"), resume="off", text="{}", reward="exact")
+    cfg = SimpleNamespace(
+        run_dir=Path("runs/x"), resume="off", text="{}", reward="exact", val_reward=""
+    )
     run_dir.begin(cfg, [], make_mesh(1, 1, 2), lambda line: None)
     return sorted(str(p) for p in Path("runs").glob("*/checkpoints/*"))
 

@@ -58,6 +58,7 @@ def test_weights_are_read_and_become_whole_prompts_of_a_block(given, found):
         (["a:1", "b:1", "a:2"], "--data a: is named twice"),
         (["a", "a"], "--data a: is named twice"),
         (["a:1", "b:0"], "--data b:0: a weight of 0 is below 1/1000 of all"),
+        (["a:-1", "b:2"], "--data a:-1: a weight of -1 is below 1/1000 of all"),
         (["a:5000", "b:1"], "--data b:1: a weight of 1 is below 1/1000 of all"),
     ],
 )

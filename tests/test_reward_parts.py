@@ -1,11 +1,15 @@
 """A reward that is a dict: its parts from the function to the metrics."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
 from safetensors.torch import load, save
+from test_watch import run_of, screen, step_record
 
+import watch
 from bridge.groups import Group, Refused, pack_group, parse_group
 from bridge.reward_pool import reward_or_why
 from bridge.reward_process import judge
@@ -70,3 +74,21 @@ def test_a_part_that_is_no_finite_number_costs_the_sample_and_is_named(value, ki
 def test_the_hub_refuses_parts_that_are_none(name, x):
     with pytest.raises(Refused):
         parse_group(bytearray(save({**load(bytes(body())), name: x})))
+
+
+def test_parts_of_the_reward_are_on_the_screen_and_beside_its_curve(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    run, drawn, draw = run_of(tmp_path, []), [], matplotlib.axes.Axes.plot
+    records = [step_record(step) | {"train/reward/format": 0.125 * step} for step in (0, 1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    # the first step is left out, as it compiles
+    assert re.search(r"reward +0\.500 .*\n +format +0\.188 ", screen(run))
+
+    def plot(ax, *args, label="", **kwargs):
+        drawn.append(label)
+        return draw(ax, *args, label=label, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", plot)
+    watch.plot(run)
+    assert drawn.count("format") == 1

@@ -11,7 +11,7 @@ import report
 import train_cispo
 import watch
 from bridge.groups import NOT_SAMPLED, Group
-from bridge.show_samples import OFF, SHADES, TokenValues, shade, show_samples
+from bridge.show_samples import BLUE, OFF, SHADES, TokenValues, shade, show_samples
 from ranks.batch import Batch, micro_batches_of, pack_batch
 from ranks.parallel import Mesh
 from train_cispo import token_values
@@ -50,6 +50,7 @@ def test_cispo_s_weight_is_the_clipped_ratio_times_the_correction(dp, monkeypatc
     mismatch = 0.1 * torch.sin(gen)
     put_in = batch.versions == NOT_SAMPLED
     assert put_in.sum() == 2 and torch.equal(values.log_ratios_F.isnan(), put_in)
+    assert values.weights_F[put_in].isnan().all()
     close = dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         values.log_ratios_F[~put_in], (log_ratio + mismatch)[~put_in], **close
@@ -118,6 +119,7 @@ def test_tokens_are_coloured_by_what_became_of_them(tmp_path):
     assert "< -0.70" in text.splitlines()[0]
     text = show_samples(run, 0, "weight")
     assert f"{shade(2.0, 'weight')}é{OFF}" in text and f"\x1b[9;2mb{OFF}" in text
+    assert f"a\n    {BLUE}c{OFF}" in text and "put in, not sampled" in text.splitlines()[0]
     assert shade(1.0, "weight") == shade(None, "weight") == shade(-1.0, "weight") == ""
 
 
