@@ -37,7 +37,7 @@ import torch.distributed as dist
 import loss
 from bridge.flags import piped
 from bridge.rollouts import Rollouts, Stop
-from bridge.show_samples import TokenValues
+from bridge.token_values import TokenValues
 from bridge.waits import Signals
 from bridge.weights import WeightsError, load_hf
 from config import Config

@@ -25,7 +25,7 @@ from bridge.console import say
 from bridge.groups import NOT_SAMPLED, Group, means_of_parts
 from bridge.ledger import Books, Lease
 from bridge.logs import read_jsonl
-from bridge.show_samples import TokenValues
+from bridge.token_values import TokenValues
 
 
 @dataclass

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run_program
 
 from task import task_examples
 
@@ -14,8 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def evaluate(cwd, *argv):
-    command = [sys.executable, REPO / "evaluate.py", *map(str, argv)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+    return run_program(REPO / "evaluate.py", *argv, cwd=cwd, timeout_s=240)
 
 
 def read(path):

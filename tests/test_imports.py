@@ -118,6 +118,15 @@ def test_no_module_has_the_name_of_a_package_that_what_we_import_imports():
     assert clashes == {}
 
 
+def test_the_screen_imports_no_torch():
+    """It would take longer to start than to draw."""
+    look = "import sys, watch; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", look], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
 def test_what_refuses_a_run_and_what_never_compiles_imports_no_compiler():
     """torch's takes two seconds."""
     look = "import sys, train_cispo, evaluate, rollout; print('torch._dynamo' in sys.modules)"

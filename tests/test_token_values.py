@@ -11,7 +11,8 @@ import report
 import train_cispo
 import watch
 from bridge.groups import NOT_SAMPLED, Group
-from bridge.show_samples import BLUE, OFF, SHADES, TokenValues, shade, show_samples
+from bridge.show_samples import BLUE, OFF, SHADES, shade, show_samples
+from bridge.token_values import TokenValues
 from ranks.batch import Batch, micro_batches_of, pack_batch
 from ranks.parallel import Mesh
 from train_cispo import token_values
