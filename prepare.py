@@ -228,8 +228,9 @@ def load_held_out(cfg: Config, examples) -> dict[str, data.Examples]:
         return {cfg.task: data.Examples(found, name=f"--task {cfg.task}")}
     names = data.named(cfg.val_data)
     parts = read_all(list(names.values()), cfg.val_data_split, cfg, "--val-data")
+    template = examples.template(data.text_of(cfg.prompt_template))
     for part in parts:
-        part.template(examples.template(data.text_of(cfg.prompt_template)))
+        part.template(template)
     return dict(zip(names, parts))
 
 

@@ -107,12 +107,12 @@ def unsound(vllm_args: str, experts: bool) -> str:
             "--vllm-args: this quantizes the router too, which then chooses other experts; add "
             + KEEP_ROUTERS
         )
-    if re.search(r"--hf[-_]overrides", args) and torch.cuda.is_available():
-        if "head_dtype" not in args:
-            return (
-                "--vllm-args: --hf-overrides takes the place of the node's own, without which "
-                """logits are bf16; put "head_dtype": "float32" in it"""
-            )
+    overrides = re.search(r"--hf[-_]overrides", args) and "head_dtype" not in args
+    if overrides and torch.cuda.is_available():
+        return (
+            "--vllm-args: --hf-overrides takes the place of the node's own, without which logits "
+            """are bf16; put "head_dtype": "float32" in it"""
+        )
     if re.search(r"rejection[-_]sample[-_]method\W+synthetic", args):
         return "--vllm-args: rejection_sample_method synthetic takes tokens the model did not draw"
     return ""

@@ -60,13 +60,11 @@ class Directory:
                 self.places[tensor] = Place(name, begin, end, DTYPES[entry["dtype"]], shape)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        place = self.places[name]
-        flat = self.bytes[place.file][place.begin : place.end].view(place.dtype)
-        return flat.view(place.shape)
+        return self.runs([name])[0].tensors[0]
 
     def runs(self, names: Iterable[str]) -> list[Run]:
         """Tensors of one shape and dtype, in as few pieces as they lie in."""
-        pieces: list[list] = []  # [index of the first, place of the first, end of the last, count]
+        pieces: list[list] = []  # [index of the first, its place, end of the last, count]
         for i, name in enumerate(names):
             place = self.places[name]
             last = pieces[-1] if pieces else None
@@ -74,15 +72,11 @@ class Directory:
                 last[2], last[3] = place.end, last[3] + 1
             else:
                 pieces.append([i, place, place.end, 1])
-        return [
-            Run(
-                first,
-                self.bytes[place.file][place.begin : end]
-                .view(place.dtype)
-                .view(count, *place.shape),
-            )
-            for first, place, end, count in pieces
-        ]
+        found = []
+        for first, place, end, count in pieces:
+            flat = self.bytes[place.file][place.begin : end].view(place.dtype)
+            found.append(Run(first, flat.view(count, *place.shape)))
+        return found
 
 
 def by_numbers(name: str) -> list[str | int]:
