@@ -85,9 +85,9 @@ PRESETS = {
     "qwen3-4b": dataclasses.replace(
         SMALL, preset="qwen3-4b", name="qwen3-4b", model="Qwen/Qwen3-4B", gpu_memory_gib=139.8,
     ),
-    # AdamW's state over 8 GPUs is 43 GiB of each, and with all else the trainer takes 91. On 80 GB
-    # it takes at least 69 (--tp 8), and vLLM 7 for its share of the weights, 6 of its own and 2 for
-    # the samples of a prompt: 84. There 8 GPUs train and others sample: the preset above, or
+    # AdamW's state over 8 GPUs is 43 GiB of each, and with all else the trainer takes 79. On 80 GB
+    # it takes at least 70 (--tp 8), and vLLM 7 for its share of the weights, 6 of its own and 2 for
+    # the samples of a prompt: 85. There 8 GPUs train and others sample: the preset above, or
     # --dry-run --model Qwen/Qwen3-30B-A3B. Two engines of 4 GPUs, as the recipe has them. Of host
     # RAM the node needs 610 GB, by README's count while a checkpoint is written.
     "qwen3-30b-a3b-node": dataclasses.replace(

@@ -135,7 +135,7 @@ def train_update(
     # In fp32 the head's gradient is added to the main one chunk by chunk; else autograd hands it
     # over, as all others.
     added = weight.requires_grad and weight.main_grad.dtype.itemsize >= 4
-    head_grad = weight.main_grad if added else None
+    head_grad = optimizer.grad_so_far(weight) if added else None
     head = (cfg.temperature, cfg.logprob_chunk_size, cfg.compile, tp_group)
     for i, mb in enumerate(micro_batches, start=1):
         tokens = tokens_of(mb)

@@ -24,6 +24,7 @@ from ranks.plan import (
     fitting,
     flops_per_token,
     memory,
+    one_micro_batch,
     parameter_classes,
     replayed_bytes,
     vllm_share,
@@ -69,6 +70,9 @@ def print_report(m, cfg, world: int) -> None:
     for c in (classes := parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)):
         print(f"  {c.name:24}{c.numel / 1e6:9.1f}  {c.replicas}{'' if c.trained else ', frozen'}")
     remarks = {
+        "gradients": "those under way: an update is one micro-batch"
+        if one_micro_batch(cfg, world)
+        else "all, which several micro-batches may add up",
         "saved activations": f"{act['kept']:.1f} with recompute, {act['all layers']:.1f} without",
         "live layer or loss": f"attention {act['attention']:.1f}, dense MLP "
         f"{act['dense MLP']:.1f}, MoE {act['MoE']:.1f} ({act['MoE, fullest rank']:.1f} with "

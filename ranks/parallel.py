@@ -315,6 +315,9 @@ def reduce_metrics(metrics: dict[str, torch.Tensor], group) -> dict[str, torch.T
 # With as many a bucket is full: enough that a collective is not all latency, and few enough that
 # most of the model's gradients are on their way before the backward pass ends.
 BUCKET_ELEMENTS = 1 << 24
+# So many buckets' gradients may be on their way before one is waited for and given up: two to three
+# layers of a MoE model, whose backward pass takes several times as long as their way.
+BUCKETS_UNDER_WAY = 8
 
 
 class Bucket:
@@ -323,11 +326,15 @@ class Bucket:
 
     The sum over the replicas begins as soon as the last micro-batch's backward pass has given every
     gradient, and the new values are gathered while the next forward pass runs up to them
-    (`await_values`).
+    (`await_values`). The gradients have memory from the first one until they are summed: in an
+    update of one micro-batch they are never all there.
+
+    under_way: the optimizer's buckets that are being summed, the oldest first.
     """
 
-    def __init__(self, named, group, grad_dtype):
+    def __init__(self, named, group, grad_dtype, under_way):
         self.group, self.names = group, [name for name, _ in named]
+        self.under_way = under_way
         self.params = params = [p for _, p in named]
         # ids of those whose last gradient is awaited; None: this backward pass is not the last
         self.missing: set[int] | None = None
@@ -338,13 +345,15 @@ class Bucket:
         self.shard_start = me * self.shard_size
         # padded, so that all shards are of one size
         self.values = params[0].new_zeros(ranks * self.shard_size)
-        self.grads = torch.zeros_like(self.values, dtype=grad_dtype)
+        self.grads = torch.empty_like(self.values, dtype=grad_dtype)
         for p, start in zip(params, self.starts):
             view = self.values[start : start + p.numel()].view_as(p)
             view.copy_(p.detach())
             p.data, p.main_grad = view, self.grads[start : start + p.numel()].view_as(p)
             p.bucket = self
             p.register_post_accumulate_grad_hook(self.receive)
+        self.give_up_grads()
+        self.begin_sum()
         master_dtype = torch.promote_types(self.values.dtype, torch.float32)
         self.master = torch.nn.Parameter(self.my_shard(self.values).to(master_dtype, copy=True))
 
@@ -363,19 +372,45 @@ class Bucket:
                     (low - self.shard_start, high - self.shard_start),
                 )
 
+    def begin_sum(self) -> None:
+        """Of the next update; what was summed up is forgotten."""
+        self.unset = {id(p) for p in self.params}
+
+    def give_up_grads(self) -> None:
+        self.grads.untyped_storage().resize_(0)
+
+    def _hold_grads(self) -> None:
+        size = self.grads.numel() * self.grads.element_size()
+        if self.grads.untyped_storage().nbytes() < size:
+            self.grads.untyped_storage().resize_(size)
+
+    @torch.no_grad()
+    def grad_so_far(self, p) -> torch.Tensor:
+        """p.main_grad, to be added to."""
+        self._hold_grads()
+        if id(p) in self.unset:
+            self.unset.remove(id(p))
+            p.main_grad.zero_()
+        return p.main_grad
+
     @torch.no_grad()
     def receive(self, p) -> None:
         """As soon as autograd has a parameter's gradient, add it to the main gradient, whose dtype
         is our choice."""
         is_second = self.missing is not None and id(p) not in self.missing
-        if is_second or self.reduced is not None:
+        if is_second or self.reduced is not None or self.master.grad is not None:
             name = next(n for n, mine in zip(self.names, self.params) if mine is p)
             raise RuntimeError(
                 f"{name}: a second gradient in the last backward pass, when the sum over the ranks "
                 "may have begun. Are its weights those of two blocks?"
             )
         if p.grad is not None:  # the fused head adds its own, and this is called all the same
-            p.main_grad.add_(p.grad)
+            if id(p) in self.unset:  # a pass over memory less than zeros and a sum
+                self._hold_grads()
+                self.unset.remove(id(p))
+                p.main_grad.copy_(p.grad)
+            else:
+                p.main_grad.add_(p.grad)
             p.grad = None
         if self.missing is None:
             return
@@ -384,19 +419,33 @@ class Bucket:
             self.begin_reducing()
 
     def begin_reducing(self) -> None:
+        for p in self.params:
+            self.grad_so_far(p)  # zeros where none came
         self.missing = None
-        self.reduced = self.grads
-        if self.group is not None:
-            self.reduced = _begin_reduce_scatter(self.grads, self.group)
+        if self.group is None:
+            self.reduced = self.grads
+            return
+        self.reduced = _begin_reduce_scatter(self.grads, self.group)
+        self.under_way.append(self)
+        if len(self.under_way) > BUCKETS_UNDER_WAY:
+            self.under_way[0].end_reducing()
 
-    def reduce_grads(self) -> None:
-        """SUM over the replicas: master.grad becomes my shard of it."""
-        if self.reduced is None:
-            self.begin_reducing()
+    def end_reducing(self) -> None:
+        """master.grad becomes my shard of the SUM over the replicas."""
         grad, self.reduced = self.reduced, None
         if self.group is not None:
+            self.under_way.remove(self)
             grad = funcol.wait_tensor(grad)
-        self.master.grad = grad.to(self.master.dtype)
+        self.master.grad = shard = grad.to(self.master.dtype)
+        if shard is not self.grads:  # else `step` gives them up
+            self.give_up_grads()
+
+    def reduce_grads(self) -> None:
+        """SUM over the replicas, what is left of it."""
+        if self.reduced is None and self.master.grad is None:
+            self.begin_reducing()
+        if self.reduced is not None:
+            self.end_reducing()
 
     def gather_values(self) -> None:
         """Everyone's shards of the new values, back into the parameters; `await_values` waits."""
@@ -445,11 +494,13 @@ class ShardedAdamW(torch.optim.AdamW):
                 filling.setdefault(key, []).append((name, p))
                 if sum(p.numel() for _, p in filling[key]) >= BUCKET_ELEMENTS:
                     found.append((key, filling.pop(key)))
+        under_way: list[Bucket] = []
         self.buckets = [
             Bucket(
                 members,
                 group,
                 torch.promote_types(grad_dtype, dtype) if dtype == torch.float64 else grad_dtype,
+                under_way,
             )
             for (group, dtype), members in (*found, *filling.items())
         ]
@@ -462,7 +513,11 @@ class ShardedAdamW(torch.optim.AdamW):
 
     def zero_grad(self) -> None:
         for bucket in self.buckets:
-            bucket.grads.zero_()
+            bucket.begin_sum()
+
+    def grad_so_far(self, p) -> torch.Tensor:
+        """p.main_grad, for those who add to it themselves."""
+        return p.bucket.grad_so_far(p)
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
@@ -483,5 +538,6 @@ class ShardedAdamW(torch.optim.AdamW):
         super().step()
         for bucket in self.buckets:
             bucket.master.grad = None
+            bucket.give_up_grads()
             bucket.gather_values()
         return norm

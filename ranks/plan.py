@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from ranks import ops
+from ranks.parallel import BUCKET_ELEMENTS, BUCKETS_UNDER_WAY
 
 GIB = 2**30
 OVERHEAD_GIB = 4.0  # CUDA context, NCCL buffers, fragmentation: from experience, not computed
@@ -70,6 +71,7 @@ class ParamClass(NamedTuple):
     trained: bool = True
 
 
+UNLIKE_LAYERS = ("embedding and head", "routers")
 CLASSES = {  # of parameters, by the module that they belong to; all others are norms
     "embedding and head": ("embed_tokens", "lm_head"),
     "q and o projections": ("q_proj", "o_proj"),
@@ -115,7 +117,7 @@ def parameter_classes(m, world: int, tp: int, ep: int, freeze_router=True) -> li
 def static_memory(
     m, world: int, tp: int, ep: int, param_bytes: int, grad_bytes: int, freeze_router=True
 ) -> dict:
-    """Bytes that a rank holds throughout."""
+    """Bytes that a rank holds throughout, the gradients while micro-batches add them up."""
     classes = parameter_classes(m, world, tp, ep, freeze_router)
     return {
         "parameters": param_bytes * sum(c.numel for c in classes),
@@ -129,9 +131,30 @@ def summed_gradients(m, cfg, world: int) -> float:
     last backward pass gives up its activations, and stay until the update is done. fp32 gradients
     of parameters that no other rank holds are their own sums."""
     classes = parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)
-    own = dtype_bytes(cfg)[1] == 4
-    made = [c for c in classes if c.trained and (c.replicas > 1 or not own)]
-    return 4 * sum(c.numel / c.replicas for c in made)
+    return 4 * sum(c.numel / c.replicas for c in classes if c.trained)
+
+
+def one_micro_batch(cfg, world: int) -> bool:
+    """Whether a rank's share of an update is one micro-batch whatever the lengths of its samples
+    (batch.assign_rows)."""
+    samples = cfg.max_tokens_per_micro_batch // cfg.max_total_sequence_length
+    return cfg.train_global_batch_size <= world // cfg.tp * samples
+
+
+def gradients_under_way(m, cfg, world: int) -> tuple[float, float]:
+    """Bytes of gradients that a last backward pass holds at most, beside their sums, when it begins
+    and when it ends: the head's or the embedding's, those whose sum is under way, and at first a
+    layer's in the making (parallel.Bucket). fp32 gradients that no other rank has are not sent."""
+    own, grad = slices(m, cfg.tp, cfg.ep), dtype_bytes(cfg)[1]
+    layer = sum(numel for kind, (_, numel, _) in own.items() if kind not in UNLIKE_LAYERS)
+    layer /= m.num_hidden_layers
+    classes = parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)
+    sent = sum(c.numel for c in classes if c.trained and c.replicas > 1)
+    # of a MoE layer two projections of experts and the rest make a bucket each
+    bucket = max(BUCKET_ELEMENTS, layer / (3 if m.num_experts else 1))
+    sent = min(BUCKETS_UNDER_WAY * bucket, sent)
+    end = m.vocab_size * m.hidden_size / cfg.tp
+    return grad * (end + sent + layer), grad * (sent + end * (classes[0].replicas > 1))
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -208,9 +231,13 @@ def memory(m, cfg, world: int) -> dict[str, float]:
     layer = max(act["dense MLP"], act["MoE, fullest rank"] - (0 if recompute else act["MoE"]))
     layer += act["attention"] * recompute
     terms["live layer or loss"] = max(layer, act["loss"])
-    # The sums of the gradients take the place of the saved activations.
-    first = terms["saved activations"] + terms["live layer or loss"]
-    if (more := summed_gradients(m, cfg, world) + layer - first) > 0:
+    # In the last backward pass gradients are given up as they are summed, and the sums take the
+    # place of the saved activations. In the only one gradients have never been there as a whole.
+    first, last = gradients_under_way(m, cfg, world)
+    if one_micro_batch(cfg, world):
+        terms["gradients"] = min(first, terms["gradients"])
+    before = sum(terms[n] for n in ("gradients", "saved activations", "live layer or loss"))
+    if (more := last + summed_gradients(m, cfg, world) + layer - before) > 0:
         terms["sums of gradients"] = more
     gib = {"CUDA and NCCL": OVERHEAD_GIB, **{name: size / GIB for name, size in terms.items()}}
     if share := vllm_share(cfg, world):

@@ -96,6 +96,7 @@ class Code(NamedTuple):
     first_prev_spared: bool = True  # a batch's first update is its own prev
     gradients_overlap: bool = True  # their reduce-scatter goes on under the last backward
     parameters_overlap: bool = True  # and they are gathered under the next forward
+    gradients_written: bool = True  # the first micro-batch's are not added to zeros
     lean_rows: bool = True  # gate and up are one GEMM, and the kv heads are not repeated
 
 
@@ -189,7 +190,7 @@ def ring(replicas: int, world: int) -> tuple[str, float]:
     return ("InfiniBand", nics) if slow else ("NVLink ring", 1.0)
 
 
-def update(m, cfg, world: int) -> list[Term]:
+def update(m, cfg, world: int, code: Code = CODE) -> list[Term]:
     """Gradients, AdamW, parameters. The passes over a rank's shard: AdamW 28 bytes an element, norm
     and clipping 12, cast 6; zeroing is of all its gradients."""
     a, grad = dtype_bytes(cfg)
@@ -206,8 +207,9 @@ def update(m, cfg, world: int) -> list[Term]:
             Term("update", f"{what}, {kind}", size * numel, rate)
             for (kind, rate), numel in sizes.items()
         ]
-    everything = sum(c.numel for c in held if c.trained)
-    passes = shard * (28 + 12 + 6) + everything * grad
+    passes = shard * (28 + 12 + 6)
+    if not code.gradients_written:
+        passes += grad * sum(c.numel for c in held if c.trained)
     return [*terms, Term("update", "AdamW and its passes", passes, "copies")]
 
 
@@ -232,12 +234,13 @@ def training(m, cfg, world: int, length: float, N: float, code: Code = CODE) -> 
     own = slices(m, cfg.tp, cfg.ep)
     numel = sum(numel for kind, (_, numel, _) in own.items() if kind != "routers")
     numel -= m.vocab_size * m.hidden_size / cfg.tp  # the head adds its own
-    terms.append(Term("training", "adding up gradients", micro * numel * (a + 2 * grad), "copies"))
+    of_one = micro * (a + 2 * grad) - grad * code.gradients_written  # bytes
+    terms.append(Term("training", "adding up gradients", numel * of_one, "copies"))
     if passes:
         rate, amount = head(m, cfg, N, code, train=False)
         forward = [(name, rate, f) for name, rate, f, _ in work if f] + [("head", rate, amount)]
         terms += [Term("prev pass", name, passes * f, rate) for name, rate, f in forward]
-    after, pass_s = update(m, cfg, world), seconds(terms, "training") / micro / (3 + again)
+    after, pass_s = update(m, cfg, world, code), seconds(terms, "training") / micro / (3 + again)
     if code.gradients_overlap:
         after = list(_hidden(after, "gradients", 2 * pass_s, m.num_hidden_layers))
     if code.parameters_overlap:

@@ -299,16 +299,15 @@ def without(what):
         "dense": "q_proj",
         "replicated": "model.norm",
     }[what]
-    reduce_grads = parallel.Bucket.reduce_grads
+    end_reducing = parallel.Bucket.end_reducing
 
     def keep_mine(self):
+        mine = self.my_shard(self.grads).to(self.master.dtype, copy=True)
+        end_reducing(self)  # what has begun must end, and is not looked at
         if any(parameter in name for name in self.names):
-            reduce_grads(self)  # what has begun must end, and is not looked at
-            self.master.grad = self.my_shard(self.grads).to(self.master.dtype, copy=True)
-        else:
-            reduce_grads(self)
+            self.master.grad = mine
 
-    return parallel.Bucket, "reduce_grads", keep_mine
+    return parallel.Bucket, "end_reducing", keep_mine
 
 
 def run_controls(path, controls, wanted):

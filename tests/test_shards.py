@@ -154,8 +154,10 @@ def held_after_a_step(layouts):
         for name, p in model.named_parameters():
             p.requires_grad_(not name.endswith("mlp.gate.weight"))  # as by default
         optimizer = ShardedAdamW(model, 1.0, lr=1e-3)
-        for bucket in optimizer.buckets:
-            bucket.grads.fill_(0.1)
+        for p in model.parameters():
+            if p.requires_grad:
+                optimizer.grad_so_far(p).fill_(0.1)
+        gradients = storage_bytes(bucket.grads for bucket in optimizer.buckets)
         optimizer.step()
         moments = [
             optimizer.state[b.master][kind]
@@ -172,7 +174,8 @@ def held_after_a_step(layouts):
         found.append(
             {
                 "parameters": storage_bytes(p.detach() for p in model.parameters()),
-                "gradients": storage_bytes(bucket.grads for bucket in optimizer.buckets),
+                "gradients": gradients,
+                "gradients afterwards": storage_bytes(b.grads for b in optimizer.buckets),
                 "optimizer state": storage_bytes(state),
                 "predicted": static_memory(MODEL, world, tp, ep, 4, 4),
                 "by parameter": sum(12 * numel / replicas for numel, replicas in trained),
@@ -199,7 +202,46 @@ def test_a_rank_holds_12_bytes_per_parameter_over_replicas_and_what_the_dry_run_
             for kind in ("parameters", "gradients", "optimizer state"):
                 # 5 % are promised
                 assert held[kind] == pytest.approx(held["predicted"][kind], rel=0.01), where
-            assert held["left"] == 0, where
+            assert held["left"] == held["gradients afterwards"] == 0, where
+
+
+def held_in_an_update(counts):
+    """On every rank, by number of micro-batches: the most bytes of gradients at once in the last
+    backward pass, and what they are at first; and of three buckets, and of all."""
+    join_ranks(120)
+    mesh = make_mesh(1, 1, MODEL.num_key_value_heads)
+    model = seeded(MODEL, mesh)
+    begin, seen = parallel.Bucket.begin_reducing, []
+
+    def begin_reducing(bucket):
+        begin(bucket)
+        seen.append(storage_bytes(b.grads for b in optimizer.buckets))
+
+    small = {"BUCKET_ELEMENTS": 1, "BUCKETS_UNDER_WAY": 2}  # each parameter is a bucket
+    found = []
+    tokens, cu_seqlens = torch.arange(40) % 32, torch.tensor([0, 10, 40], dtype=torch.int32)
+    with mock.patch.multiple(parallel, **small):
+        optimizer = ShardedAdamW(model, 1.0, lr=1e-3)
+        with mock.patch.object(parallel.Bucket, "begin_reducing", begin_reducing):
+            for micro_batches in counts:
+                seen.clear()
+                optimizer.zero_grad()
+                for i in range(micro_batches):
+                    if i == micro_batches - 1:
+                        optimizer.expect_last()
+                    model(tokens, cu_seqlens, 30)[0].pow(2).sum().backward()
+                found.append((max(seen), seen[0]))
+                optimizer.step()
+    sizes = sorted(4 * bucket.values.numel() for bucket in optimizer.buckets)
+    return found, sum(sizes[-3:]), sum(sizes)
+
+
+def test_gradients_are_given_up_as_they_are_summed_and_one_micro_batchs_are_never_all_there():
+    for found, three, everything in on_ranks(2, held_in_an_update, (1, 2, 1)):
+        head = 4 * MODEL.vocab_size * MODEL.hidden_size  # is not in this backward pass
+        one, several, again = found
+        assert one == again and 0 < one[0] <= three < 0.5 * everything, (found, three, everything)
+        assert several == (everything - head, everything - head), (found, everything)
 
 
 def test_optimizer_state_is_exactly_12_bytes_per_parameter_where_the_replicas_divide_it():
@@ -246,7 +288,7 @@ def zero_against_plain(steps=5):
         )
         optimizer.zero_grad()
         for p in model.parameters():
-            p.main_grad.add_(draw(mesh.rank, p))
+            optimizer.grad_so_far(p).add_(draw(mesh.rank, p))
         norm = optimizer.step()
         model.await_values()
         norms.append(norm.item())

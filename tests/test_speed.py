@@ -18,7 +18,7 @@ from tests.test_dry_run import dry_run as run_dry
 QWEN = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"]
 PRESET = PRESETS["qwen3-30b-a3b"]
 # Code as it was when the same times had been worked out by hand, and the rates assumed then.
-OLD = speed.Code(256, 4.0, 1 + 15 * 0.12, *[False] * 6)
+OLD = speed.Code(256, 4.0, 1 + 15 * 0.12, *[False] * 7)
 ASSUMED = {
     "dense GEMM": 650e12,
     "grouped GEMM": 550e12,
@@ -172,7 +172,9 @@ def test_three_nodes_are_divided_both_ways_with_either_weights(monkeypatch, caps
     }
     rates = [int(row[2].replace(",", "")) for row in rows]
     assert rates == sorted(rates, reverse=True)
-    assert "to fit on 1 node the trainer needs --max-tokens-per-micro-batch 4096" in report
+    assert "to fit" not in report
+    report = run_dry(monkeypatch, capsys, *flags, "--gpu-memory-gib", "75")[1]
+    assert "to fit on 1 node the trainer needs --tp 4" in report
 
 
 def test_the_page_shows_the_table_that_the_command_prints(monkeypatch, capsys, pages):
