@@ -396,7 +396,9 @@ def plot(run_dir: Path, path: Path | None = None) -> Path:
     for ax in axes.flat:
         if ax.get_legend_handles_labels()[0]:
             ax.legend()
-    axes.flat[0].set_ylim(-0.02, 1.02)
+    # All of 0 to 1, and what is outside: a reward may be negative, a part a number of calls.
+    low, high = axes.flat[0].get_ylim()
+    axes.flat[0].set_ylim(min(low, -0.02), max(high, 1.02))
     # The first step holds vLLM's start and the compilation; it must not flatten all others.
     seconds = sorted(r["timing/train/total_step_time"] for r in records) or [1.0]
     axes.flat[5].set_ylim(0, 1.5 * seconds[int(0.95 * (len(seconds) - 1))])
