@@ -446,6 +446,12 @@ def mix_of(given: tuple[str, ...]) -> tuple[list[str], list[int]]:
     return names, counts
 
 
+def split_name(text: str) -> tuple[str, str]:
+    """NAME=DATA in its parts; without a name, "" and the text. A file that is there is no name."""
+    match = re.fullmatch(r"([\w-]{1,40})=(.+)", text)
+    return match.groups() if match and not Path(text).exists() else ("", text)
+
+
 def named(given: tuple[str, ...]) -> dict[str, str]:
     """What --val-data names: NAME=DATA, or DATA under the name of its file or set.
 
@@ -453,8 +459,7 @@ def named(given: tuple[str, ...]) -> dict[str, str]:
     """
     found = {}
     for text in given:
-        match = re.fullmatch(r"([\w-]{1,40})=(.+)", text)
-        name, what = match.groups() if match and not Path(text).exists() else ("", text)
+        name, what = split_name(text)
         if not name:
             last = Path(what).name.partition(":")[0]
             ending = next((e for e in (*ROW_FILES, ".parquet") if last.endswith(e)), "")

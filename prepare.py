@@ -234,6 +234,12 @@ def load_held_out(cfg: Config, examples) -> dict[str, data.Examples]:
     return dict(zip(names, parts))
 
 
+def label_and_data(given: str) -> tuple[str, str]:
+    """How a table calls a data set, NAME=DATA or DATA, and the set itself."""
+    name, what = data.split_name(given)
+    return name or what, what
+
+
 def load_prompts(cfg: Config, checkpoint: Path, examples, held_out: dict | None = None):
     """The run's prompts, their tokenizer, and the lists of held-out examples by name. Raises:
     ValueError when none of a data set is short enough to be answered, or the checkpoint's tokenizer
