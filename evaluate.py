@@ -214,7 +214,7 @@ async def evaluate(ev: Evaluation, prompts: list[list[Prompts]], out: Path) -> l
                 with open(out / "scores.jsonl", "a") as f:
                     f.write(json.dumps(record) + "\n")
                 records.append(record)
-                log(row(ev, record))
+                log(f"{p.name}: {row(ev, record)}")
         finally:
             await node.end()
     return records

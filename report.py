@@ -237,6 +237,21 @@ def count_without_signal(record: dict, before: int, reward: str, run_dir: Path) 
     return steps
 
 
+def count_cut_off(record: dict, before: int, max_new_tokens: int) -> int:
+    """How many steps in a row have cut off more than half of their samples. The third says so, and
+    the 30th."""
+    share = record["train/truncation_rate"]
+    steps = before + 1 if share > 0.5 else 0
+    if steps in (3, 30, 300):
+        turns = record.get("rollout/turns_per_sample") or 1
+        also = ", which bounds all turns together and what is put in between," if turns > 1 else ""
+        say(
+            f"warning: more than half of the samples were cut off for {steps} steps, {share:.0%} "
+            f"of the last one's: --max-new-tokens {max_new_tokens}{also} may be too small"
+        )
+    return steps
+
+
 MAX_SKIPPED = 3  # updates in a row
 
 
@@ -435,7 +450,7 @@ class Log:
         self._norms: list[torch.Tensor] = []  # of their gradients
         self.speaks = data is not None
         self._rewards: list[float] = []  # of the steps since the last checkpoint
-        self._skipped = self._without_signal = 0  # updates and steps, in a row
+        self._skipped = self._without_signal = self._cut_off = 0  # updates and steps, in a row
         self._done = threading.Event()
         if self.speaks:
             self.prompts, self.codec, _ = data
@@ -532,6 +547,7 @@ class Log:
         self._without_signal = count_without_signal(
             record, self._without_signal, self.cfg.reward, run_dir
         )
+        self._cut_off = count_cut_off(record, self._cut_off, self.cfg.max_new_tokens)
         self._rewards.append(record["train/reward"])
         self._take_validations()
 

@@ -46,7 +46,7 @@ def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
     scores, samples = read(tmp_path / "e/scores.jsonl"), read(tmp_path / "e/samples.jsonl")
     of = [(s["model"], s["data"], s["prompts"]) for s in scores]
     assert of == [(str(m), d, n) for m in models for d, n in (("a.jsonl", 5), ("hard", 3))]
-    assert len(samples) == 2 * (8 * 3 + 8) and "avg@3" in done.stdout
+    assert len(samples) == 2 * (8 * 3 + 8) and "hard: avg@3" in done.stdout
     for s in scores:
         mine = [x for x in samples if (x["model"], x["data"]) == (s["model"], s["data"])]
         assert s["reward/form"] == 0.25 and mine[0]["parts"]["form"] == 0.25
