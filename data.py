@@ -300,9 +300,13 @@ class Examples:
         if wanted and reach(first, wanted) is not None:
             found = [wanted]
         if len(found) != 1:
-            inner = {c: x for c, x in first.items() if isinstance(x, dict)}
-            there += [f"{c}.{name}" for c, x in inner.items() for name in x]
+            inner = [(c, x) for c, x in first.items() if isinstance(x, dict)]
+            for c, x in inner:  # it grows by what is in them
+                there += [f"{c}.{name}" for name in x]
+                inner += [(f"{c}.{name}", y) for name, y in x.items() if isinstance(y, dict)]
             given = f"{wanted} is none of them" if wanted else "|".join(found or usual)
+            if what == "answer" and not wanted + "".join(found):
+                given += "; a reward that reads no answer needs one too: name any column"
             outer = wanted.partition(".")[0]
             if outer != wanted and isinstance(first.get(outer), str):
                 given += f": {outer} is text, which has nothing in it"
