@@ -403,6 +403,15 @@ class Trackers:
             wandb.teardown()  # finish() returns before W&B's own process has written its file
 
 
+def lost(hub: dict) -> str:
+    """What of the data was not trained on, "" for nothing. hub: its books in a record."""
+    counts = hub["counts"].items()
+    kinds = [f"{n} {name.removeprefix('reward_')}" for name, n in counts if name[:7] == "reward_"]
+    aside = f"{hub['set_aside']} of {hub['handed_out']} prompts were set aside, not trained on"
+    rewards = f"samples without a reward since the last start: {', '.join(kinds)}"
+    return "; ".join([aside] * bool(hub["set_aside"]) + [rewards] * bool(kinds))
+
+
 def sum_up(run_dir: Path, version: int, scores: dict[int, float]) -> None:
     """The picture and the last lines. version: of the weights, which are the run's result."""
     records = watch.read_metrics(run_dir)
@@ -412,6 +421,8 @@ def sum_up(run_dir: Path, version: int, scores: dict[int, float]) -> None:
             f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
             f"of the last {len(last)} {sum(last) / len(last):.3f}"
         )
+        if what := lost(records[-1]["hub"]):
+            say(f"warning: {what}; {run_dir / 'rollout.log'} or the nodes' own logs name each")
     else:
         say(f"no step was left to train: --max-num-steps are done at step {version}")
     steps = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-??????")]
