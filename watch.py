@@ -390,7 +390,9 @@ def plot(run_dir: Path, path: Path | None = None) -> Path:
     validations = read_jsonl(run_dir / "validation.jsonl")
     # one after the other, as data sets may have come later
     names = dict.fromkeys(n for r in validations for n in r if "@" in n)
-    for name, color in zip(names, ("black", "gray", *(f"C{i % 10}" for i in range(2, len(names))))):
+    # colours that the lines of the panel leave
+    others = (f"C{i % 10}" for i in itertools.count(len(axes.flat[0].lines)))
+    for name, color in zip(names, itertools.chain(("black", "gray"), others)):
         points = [(r["version"], r[name]) for r in validations if name in r]
         axes.flat[0].plot(*zip(*points), "o--", color=color, label=name.replace("/", " "))
     for ax in axes.flat:
