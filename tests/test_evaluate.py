@@ -84,3 +84,14 @@ def test_what_cannot_work_is_one_line_before_vllm_starts(tmp_path, tiny_checkpoi
     said = done.stdout + done.stderr
     assert done.returncode == 2 and says in said and "Traceback" not in said, said
     assert "vLLM is up" not in said and not (tmp_path / "e").exists()
+
+
+def test_a_checkpoint_of_the_trainer_is_no_model_and_says_how_it_becomes_one(tmp_path):
+    saved = tmp_path / "step-000015"
+    saved.mkdir()
+    (saved / "checkpoint.json").write_text("{}")
+    done = evaluate(tmp_path, saved, "--data", "d.jsonl")
+    assert done.returncode == 2
+    assert f"{saved} is a checkpoint of the trainer; export it first: python tools/export.py" in (
+        done.stdout + done.stderr
+    )
