@@ -79,6 +79,15 @@ class ModelAndTask(Group):
         given, is_path = Path(self.model), self.model.startswith((".", "/", "~"))
         if self.model and is_path and not given.is_dir():
             yield f"--model {self.model!r}: no such directory (looked for {given.absolute()})"
+        if (
+            self.model
+            and (given / "checkpoint.json").exists()
+            and not (given / "config.json").exists()
+        ):
+            yield (
+                f"--model {self.model} is a checkpoint of the trainer; export it first: python "
+                f"tools/export.py {self.model} OUT"
+            )
 
 
 @dataclass(frozen=True)

@@ -300,9 +300,13 @@ class Examples:
         if wanted and reach(first, wanted) is not None:
             found = [wanted]
         if len(found) != 1:
-            inner = {c: x for c, x in first.items() if isinstance(x, dict)}
-            there += [f"{c}.{name}" for c, x in inner.items() for name in x]
+            inner = [(c, x) for c, x in first.items() if isinstance(x, dict)]
+            for c, x in inner:  # it grows by what is in them
+                there += [f"{c}.{name}" for name in x]
+                inner += [(f"{c}.{name}", y) for name, y in x.items() if isinstance(y, dict)]
             given = f"{wanted} is none of them" if wanted else "|".join(found or usual)
+            if what == "answer" and not wanted + "".join(found):
+                given += "; a reward that reads no answer needs one too: name any column"
             outer = wanted.partition(".")[0]
             if outer != wanted and isinstance(first.get(outer), str):
                 given += f": {outer} is text, which has nothing in it"
@@ -446,6 +450,12 @@ def mix_of(given: tuple[str, ...]) -> tuple[list[str], list[int]]:
     return names, counts
 
 
+def split_name(text: str) -> tuple[str, str]:
+    """NAME=DATA in its parts; without a name, "" and the text. A file that is there is no name."""
+    match = re.fullmatch(r"([\w-]{1,40})=(.+)", text)
+    return match.groups() if match and not Path(text).exists() else ("", text)
+
+
 def named(given: tuple[str, ...]) -> dict[str, str]:
     """What --val-data names: NAME=DATA, or DATA under the name of its file or set.
 
@@ -453,8 +463,7 @@ def named(given: tuple[str, ...]) -> dict[str, str]:
     """
     found = {}
     for text in given:
-        match = re.fullmatch(r"([\w-]{1,40})=(.+)", text)
-        name, what = match.groups() if match and not Path(text).exists() else ("", text)
+        name, what = split_name(text)
         if not name:
             last = Path(what).name.partition(":")[0]
             ending = next((e for e in (*ROW_FILES, ".parquet") if last.endswith(e)), "")

@@ -34,7 +34,14 @@ from bridge.reward_pool import RewardsEnd
 from bridge.validation import Round, Validation, samples, score
 from bridge.vllm import NO_ANSWER, VLLMUnfit
 from bridge.weights import WeightsError
-from prepare import load_examples, load_prompts, node_config, resolve_model, run_for_nodes
+from prepare import (
+    label_and_data,
+    load_examples,
+    load_prompts,
+    node_config,
+    resolve_model,
+    run_for_nodes,
+)
 from prepare import resolve_dtype as dtype_of
 from presets import parse_config
 from rollout import Node
@@ -46,7 +53,7 @@ class Evaluation:
     --preset, --reward, --prompt-template, --max-new-tokens, --rollout-args and so on."""
 
     models: Annotated[tuple[str, ...], Positional]  # directories or hub ids
-    data: tuple[str, ...]  # one or more, each as --data of train_cispo.py
+    data: tuple[str, ...]  # one or more [NAME=]DATA, each as --data of train_cispo.py
     samples: int = 8  # of each prompt: the k of avg@k and pass@k
     temperature: float = 1.0  # of these samples
     pass_threshold: float = 1.0  # a sample with at least this reward solves its prompt (pass@k)
@@ -58,6 +65,7 @@ class Evaluation:
 class Prompts:
     """A data set as a model reads it."""
 
+    name: str  # in the table
     cfg: object  # of train_cispo.py: this model and these prompts
     checkpoint: Path
     codec: object
@@ -77,7 +85,8 @@ def parse(argv: list[str]) -> tuple[Evaluation, list[str]]:
     found = parse_flags(Evaluation, own)
     for name in ("models", "data"):
         given = getattr(found, name)
-        if not given or len(set(given)) < len(given):
+        called = [label_and_data(text)[0] for text in given] if name == "data" else given
+        if not given or len(set(called)) < len(given):
             said = f"--{name}" if name == "data" else name
             raise ValueError(f"{said} {' '.join(given)!r}: one or more, each once")
     return found, rest
@@ -91,9 +100,9 @@ def read(ev: Evaluation, rest: list[str]) -> list[list[Prompts]]:
     found = []
     for model in ev.models:
         found.append([])
-        for name in ev.data:
+        for name, what in map(label_and_data, ev.data):
             try:
-                cfg = parse_config([*rest, "--model", model, "--data", name, *sampling])
+                cfg = parse_config([*rest, "--model", model, "--data", what, *sampling])
             except ValueError as e:  # it knows these three by longer names
                 said = re.sub(r"--val-(samples|temperature|pass-threshold)\b", r"--\1", str(e))
                 raise ValueError(said) from None
@@ -102,7 +111,7 @@ def read(ev: Evaluation, rest: list[str]) -> list[list[Prompts]]:
             kept = [examples[i] for i in range(len(examples)) if i not in prompts.skip]
             run = run_for_nodes(cfg, checkpoint, data, dtype_of(cfg.publish_dtype, device))
             run |= {"id": "evaluation", "experts": False}
-            found[-1].append(Prompts(cfg, checkpoint, codec, kept, run))
+            found[-1].append(Prompts(name, cfg, checkpoint, codec, kept, run))
     return found
 
 
@@ -190,29 +199,29 @@ async def evaluate(ev: Evaluation, prompts: list[list[Prompts]], out: Path) -> l
         node = Evaluator(sets[0])
         try:
             await node.begin()
-            for name, p in zip(ev.data, sets):
-                record = {"model": model, "data": name, "pass_threshold": ev.pass_threshold}
+            for p in sets:
+                record = {"model": model, "data": p.name, "pass_threshold": ev.pass_threshold}
                 done = await node.round(p, ev.samples, ev.temperature)
                 found = score(done, ev.samples, ev.pass_threshold)
                 record |= {key.removeprefix("validation/"): x for key, x in found.items()}
-                write_samples(out, model, name, p, done, greedy=False)
+                write_samples(out, model, p, done, greedy=False)
                 if ev.greedy:
                     done = await node.round(p, 1, 0.0)
                     record["greedy"] = score(done, 1, ev.pass_threshold)["validation/avg@1"]
-                    write_samples(out, model, name, p, done, greedy=True)
+                    write_samples(out, model, p, done, greedy=True)
                 for of_versions in ("version", "versions"):
                     del record[of_versions]
                 with open(out / "scores.jsonl", "a") as f:
                     f.write(json.dumps(record) + "\n")
                 records.append(record)
-                log(row(ev, record))
+                log(f"{p.name}: {row(ev, record)}")
         finally:
             await node.end()
     return records
 
 
-def write_samples(out: Path, model: str, name: str, p: Prompts, done: Round, greedy: bool) -> None:
-    of = {"model": model, "data": name, "greedy": greedy}
+def write_samples(out: Path, model: str, p: Prompts, done: Round, greedy: bool) -> None:
+    of = {"model": model, "data": p.name, "greedy": greedy}
     with open(out / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as f:
         for sample in samples(done, p.examples, partial(p.codec.decode, special=True)):
             del sample["versions"]
@@ -234,7 +243,7 @@ def row(ev: Evaluation, record: dict) -> str:
 def table(ev: Evaluation, records: list[dict]) -> str:
     """Models down, data sets below each."""
     lines = [f"solved (pass@{ev.samples}): a reward of at least {ev.pass_threshold:g}"]
-    width = max(len(name) for name in ev.data)
+    width = max(len(record["data"]) for record in records)
     for model in ev.models:
         lines.append(model)
         lines += [

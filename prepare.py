@@ -234,6 +234,12 @@ def load_held_out(cfg: Config, examples) -> dict[str, data.Examples]:
     return dict(zip(names, parts))
 
 
+def label_and_data(given: str) -> tuple[str, str]:
+    """How a table calls a data set, NAME=DATA or DATA, and the set itself."""
+    name, what = data.split_name(given)
+    return name or what, what
+
+
 def load_prompts(cfg: Config, checkpoint: Path, examples, held_out: dict | None = None):
     """The run's prompts, their tokenizer, and the lists of held-out examples by name. Raises:
     ValueError when none of a data set is short enough to be answered, or the checkpoint's tokenizer
@@ -241,7 +247,6 @@ def load_prompts(cfg: Config, checkpoint: Path, examples, held_out: dict | None 
     template, held_out = examples.template(data.text_of(cfg.prompt_template)), held_out or {}
     how = (template, cfg.chat_template, cfg.template_kwargs)
     codec = task.Codec(checkpoint, data.text_of(cfg.system_prompt), *how)
-    codec.check_kwargs()
     vocab_size = ModelConfig.from_dir(checkpoint).vocab_size
     if outside := [i for i in task.eos_token_ids(checkpoint) if not 0 <= i < vocab_size]:
         raise ValueError(
@@ -257,12 +262,7 @@ def load_prompts(cfg: Config, checkpoint: Path, examples, held_out: dict | None 
                 f"{rows.num_chats} are chats"
             )
     interruption(cfg, codec)  # raises what it raises before there is a run
-    for flag, spec in rewards_of(cfg).items():
-        for role in roles_asked_for(reward_sources(spec), spec.rpartition(":")[2]):
-            try:
-                codec.between(role, "?")
-            except ValueError as e:
-                raise ValueError(f"{flag_of(flag)} {spec}: {e}") from None
+    check_chat(cfg, codec)
     limit = (
         f"--max-total-sequence-length {cfg.max_total_sequence_length} less --max-new-tokens "
         f"{cfg.max_new_tokens}"
@@ -325,6 +325,28 @@ def reward_takes(cfg: Config) -> set[str]:
         except ValueError as e:
             raise ValueError(str(e).replace("--reward", flag_of(flag), 1)) from None
     return found
+
+
+def check_chat(cfg: Config, codec: task.Codec) -> None:
+    """Raises: ValueError when the chat template lacks a variable that it is told, or a role that an
+    environment speaks in."""
+    codec.check_kwargs()
+    for flag, spec in rewards_of(cfg).items():
+        for role in roles_asked_for(reward_sources(spec), spec.rpartition(":")[2]):
+            try:
+                codec.between(role, "?")
+            except ValueError as e:
+                raise ValueError(f"{flag_of(flag)} {spec}: {e}") from None
+
+
+def check_plan(cfg: Config) -> None:
+    """Raises: ValueError for what a run would refuse and a plan can know: a reward that cannot be
+    loaded, and where the model's tokenizer is on this machine, what it cannot say."""
+    reward_takes(cfg)
+    path = model_here(cfg.model) if cfg.model else None
+    if path and (path / "tokenizer.json").is_file():
+        how = ("{problem}", cfg.chat_template, cfg.template_kwargs)
+        check_chat(cfg, task.Codec(path, data.text_of(cfg.system_prompt), *how))
 
 
 def interruption(cfg: Config, codec: task.Codec) -> dict:

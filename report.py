@@ -237,6 +237,21 @@ def count_without_signal(record: dict, before: int, reward: str, run_dir: Path) 
     return steps
 
 
+def count_cut_off(record: dict, before: int, max_new_tokens: int) -> int:
+    """How many steps in a row have cut off more than half of their samples. The third says so, and
+    the 30th."""
+    share = record["train/truncation_rate"]
+    steps = before + 1 if share > 0.5 else 0
+    if steps in (3, 30, 300):
+        turns = record.get("rollout/turns_per_sample") or 1
+        also = ", which bounds all turns together and what is put in between," if turns > 1 else ""
+        say(
+            f"warning: more than half of the samples were cut off for {steps} steps, {share:.0%} "
+            f"of the last one's: --max-new-tokens {max_new_tokens}{also} may be too small"
+        )
+    return steps
+
+
 MAX_SKIPPED = 3  # updates in a row
 
 
@@ -388,6 +403,15 @@ class Trackers:
             wandb.teardown()  # finish() returns before W&B's own process has written its file
 
 
+def lost(hub: dict) -> str:
+    """What of the data was not trained on, "" for nothing. hub: its books in a record."""
+    counts = hub["counts"].items()
+    kinds = [f"{n} {name.removeprefix('reward_')}" for name, n in counts if name[:7] == "reward_"]
+    aside = f"{hub['set_aside']} of {hub['handed_out']} prompts were set aside, not trained on"
+    rewards = f"samples without a reward since the last start: {', '.join(kinds)}"
+    return "; ".join([aside] * bool(hub["set_aside"]) + [rewards] * bool(kinds))
+
+
 def sum_up(run_dir: Path, version: int, scores: dict[int, float]) -> None:
     """The picture and the last lines. version: of the weights, which are the run's result."""
     records = watch.read_metrics(run_dir)
@@ -397,6 +421,8 @@ def sum_up(run_dir: Path, version: int, scores: dict[int, float]) -> None:
             f"mean reward of the first {len(first)} steps {sum(first) / len(first):.3f}, "
             f"of the last {len(last)} {sum(last) / len(last):.3f}"
         )
+        if what := lost(records[-1]["hub"]):
+            say(f"warning: {what}; {run_dir / 'rollout.log'} or the nodes' own logs name each")
     else:
         say(f"no step was left to train: --max-num-steps are done at step {version}")
     steps = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-??????")]
@@ -435,7 +461,7 @@ class Log:
         self._norms: list[torch.Tensor] = []  # of their gradients
         self.speaks = data is not None
         self._rewards: list[float] = []  # of the steps since the last checkpoint
-        self._skipped = self._without_signal = 0  # updates and steps, in a row
+        self._skipped = self._without_signal = self._cut_off = 0  # updates and steps, in a row
         self._done = threading.Event()
         if self.speaks:
             self.prompts, self.codec, _ = data
@@ -532,6 +558,7 @@ class Log:
         self._without_signal = count_without_signal(
             record, self._without_signal, self.cfg.reward, run_dir
         )
+        self._cut_off = count_cut_off(record, self._cut_off, self.cfg.max_new_tokens)
         self._rewards.append(record["train/reward"])
         self._take_validations()
 

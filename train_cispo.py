@@ -44,11 +44,11 @@ from config import Config
 from model import ModelConfig, Qwen3MoE, expert_load, expert_stats
 from prepare import (
     ADVICE,
+    check_plan,
     known_config,
     model_digest,
     prepare,
     resolve_dtype,
-    reward_takes,
     run_for_nodes,
     use_machine,
     with_advice,
@@ -336,7 +336,7 @@ def main(cfg: Config | None = None) -> None:
                 with piped():
                     planned = ranks if ranks > 1 else cfg.dry_run_ranks
                     dry_run.print_report(known_config(cfg), cfg, planned)
-                    reward_takes(cfg)  # refuses one that a run would refuse
+                    check_plan(cfg)  # refuses what a run would refuse
             return
         ops.use_flash_attention(cfg.flash_attention)
         use_machine(cfg, ranks_here, bool(PRESETS[cfg.preset].model))

@@ -390,13 +390,17 @@ def plot(run_dir: Path, path: Path | None = None) -> Path:
     validations = read_jsonl(run_dir / "validation.jsonl")
     # one after the other, as data sets may have come later
     names = dict.fromkeys(n for r in validations for n in r if "@" in n)
-    for name, color in zip(names, ("black", "gray", *(f"C{i % 10}" for i in range(2, len(names))))):
+    # colours that the lines of the panel leave
+    others = (f"C{i % 10}" for i in itertools.count(len(axes.flat[0].lines)))
+    for name, color in zip(names, itertools.chain(("black", "gray"), others)):
         points = [(r["version"], r[name]) for r in validations if name in r]
         axes.flat[0].plot(*zip(*points), "o--", color=color, label=name.replace("/", " "))
     for ax in axes.flat:
         if ax.get_legend_handles_labels()[0]:
             ax.legend()
-    axes.flat[0].set_ylim(-0.02, 1.02)
+    # All of 0 to 1, and what is outside: a reward may be negative, a part a number of calls.
+    low, high = axes.flat[0].get_ylim()
+    axes.flat[0].set_ylim(min(low, -0.02), max(high, 1.02))
     # The first step holds vLLM's start and the compilation; it must not flatten all others.
     seconds = sorted(r["timing/train/total_step_time"] for r in records) or [1.0]
     axes.flat[5].set_ylim(0, 1.5 * seconds[int(0.95 * (len(seconds) - 1))])

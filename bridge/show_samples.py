@@ -53,14 +53,15 @@ def legend(colour: str) -> str:
 
 
 def shaded(pieces: list, colour: str) -> str:
-    """An answer, each token in its shade; one that ends a line shows where."""
+    """An answer, each token in its shade; one that ends a line shows where, by a ↵ for each line
+    that it ends."""
     text = "    "
     for piece in pieces:
         sampled = piece[COLOURS["log-ratio"]] is not None
         code = shade(piece[COLOURS[colour]], colour) if sampled else BLUE
-        lines = printable(piece[0]).split("\n")
-        shown = [f"{code}{line or '↵'}{OFF}" if code else line for line in lines]
-        text += "\n    ".join(shown)
+        *ended, last = printable(piece[0]).split("\n")
+        shown = [*(f"{line}↵" for line in ended), last] if code else [*ended, last]
+        text += "\n    ".join(f"{code}{part}{OFF}" if code and part else part for part in shown)
     return text
 
 

@@ -446,6 +446,21 @@ def test_a_reward_that_a_run_would_refuse_is_refused_after_the_plan(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["helper.py", "my.py"]
 
 
+def test_a_plan_refuses_what_the_chat_template_of_a_model_on_this_machine_cannot_say(
+    monkeypatch, capsys, tmp_path, tiny_checkpoint
+):
+    told = "async def play(sample, example):\n    await sample()\n    await sample(tool='3')\n"
+    (tmp_path / "my.py").write_text(told)
+    flags = ("--model", str(tiny_checkpoint), "--reward", f"{tmp_path}/my.py:play")
+    status, report, (error,) = dry_run(monkeypatch, capsys, *flags)
+    assert status == 2 and "to start it" in report
+    assert f"--reward {tmp_path}/my.py:play: sample(tool=...): {tiny_checkpoint} has no" in error
+    (tmp_path / "my.py").write_text(told.replace("tool", "insert"))
+    assert dry_run(monkeypatch, capsys, *flags)[0] == 0
+    (error,) = dry_run(monkeypatch, capsys, *flags, "--chat-template-kwargs", '{"tools": []}')[2]
+    assert "--chat-template-kwargs: " in error
+
+
 def test_a_model_that_is_not_known_can_be_planned_for_by_its_config_alone(
     monkeypatch, capsys, qwen3_4b
 ):

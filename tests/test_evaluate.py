@@ -37,7 +37,7 @@ def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
     (tmp_path / "my.py").write_text(GRADED)
     node = f"--vllm-command '{fake_vllm_command}' --dir {tmp_path / 'node'}"
     # as a validation does: by its own reward
-    flags = ["--data", "a.jsonl", "b.jsonl", "--samples", 3, "--val-reward", "my.py:score"]
+    flags = ["--data", "a.jsonl", "hard=b.jsonl", "--samples", 3, "--val-reward", "my.py:score"]
     models = [shutil.copytree(tiny_checkpoint, tmp_path / name) for name in ("m", "n")]
     done = evaluate(tmp_path, *models, *flags, "--rollout-args", node, "--out", "e")
     assert done.returncode == 0, done.stderr + done.stdout
@@ -45,8 +45,8 @@ def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
     assert "Warning" not in done.stderr + done.stdout
     scores, samples = read(tmp_path / "e/scores.jsonl"), read(tmp_path / "e/samples.jsonl")
     of = [(s["model"], s["data"], s["prompts"]) for s in scores]
-    assert of == [(str(m), d, n) for m in models for d, n in (("a.jsonl", 5), ("b.jsonl", 3))]
-    assert len(samples) == 2 * (8 * 3 + 8) and "avg@3" in done.stdout
+    assert of == [(str(m), d, n) for m in models for d, n in (("a.jsonl", 5), ("hard", 3))]
+    assert len(samples) == 2 * (8 * 3 + 8) and "hard: avg@3" in done.stdout
     for s in scores:
         mine = [x for x in samples if (x["model"], x["data"]) == (s["model"], s["data"])]
         assert s["reward/form"] == 0.25 and mine[0]["parts"]["form"] == 0.25
@@ -68,6 +68,7 @@ def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
     [
         (["--data", "none.jsonl"], "none.jsonl': no such file"),
         (["--data", "d.jsonl", "d.jsonl"], "error: --data 'd.jsonl d.jsonl': one or more, each on"),
+        (["--data", "x=d.jsonl", "x=e.jsonl"], "error: --data 'x=d.jsonl x=e.jsonl': one or mo"),
         (["--data", "d.jsonl", "--samples", 0], "error: --samples 0: must be at least 1"),
         (["--data", "d.jsonl", "--temperature", -1], "error: --temperature -1.0: must be at least"),
         (
@@ -83,3 +84,14 @@ def test_what_cannot_work_is_one_line_before_vllm_starts(tmp_path, tiny_checkpoi
     said = done.stdout + done.stderr
     assert done.returncode == 2 and says in said and "Traceback" not in said, said
     assert "vLLM is up" not in said and not (tmp_path / "e").exists()
+
+
+def test_a_checkpoint_of_the_trainer_is_no_model_and_says_how_it_becomes_one(tmp_path):
+    saved = tmp_path / "step-000015"
+    saved.mkdir()
+    (saved / "checkpoint.json").write_text("{}")
+    done = evaluate(tmp_path, saved, "--data", "d.jsonl")
+    assert done.returncode == 2
+    assert f"{saved} is a checkpoint of the trainer; export it first: python tools/export.py" in (
+        done.stdout + done.stderr
+    )

@@ -11,7 +11,9 @@ import pytest
 import torch
 from test_failures import REPO, SAMPLES, groups, make_hub, run_node, until
 from test_failures import hub as hub  # the fixture
+from test_watch import run_of, step_record
 
+import report
 from bridge import reward_pool
 from bridge.groups import Group
 from bridge.ledger import Ledger
@@ -270,3 +272,16 @@ def test_a_streak_that_the_frontier_has_passed_comes_back_too():
     again.restore(json.loads(json.dumps(ledger.state())))
     assert [again.grant("n", 10, 0.0).ordinal for _ in range(4)] == [0, 1, 4, 5]
     again.check()
+
+
+def test_the_last_lines_say_what_of_the_data_was_not_trained_on(tmp_path, capsys):
+    run, whole = run_of(tmp_path, [0, 1]), step_record(1)
+    report.sum_up(run, 2, {})
+    assert "warning" not in capsys.readouterr().out
+    whole["hub"] |= {"handed_out": 58, "set_aside": 10}
+    whole["hub"]["counts"] |= {"reward_raised": 284, "reward_timed_out": 2, "leases_returned": 20}
+    (run / "metrics.jsonl").write_text(json.dumps(whole) + "\n")
+    report.sum_up(run, 2, {})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "10 of 58 prompts were set aside, not trained on; samples without a reward" in line
+    assert "last start: 284 raised, 2 timed_out; " in line and f"{run / 'rollout.log'}" in line

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import report
 import watch
 from bridge import show_samples, side_by_side
 from config import Config
@@ -34,6 +35,22 @@ def run_of(root: Path, name: str, rewards: list[float], **flags) -> Path:
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return run
+
+
+# ---- too few tokens ------------------------------------------------------------------------------
+def test_after_three_steps_that_cut_off_most_samples_the_console_names_the_flag(capsys):
+    def said(turns, *shares):
+        count = 0
+        for share in shares:
+            record = {"train/truncation_rate": share, "rollout/turns_per_sample": turns}
+            count = report.count_cut_off(record, count, 4)
+        return capsys.readouterr().out
+
+    assert said(None, 0.9, 0.9, 0.5, 0.9, 0.9) == ""
+    one, several = said(None, *[0.75] * 9), said(1.5, *[0.75] * 9)
+    assert one.count("warning") == several.count("warning") == 1
+    assert "for 3 steps, 75% of the last one's: --max-new-tokens 4 may be too small" in one
+    assert "--max-new-tokens 4, which bounds all turns together and what is put in" in several
 
 
 # ---- side by side --------------------------------------------------------------------------------

@@ -176,6 +176,15 @@ def test_a_column_within_a_column_is_the_answer(tmp_path, form):
         data.read_data(str(path), answer_column="reward_model.truth")
 
 
+def test_columns_of_any_depth_are_named_and_a_reward_without_an_answer_told_what_to_do(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "world": {"gold": {"count": "2"}, "seed": 1}}))
+    for column, advice in (("", "name any column"), ("world.gold.cnt", "none of them")):
+        with pytest.raises(ValueError, match=rf"world\.seed, world\.gold\.count: .*{advice}$"):
+            data.read_data(str(path), answer_column=column)
+    assert data.read_data(str(path), answer_column="world.gold.count")[0]["answer"] == "2"
+
+
 def test_a_column_within_text_is_refused_and_says_that_it_is_text(tmp_path):
     path = tmp_path / "d.csv"
     path.write_text('prompt,meta\na,"{""gold"": ""b""}"\n')
@@ -230,6 +239,15 @@ def test_variables_of_the_chat_template_reach_every_prompt(tmp_path, checkpoint)
     run = prepare.run_for_nodes(cfg, checkpoint, loaded, prepare.torch.float32)
     assert codec.between("user", "c") == "<user>c<assistant><think></think>"
     assert between_of_a_node(run, checkpoint, tmp_path) == codec.between("user", "c")
+
+
+def test_tools_are_a_variable_of_the_chat_template(tmp_path, checkpoint):
+    shown = "{% for tool in tools %}<tool>{{ tool.function.name }}{% endfor %}" + THINKS
+    (checkpoint / "chat_template.jinja").write_text(shown)
+    path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}])
+    tools = [{"type": "function", "function": {"name": "stock"}}]
+    found = prompts(path, checkpoint, chat_template_kwargs=json.dumps({"tools": tools}))
+    assert found == ["<tool>stock<user>a<assistant>"]
 
 
 def between_of_a_node(run, checkpoint, tmp_path):

@@ -92,3 +92,45 @@ def test_parts_of_the_reward_are_on_the_screen_and_beside_its_curve(tmp_path, mo
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", plot)
     watch.plot(run)
     assert drawn.count("format") == 1
+
+
+@pytest.mark.parametrize("reward, part", [(-1.0, 0.5), (0.5, 8.0), (0.5, 0.5)])
+def test_the_picture_shows_all_of_a_reward_that_is_negative_and_a_part_above_1(
+    tmp_path, monkeypatch, reward, part
+):
+    import matplotlib.figure
+
+    run, limits = run_of(tmp_path, []), []
+    records = [step_record(step) for step in (0, 1, 2)]
+    records[1] |= {"train/reward": reward, "train/reward/calls": part}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    def savefig(fig, *args, **kwargs):
+        limits.extend(fig.axes[0].get_ylim())
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    watch.plot(run)
+    low, high = limits
+    assert low < min(reward, 0) and high > max(part, 1) and high - low < 12
+    if (reward, part) == (0.5, 0.5):
+        assert low > -0.06 and high < 1.06  # 0 to 1, as runs of built-in rewards are compared by
+
+
+def test_the_curves_of_a_part_and_of_a_data_set_have_colours_of_their_own(tmp_path, monkeypatch):
+    import matplotlib.figure
+    from matplotlib.colors import to_hex
+
+    run, colours = run_of(tmp_path, []), []
+    records = [step_record(step) | {"train/reward/calls": 0.5} for step in (0, 1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    names = [f"validation/{name}" for name in ("avg@4", "pass@4", "hard/avg@4", "hard/pass@4")]
+    (run / "validation.jsonl").write_text(
+        json.dumps({"version": 0, **dict.fromkeys(names, 0.5)}) + "\n"
+    )
+
+    def savefig(fig, *args, **kwargs):
+        colours.extend(to_hex(line.get_color()) for line in fig.axes[0].lines)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    watch.plot(run)
+    assert len(colours) == len({*colours}) == 7

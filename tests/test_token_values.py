@@ -11,7 +11,7 @@ import report
 import train_cispo
 import watch
 from bridge.groups import NOT_SAMPLED, Group
-from bridge.show_samples import BLUE, OFF, SHADES, shade, show_samples
+from bridge.show_samples import BLUE, OFF, SHADES, shade, shaded, show_samples
 from bridge.token_values import TokenValues
 from ranks.batch import Batch, micro_batches_of, pack_batch
 from ranks.parallel import Mesh
@@ -116,12 +116,20 @@ def test_tokens_are_coloured_by_what_became_of_them(tmp_path):
     assert best["values"] == [["a\n", 0.0, 1.0], ["é", -1.0, 2.0], ["b", 2.0, 0.0]]
     assert worst["values"] == [["a\n", 0.1, None], ["c", None, None]]
     text = show_samples(run, None, "log-ratio")
-    assert f"{SHADES[0]}é{OFF}{SHADES[6]}b{OFF}" in text and f"{SHADES[4]}a{OFF}" in text
+    assert f"{SHADES[0]}é{OFF}{SHADES[6]}b{OFF}" in text and f"{SHADES[4]}a↵{OFF}" in text
     assert "< -0.70" in text.splitlines()[0]
     text = show_samples(run, 0, "weight")
     assert f"{shade(2.0, 'weight')}é{OFF}" in text and f"\x1b[9;2mb{OFF}" in text
     assert f"a\n    {BLUE}c{OFF}" in text and "put in, not sampled" in text.splitlines()[0]
     assert shade(1.0, "weight") == shade(None, "weight") == shade(-1.0, "weight") == ""
+
+
+def test_a_coloured_token_shows_each_line_that_it_ends_once():
+    tokens = ["user", "\n", "<tool>", "\n\n", "a\nb", ""]
+    text = shaded([[token, None, None] for token in tokens], "weight")
+    lines = text.replace(BLUE, "").replace(OFF, "").split("\n    ")
+    assert lines == ["    user↵", "<tool>↵", "↵", "a↵", "b"]
+    assert shaded([["a\n", 0.0, 1.0]], "weight") == "    a\n    "  # the middle has no colour
 
 
 def test_a_sample_that_is_not_trained_on_has_no_values(tmp_path):
