@@ -197,9 +197,11 @@ class Screen:
         return [title + progress, *self.wrapped(sentence, YELLOW)]
 
     def learning(self) -> list[str]:
+        of = min(WINDOW, len(self.records) - 1) or 1  # as `mean` counts
+        steps = f"{of} steps" if of > 1 else "1 step"
         return [
             "",
-            f"{BOLD}LEARNING{OFF}{DIM}{f'mean of {WINDOW} steps':>50}   whole run{OFF}",
+            f"{BOLD}LEARNING{OFF}{DIM}{f'mean of {steps}':>50}   whole run{OFF}",
             self.metric("reward", "reward", ".3f"),
             *(self.metric(f"  {part}", f"reward/{part}", ".3f") for part in parts(self.records)),
             *self.validation(),
@@ -285,6 +287,8 @@ class Screen:
         scored = {r["version"] for r in read_jsonl(self.run_dir / "validation.jsonl")}
         of_validation = validation.get("counts", {}).items()
         counts = {**hub["counts"], **{f"validation {name}": n for name, n in of_validation}}
+        over = self.now["step"] + 1 >= self.config["max_num_steps"]
+        when = "in the last step: " * over  # who had prompts then has given them up
         trouble = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
         return [
             "",
@@ -293,9 +297,9 @@ class Screen:
             f"encode {seconds('train/publish_encode'):.2f}, "
             f"write {seconds('train/publish_write'):.2f}, fetch {seconds('rollout/fetch_s'):.2f}, "
             f"patch {seconds('rollout/patch_s'):.2f}, load {seconds('rollout/load_s'):.2f} s",
-            f"{BOLD}LEDGER{OFF}     {hub['handed_out']:,} prompts handed out = {hub['taken']:,} "
-            f"taken + {hub['buffered']} buffered + {hub['leased']} leased + {hub['returned']} "
-            f"returned + {hub['set_aside']} set aside{skipped}",
+            f"{BOLD}LEDGER{OFF}     {when}{hub['handed_out']:,} prompts handed out = "
+            f"{hub['taken']:,} taken + {hub['buffered']} buffered + {hub['leased']} leased + "
+            f"{hub['returned']} returned + {hub['set_aside']} set aside{skipped}",
             *self.wrapped(trouble, RED),
             *(
                 f"{BOLD}VALIDATION{OFF} of v{r['version']}: {r['answered']} of {r['of']} prompts "

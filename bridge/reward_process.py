@@ -56,7 +56,7 @@ def reward_sources(spec: str) -> dict[str, bytes]:
         return {}
     file, colon, _ = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not Path(file).is_file():
-        missing = f"; there is no file {file} in {Path.cwd()}" if colon else ""
+        missing = f"; there is no file {Path(file).absolute()}" if colon else ""
         names = ", ".join(built_in())
         raise ValueError(
             f"--reward {spec!r}: expected {names}, or FILE.py:FUNCTION with an existing "

@@ -54,6 +54,17 @@ def test_after_three_steps_that_cut_off_most_samples_the_console_names_the_flag(
 
 
 # ---- side by side --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("rewards", "says"), [([0.5], "1 step "), ([0.5] * 3, "2 steps "), ([0.5] * 30, "20 steps ")]
+)
+def test_the_screen_says_of_how_many_steps_its_means_are(tmp_path, rewards, says):
+    """The first is left out where there are others."""
+    run = run_of(tmp_path, "a", rewards)
+    screen = watch.Screen.__new__(watch.Screen)
+    screen.run_dir, screen.records, screen.width = run, watch.read_metrics(run), 100
+    assert f"mean of {says}" in screen.learning()[1]
+
+
 def test_runs_are_told_apart_by_what_differs_in_their_flags(tmp_path):
     a = run_of(tmp_path, "a", [0.0], lr=1e-5)
     b = run_of(tmp_path, "b", [0.0], lr=1e-6)

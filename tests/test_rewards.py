@@ -4,6 +4,7 @@ and called."""
 import asyncio
 import math
 import time
+from pathlib import Path
 
 import pytest
 
@@ -557,6 +558,8 @@ def test_own_rewards_are_loaded_and_a_wrong_spec_says_what_is_wrong(tmp_path):
         (f"{file}:nothing", "has no function"),
         (f"{file}:other", "has no function"),
         (f"{tmp_path}/no.py:f", "expected exact, numeric, math, rounds, or FILE.py:FUNCTION"),
+        (f"{tmp_path}/no.py:f", f"there is no file {tmp_path}/no.py$"),
+        ("no.py:f", f"there is no file {Path.cwd()}/no.py$"),
         ("length", "expected exact"),
     ]:
         with pytest.raises(ValueError, match=reason):

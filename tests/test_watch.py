@@ -586,7 +586,7 @@ def test_the_bottleneck_is_named_right_in_a_run_that_it_holds_back(
     shown = screen(run)
     print(shown)
     assert found == kind and says in sentence and "--" in sentence, sentence
-    assert says in shown and "80 prompts handed out = 80 taken" in shown
+    assert says in shown and "in the last step: 80 prompts handed out = 80 taken" in shown
     assert all(
         word in shown
         for word in ("LEARNING", "TRAINER", "ROLLOUTS", "BROADCAST", "KV cache", "tokens/s")
