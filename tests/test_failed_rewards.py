@@ -80,7 +80,7 @@ def test_a_node_without_the_trainer_s_reward_file_says_so(
     try:
         for change, reason in [
             (lambda: file.write_text("# another"), "differs from the trainer's; copy it to"),
-            (file.unlink, "my.py in "),
+            (file.unlink, f"there is no file {file}"),
         ]:
             change()
             with pytest.raises(RuntimeError, match=reason):
