@@ -353,7 +353,6 @@ class Bucket:
             p.bucket = self
             p.register_post_accumulate_grad_hook(self.receive)
         self.give_up_grads()
-        self.begin_sum()
         master_dtype = torch.promote_types(self.values.dtype, torch.float32)
         self.master = torch.nn.Parameter(self.my_shard(self.values).to(master_dtype, copy=True))
 
@@ -372,26 +371,25 @@ class Bucket:
                     (low - self.shard_start, high - self.shard_start),
                 )
 
-    def begin_sum(self) -> None:
-        """Of the next update; what was summed up is forgotten."""
-        self.unset = {id(p) for p in self.params}
-
     def give_up_grads(self) -> None:
+        """With their memory; the next update's are new."""
+        self.unset = {id(p) for p in self.params}
         self.grads.untyped_storage().resize_(0)
 
-    def _hold_grads(self) -> None:
+    def make_room(self, p) -> bool:
+        """Memory for p's gradient. Returns whether it is p's first in this update."""
         size = self.grads.numel() * self.grads.element_size()
         if self.grads.untyped_storage().nbytes() < size:
             self.grads.untyped_storage().resize_(size)
+            self.grads[self.starts[-1] :].zero_()  # the padding, which is in the norm
+        first = id(p) in self.unset
+        self.unset.discard(id(p))
+        return first
 
     @torch.no_grad()
     def grad_so_far(self, p) -> torch.Tensor:
         """p.main_grad, to be added to."""
-        self._hold_grads()
-        if id(p) in self.unset:
-            self.unset.remove(id(p))
-            p.main_grad.zero_()
-        return p.main_grad
+        return p.main_grad.zero_() if self.make_room(p) else p.main_grad
 
     @torch.no_grad()
     def receive(self, p) -> None:
@@ -405,9 +403,7 @@ class Bucket:
                 "may have begun. Are its weights those of two blocks?"
             )
         if p.grad is not None:  # the fused head adds its own, and this is called all the same
-            if id(p) in self.unset:  # a pass over memory less than zeros and a sum
-                self._hold_grads()
-                self.unset.remove(id(p))
+            if self.make_room(p):  # two passes over memory less than zeros and a sum
                 p.main_grad.copy_(p.grad)
             else:
                 p.main_grad.add_(p.grad)
@@ -442,9 +438,9 @@ class Bucket:
 
     def reduce_grads(self) -> None:
         """SUM over the replicas, what is left of it."""
-        if self.reduced is None and self.master.grad is None:
-            self.begin_reducing()
-        if self.reduced is not None:
+        if self.master.grad is None:
+            if self.reduced is None:
+                self.begin_reducing()
             self.end_reducing()
 
     def gather_values(self) -> None:
@@ -513,7 +509,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
     def zero_grad(self) -> None:
         for bucket in self.buckets:
-            bucket.begin_sum()
+            bucket.give_up_grads()
 
     def grad_so_far(self, p) -> torch.Tensor:
         """p.main_grad, for those who add to it themselves."""

@@ -244,6 +244,35 @@ def test_gradients_are_given_up_as_they_are_summed_and_one_micro_batchs_are_neve
         assert several == (everything - head, everything - head), (found, everything)
 
 
+def norms_over_used_memory():
+    """On every rank: the gradient's norm in two updates of 5 parameters, whose sum over 2 ranks is
+    2 each; what memory holds beforehand is NaN."""
+    join_ranks(120)
+    mesh, p = make_mesh(1, 1, 1), torch.nn.Parameter(torch.zeros(5))
+    model = SimpleNamespace(mesh=mesh, named_parameters=lambda: [("p", p)])
+    model.split_of = lambda name: parallel.Split(0, 0, 1, mesh.dp_group)
+    resize = torch.UntypedStorage.resize_
+
+    def used(storage, size):
+        resize(storage, size)
+        if size:
+            storage.fill_(255)
+
+    with mock.patch.object(torch.UntypedStorage, "resize_", used):
+        optimizer, found = ShardedAdamW(model, 1e9, lr=1e-3), []
+        for _ in range(2):
+            optimizer.zero_grad()
+            p.sum().backward()
+            found.append(optimizer.step().item())
+    return found
+
+
+def test_memory_that_was_used_before_is_in_no_gradient_and_no_norm():
+    """A shard of 5 over 2 ranks is padded to 3."""
+    for found in on_ranks(2, norms_over_used_memory):
+        assert found == pytest.approx([20**0.5] * 2)
+
+
 def test_optimizer_state_is_exactly_12_bytes_per_parameter_where_the_replicas_divide_it():
     model = SimpleNamespace(mesh=Mesh(), split_of=lambda name: parallel.Split(0, 0, 1, "8 ranks"))
     p = torch.nn.Parameter(torch.randn(16, 10))
