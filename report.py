@@ -220,11 +220,13 @@ def log_step(record: dict, run_dir: Path) -> None:
     )
 
 
+WARN_AFTER = (3, 30, 300)  # steps in a row
+
+
 def count_without_signal(record: dict, before: int, reward: str, run_dir: Path) -> int:
-    """How many steps in a row had no group whose samples differ in reward. The third says so, and
-    the 30th."""
+    """How many steps in a row had no group whose samples differ in reward."""
     steps = before + 1 if record["train/groups_without_signal"] == 1 else 0
-    if steps in (3, 30, 300):
+    if steps in WARN_AFTER:
         why = (
             f"all samples of a prompt have the same reward, {record['train/reward']:.3f} on the "
             "average"
@@ -238,11 +240,10 @@ def count_without_signal(record: dict, before: int, reward: str, run_dir: Path) 
 
 
 def count_cut_off(record: dict, before: int, max_new_tokens: int) -> int:
-    """How many steps in a row have cut off more than half of their samples. The third says so, and
-    the 30th."""
+    """How many steps in a row have cut off more than half of their samples."""
     share = record["train/truncation_rate"]
     steps = before + 1 if share > 0.5 else 0
-    if steps in (3, 30, 300):
+    if steps in WARN_AFTER:
         turns = record.get("rollout/turns_per_sample") or 1
         also = ", which bounds all turns together and what is put in between," if turns > 1 else ""
         say(

@@ -166,6 +166,7 @@ class Screen:
         self.config = json.loads((run_dir / "config.json").read_text())
         self.now, self.hub = records[-1], records[-1]["hub"]
         self.nodes = self.hub["nodes"].values()
+        self.over = self.now["step"] + 1 >= self.config["max_num_steps"]
 
     def train(self, name: str) -> float | None:
         return mean(self.records, f"train/{name}")
@@ -189,7 +190,7 @@ class Screen:
         done = self.now["step"] + 1
         ago = time.time() - (self.run_dir / "metrics.jsonl").stat().st_mtime
         minutes = (steps - done) * step_s / 60
-        state = f"{minutes:.1f} min left, last step {ago:.0f} s ago" if done < steps else "finished"
+        state = "finished" if self.over else f"{minutes:.1f} min left, last step {ago:.0f} s ago"
         loss = loss_of(self.config)
         title = f"{BOLD}{self.run_dir}{OFF}  {loss}  step {done} of {steps} "
         progress = f"{GREEN}{bar(done / steps)}{OFF}  {step_s:.2f} s a step, {state}"
@@ -287,8 +288,7 @@ class Screen:
         scored = {r["version"] for r in read_jsonl(self.run_dir / "validation.jsonl")}
         of_validation = validation.get("counts", {}).items()
         counts = {**hub["counts"], **{f"validation {name}": n for name, n in of_validation}}
-        over = self.now["step"] + 1 >= self.config["max_num_steps"]
-        when = "in the last step: " * over  # who had prompts then has given them up
+        when = "in the last step: " * self.over  # who had prompts then has given them up
         trouble = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
         return [
             "",

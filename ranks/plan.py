@@ -71,7 +71,6 @@ class ParamClass(NamedTuple):
     trained: bool = True
 
 
-UNLIKE_LAYERS = ("embedding and head", "routers")
 CLASSES = {  # of parameters, by the module that they belong to; all others are norms
     "embedding and head": ("embed_tokens", "lm_head"),
     "q and o projections": ("q_proj", "o_proj"),
@@ -145,16 +144,15 @@ def gradients_under_way(m, cfg, world: int) -> tuple[float, float]:
     """Bytes of gradients that a last backward pass holds at most, beside their sums, when it begins
     and when it ends: the head's or the embedding's, those whose sum is under way, and at first a
     layer's in the making (parallel.Bucket). fp32 gradients that no other rank has are not sent."""
-    own, grad = slices(m, cfg.tp, cfg.ep), dtype_bytes(cfg)[1]
-    layer = sum(numel for kind, (_, numel, _) in own.items() if kind not in UNLIKE_LAYERS)
-    layer /= m.num_hidden_layers
     classes = parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)
-    sent = sum(c.numel for c in classes if c.trained and c.replicas > 1)
+    ends, *layers = [c for c in classes if c.trained]
+    layer = sum(c.numel for c in layers) / m.num_hidden_layers
+    sent = sum(c.numel for c in (ends, *layers) if c.replicas > 1)
     # of a MoE layer two projections of experts and the rest make a bucket each
     bucket = max(BUCKET_ELEMENTS, layer / (3 if m.num_experts else 1))
     sent = min(BUCKETS_UNDER_WAY * bucket, sent)
-    end = m.vocab_size * m.hidden_size / cfg.tp
-    return grad * (end + sent + layer), grad * (sent + end * (classes[0].replicas > 1))
+    end, grad = m.vocab_size * m.hidden_size / cfg.tp, dtype_bytes(cfg)[1]
+    return grad * (end + sent + layer), grad * (sent + end * (ends.replicas > 1))
 
 
 # ---- activations ---------------------------------------------------------------------------------

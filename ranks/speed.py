@@ -192,7 +192,7 @@ def ring(replicas: int, world: int) -> tuple[str, float]:
 
 def update(m, cfg, world: int, code: Code = CODE) -> list[Term]:
     """Gradients, AdamW, parameters. The passes over a rank's shard: AdamW 28 bytes an element, norm
-    and clipping 12, cast 6; zeroing is of all its gradients."""
+    and clipping 12, cast 6. Zeroing, where the code does it, is of all its gradients."""
     a, grad = dtype_bytes(cfg)
     held = parameter_classes(m, world, cfg.tp, cfg.ep, cfg.freeze_moe_router)
     terms, shard = [], sum(c.numel / c.replicas for c in held if c.trained)
