@@ -88,7 +88,11 @@ class Node:
         self.joined = asyncio.Event()  # the hub has a receipt, and takes the node's beats
         self.version, self.checkpoint, self.loading = -1, None, False
         self.held: dict[str, asyncio.Task] = {}  # leases, and who answers them
-        self.limit, self.in_vllm, self.vitals = min(32, cfg.max_groups), 0, {}
+        self.limit, self.vitals = min(32, cfg.max_groups), {}
+        self.in_vllm = 0  # samples
+        # At most so many preemptions are still to be told of that were a weight update's, which say
+        # nothing of the cache: vLLM counts one with the sample's next token.
+        self.excused = 0
         # aiohttp keeps as many connections as were ever needed at once: few of each node are enough
         # for the hub.
         self.pushing = asyncio.Semaphore(4)
@@ -200,6 +204,7 @@ class Node:
                 sums = await self._start(version)
             else:
                 try:
+                    self.excused = self.in_vllm * self.run.get("recompute_kv_cache", True)
                     timing |= await self.vllm.load(checkpoint, version)
                     sums = await self.vllm.checksums() if compared else {}
                     self.version = version
@@ -253,7 +258,7 @@ class Node:
         """Once a second: is it alive, do tokens move, and how many prompts does it bear? A hang is
         a vLLM that says it is well while requests are in flight and no token moves; it is ended
         like a dead one and started again."""
-        stall, last, version = Wait("vllm progress", self.cfg.stall_timeout_s), None, self.version
+        stall, last = Wait("vllm progress", self.cfg.stall_timeout_s), None
         while True:
             await asyncio.sleep(1.0)  # polling another process
             if not self.ready.is_set():
@@ -272,19 +277,17 @@ class Node:
                 moved = (found["tokens"], found["prompt_tokens"])
                 if moved != last or not self.in_vllm:
                     stall = Wait("vllm progress", self.cfg.stall_timeout_s)
-                # A weight update preempts what is in flight, too, which says nothing of the cache.
-                preempted = version == self.version and found["preemptions"] > self.vitals.get(
-                    "preemptions", math.inf
-                )
+                told = found["preemptions"] - self.vitals.get("preemptions", math.inf)
                 self.limit = next_limit(
-                    self.limit, self.cfg.max_groups, len(self.held), found, preempted
+                    self.limit, self.cfg.max_groups, len(self.held), found, told > self.excused
                 )
-                last, version, self.vitals = moved, self.version, found
+                self.excused -= min(max(0, told), self.excused)
+                last, self.vitals = moved, found
             if not why and not stall.over:
                 continue
             async with self.engine:
                 log(
-                    f"{why or stall.message(f'{self.in_vllm} requests in flight')}; starting it "
+                    f"{why or stall.message(f'{self.in_vllm} samples in flight')}; starting it "
                     f"on v{self.version}"
                 )
                 self.ready.clear()
@@ -295,7 +298,7 @@ class Node:
                 self.ready.set()
 
     def in_flight(self, change: int) -> None:
-        """A request goes to vLLM or comes back. While there is none, vLLM has nothing to do."""
+        """So many samples go to vLLM or come back. While there is none, it has nothing to do."""
         now = time.monotonic()
         self.idle_s += 0.0 if self.in_vllm else now - self.idle_from
         self.in_vllm, self.idle_from = self.in_vllm + change, now
@@ -427,13 +430,13 @@ class Node:
         this prompt that kills it. Raises: NotGenerated."""
         for attempt in range(1, self.cfg.max_tries + 1):
             await self.ready.wait()
-            self.in_flight(+1)
+            self.in_flight(+sampling["n"])
             try:
                 return await self.vllm.generate(context, sampling, self.version)
             except (*NO_ANSWER, RuntimeError) as e:
                 why = f"generation failed: {e!r}"[:300]
             finally:
-                self.in_flight(-1)
+                self.in_flight(-sampling["n"])
             if attempt < self.cfg.max_tries:
                 log(f"lease {lease}: {why}; trying again")
                 await asyncio.sleep(backoff_s(attempt))

@@ -146,6 +146,7 @@ class Request:
         self.rng = torch.Generator().manual_seed(
             random.Random(f"{seed}/{version}/{prompt}").getrandbits(63)
         )
+        self.preempted = False
         self.first_row = sampling.get("routed_experts_prompt_start", 0)
         self.experts: torch.Tensor | None = None  # of all tokens but the last, as first read
         self.tokens = torch.empty(self.n, 0, dtype=torch.long)
@@ -249,6 +250,8 @@ class Server:
                 continue
             for request in self.running:
                 self.tokens += request.step(self.policy, self.version)
+                self.preemptions += request.n * request.preempted
+                request.preempted = False
                 await asyncio.sleep(0)  # /health and /pause are heard in between
                 # between engine steps only, as in vLLM: `step` of the others comes after the pause
                 if self.paused:
@@ -317,8 +320,8 @@ class Server:
         elif name == "pause":
             self.paused = True
             if http.query.get("clear_cache") != "false":
-                # computed again, and counted as that
-                self.preemptions += sum(r.n for r in self.running)
+                for request in self.running:  # computed again, and counted with the next token
+                    request.preempted = True
         elif name == "update_weights":
             if self.crash_update:
                 os._exit(1)

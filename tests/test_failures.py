@@ -343,25 +343,31 @@ def test_the_limit_of_prompts_in_flight_follows_vllm():
 
 
 def test_a_weight_update_is_not_taken_for_a_full_cache(hub, tmp_path, fake_vllm_command):
-    """vLLM counts what a pause stops among its preemptions; a real one between two updates still
-    lowers the limit."""
+    """vLLM counts what a pause stops among its preemptions, each with its next token, which may
+    come seconds after the update; a real one between two updates still lowers the limit."""
 
     async def scenario(node):
         await node.ready.wait()
-        limit, preemptions = node.limit, lambda: node.vitals.get("preemptions", 0)
-        # so that there is something in flight to preempt
-        await node.vllm.post("/fault", {"kind": "slow", "s": 0.2})
-        await until(lambda: node.in_vllm >= 4)
-        publish(hub, 1)
-        await until(lambda: node.version == 1 and preemptions() > 0)
+        told, tokens = (
+            lambda name=name: node.vitals.get(name, 0) for name in ("preemptions", "tokens")
+        )
+        await until(lambda: node.in_vllm >= 4)  # something to preempt
+        limit = node.limit
+        await node.vllm.post("/fault", {"kind": "slow", "s": 3.0})
+        seen = tokens()
+        await until(lambda: tokens() > seen)
+        publish(hub, 1)  # the next token comes in 2 s, and the node looks each second
+        await until(lambda: node.version == 1)
+        assert told() == 0
+        await until(lambda: told() > 0)
         assert node.limit >= limit
-        seen = preemptions()
-        for route in ("/pause", "/resume"):  # not an update: nobody loads anything
-            await node.vllm.post(route)
-        await until(lambda: preemptions() > seen)
-        assert node.limit < limit
+        await node.vllm.post("/fault", {"kind": "slow", "s": 0.2})
+        while node.limit >= limit:  # not an update: nobody loads anything
+            for route in ("/pause", "/resume"):
+                await node.vllm.post(route)
+            await asyncio.sleep(0.5)
 
-    run_node(hub, tmp_path, fake_vllm_command, scenario, max_groups=32)
+    run_node(hub, tmp_path, fake_vllm_command, scenario, max_groups=32, stall_timeout_s=60.0)
 
 
 def test_a_lease_whose_answer_was_lost_and_one_that_is_void_are_settled_by_the_next_beat(hub):
