@@ -56,7 +56,8 @@ async def ask(
                     raise RunOver
                 if response.status == 412:
                     raise RunChanged
-                if response.status >= 500:
+                # 408: what was sent did not get there in time, which says nothing against it
+                if response.status >= 500 or response.status == 408:
                     raise aiohttp.ClientError(f"status {response.status}")
                 if response.status != 200:
                     raise HubRefusal(route, response.status, body.decode(errors="replace"))

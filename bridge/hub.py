@@ -119,7 +119,8 @@ class Hub:
 
     node_timeout_s = 30.0  # a node that is silent this long loses its leases,
     hung_up_timeout_s = 6.0  # or this long, once its process has died
-    body_timeout_s = 30.0  # a request has to arrive within
+    body_timeout_s = 30.0  # a request has to arrive within,
+    silent_body_timeout_s = 5.0  # with no longer silence, since others wait for its place,
     call_timeout_s = 30.0  # and the hub's thread has to get to what another asks of it
 
     def __init__(

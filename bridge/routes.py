@@ -72,19 +72,23 @@ def application(hub) -> web.Application:
     return app
 
 
-async def read(request: web.Request) -> bytearray:
+async def read(request: web.Request, silence_s: float) -> bytearray:
     """A body, in one piece of memory from the start: `request.read` lets it grow, and copies it at
-    the end. Raises: HTTPRequestEntityTooLarge."""
+    the end. Raises: TimeoutError when nothing of it has come for silence_s seconds, and
+    HTTPRequestEntityTooLarge."""
     size, end = request.content_length, 0
     if size is None or "Content-Encoding" in request.headers:  # not what a node sends
         return bytearray(await request.read())
     if size > request.client_max_size:
         raise web.HTTPRequestEntityTooLarge(request.client_max_size, size)
     body = bytearray(size)
-    while chunk := (await request.content.readchunk())[0]:
+    while True:
+        async with asyncio.timeout(silence_s):
+            chunk, _ = await request.content.readchunk()
+        if not chunk:
+            return body
         body[end : end + len(chunk)] = chunk
         end += len(chunk)
-    return body
 
 
 class Routes:
@@ -115,9 +119,12 @@ class Routes:
         whom = f"the body of {request.path} from {request.remote}"
         wait = Wait("body", self.hub.body_timeout_s, whom=whom)
         try:
-            return await asyncio.wait_for(read(request), wait.deadline_s)
+            return await asyncio.wait_for(
+                read(request, self.hub.silent_body_timeout_s), wait.deadline_s
+            )
         except TimeoutError:
-            raise Refused(408, wait.message()) from None
+            silence = f"the last {self.hub.silent_body_timeout_s:g} s without a byte"
+            raise Refused(408, wait.message("" if wait.over else silence)) from None
 
     async def _json(self, request: web.Request, **fields: type) -> dict:
         """The JSON object of a request. Raises: Refused unless it has these fields, of these

@@ -197,34 +197,6 @@ def test_tensors_out_of_line_and_metadata_that_is_no_text_are_refused():
         parse_group(blob(b" " * 65_537, b""))
 
 
-def test_groups_wait_to_be_read_and_that_is_not_counted_against_them(hub):
-    """Two that stall take the one place in turn; a group that came after them is read then, though
-    it has waited for longer than a body may take."""
-    hub.body_timeout_s, hub.reading = 0.2, asyncio.Semaphore(1)
-    body, ends = save(group_tensors(), metadata={"lease": lease(hub)[0]}), []
-
-    async def half():
-        yield body[:8]
-        await asyncio.Event().wait()
-
-    async def scenario():
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        async with asyncio.timeout(20), aiohttp.ClientSession(hub.url, headers=headers) as session:
-
-            async def send(data):
-                size = {"Content-Length": str(len(body))}
-                async with session.post("/groups", data=data, headers=size) as response:
-                    ends.append(response.status)
-
-            stalled = [asyncio.create_task(send(half())) for _ in range(2)]
-            while len(hub.reading._waiters or ()) < 1:
-                await asyncio.sleep(0.01)  # a short poll of another thread's state
-            await asyncio.gather(send(body), *stalled)
-
-    asyncio.run(scenario())
-    assert ends == [408, 408, 200]
-
-
 def test_a_body_without_a_length_is_read_too_and_as_bounded(hub):
     async def pieces(body):
         for at in range(0, len(body), 1 << 16):
