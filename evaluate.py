@@ -27,7 +27,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional
 
-from bridge.flags import joined, parse_flags
+from bridge.flags import flag_of, joined, parse_flags
 from bridge.groups import Group, parse_group
 from bridge.processes import log
 from bridge.reward_pool import RewardsEnd
@@ -43,7 +43,7 @@ from prepare import (
     run_for_nodes,
 )
 from prepare import resolve_dtype as dtype_of
-from presets import parse_config
+from presets import PRESETS, parse_config
 from rollout import Node
 
 
@@ -54,6 +54,7 @@ class Evaluation:
 
     models: Annotated[tuple[str, ...], Positional]  # directories or hub ids
     data: tuple[str, ...]  # one or more [NAME=]DATA, each as --data of train_cispo.py
+    like: str = ""  # a run's directory, runs/NAME: its flags for prompts, rewards, lengths and vLLM
     samples: int = 8  # of each prompt: the k of avg@k and pass@k
     temperature: float = 1.0  # of these samples
     pass_threshold: float = 1.0  # a sample with at least this reward solves its prompt (pass@k)
@@ -92,17 +93,46 @@ def parse(argv: list[str]) -> tuple[Evaluation, list[str]]:
     return found, rest
 
 
+# The flags of a run by which a model gets its prompts there, and its answers their rewards. --lr,
+# since a real model is refused without one or a preset of its own.
+LIKE = (
+    "preset", "task", "system_prompt", "prompt_template", "chat_template", "chat_template_kwargs",
+    "prompt_column", "answer_column", "reward", "val_reward", "max_input_seq_length",
+    "max_new_tokens", "max_total_sequence_length", "interrupt_at_tokens", "interrupt_text",
+    "rollout_args", "publish_dtype", "lr",
+)  # fmt: skip
+
+
+def flags_of(run: str) -> list[str]:
+    """LIKE of a run, as words of a command line. Raises: ValueError."""
+    path, words = Path(run) / "config.json", []
+    try:
+        values = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"--like {run}: no directory of a run, {path}: {e}") from None
+    preset = PRESETS.get(values.get("preset"), PRESETS["tiny"])
+    for name in (n for n in LIKE if values.get(n) is not None):
+        is_switch = isinstance(values[name], bool)
+        flag = flag_of(name) if values[name] is not False else flag_of(f"no_{name}")
+        words.append(flag if is_switch else f"{flag}={values[name]}")
+        if values[name] != getattr(preset, name):
+            log(
+                f"as in {run}, unless given here: {flag}{'' if is_switch else f' {values[name]!r}'}"
+            )
+    return words
+
+
 def read(ev: Evaluation, rest: list[str]) -> list[list[Prompts]]:
     """Of each model, every data set. Raises: ValueError, WeightsError, OSError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sampling = ["--val-samples", str(ev.samples), "--val-temperature", str(ev.temperature)]
     sampling += ["--val-pass-threshold", str(ev.pass_threshold)]
-    found = []
+    like, found = flags_of(ev.like) if ev.like else [], []
     for model in ev.models:
         found.append([])
         for name, what in map(label_and_data, ev.data):
             try:
-                cfg = parse_config([*rest, "--model", model, "--data", what, *sampling])
+                cfg = parse_config([*like, *rest, "--model", model, "--data", what, *sampling])
             except ValueError as e:  # it knows these three by longer names
                 said = re.sub(r"--val-(samples|temperature|pass-threshold)\b", r"--\1", str(e))
                 raise ValueError(said) from None

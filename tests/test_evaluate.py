@@ -1,5 +1,6 @@
 """evaluate.py: models by data sets without a trainer, scored as a validation scores."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 from programs import run_program
 
+import evaluate as evaluate_module
+from evaluate import LIKE
+from presets import parse_config
 from task import task_examples
 
 REPO = Path(__file__).resolve().parent.parent
@@ -76,6 +80,10 @@ def test_two_models_by_two_data_sets_are_scored_and_a_tenth_solves_nothing(
             "error: --samples 8: --temperature 0 is greedy",
         ),
         (["--data", "d.jsonl", "--rewardd", "exact"], "--rewardd"),
+        (
+            ["--data", "d.jsonl", "--like", "runs/x"],
+            "error: --like runs/x: no directory of a run, run",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_line_before_vllm_starts(tmp_path, tiny_checkpoint, argv, says):
@@ -95,3 +103,24 @@ def test_a_checkpoint_of_the_trainer_is_no_model_and_says_how_it_becomes_one(tmp
     assert f"{saved} is a checkpoint of the trainer; export it first: python tools/export.py" in (
         done.stdout + done.stderr
     )
+
+
+def test_a_model_is_asked_as_in_its_run_and_what_is_given_wins(tmp_path, tiny_checkpoint, capsys):
+    (tmp_path / "d.jsonl").write_text('{"q": "ab", "a": "ba"}\n' * 3)
+    (tmp_path / "my.py").write_text(GRADED)
+    data, reward = str(tmp_path / "d.jsonl"), f"{tmp_path / 'my.py'}:score"
+    flags = "--prompt-column q --answer-column a --no-chat-template --max-new-tokens 17 --lr 0.5"
+    flags += f" --reward {reward} --prompt-template=--{{problem}}=?"
+    ran = parse_config([*flags.split(), "--data", data, "--model", str(tiny_checkpoint)])
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(ran)))
+    argv = [str(tiny_checkpoint), "--data", data, "--like", str(tmp_path)]
+    ((found,),) = evaluate_module.read(*evaluate_module.parse(argv))
+    assert {n: getattr(found.cfg, n) for n in LIKE} == {n: getattr(ran, n) for n in LIKE}
+    assert not found.cfg.chat_template and found.cfg.max_new_tokens == 17
+    said = capsys.readouterr().out
+    assert f"as in {tmp_path}, unless given here: --max-new-tokens 17" in said
+    assert "--no-chat-template" in said and "--publish-dtype" not in said  # the preset's
+    ((found,),) = evaluate_module.read(
+        *evaluate_module.parse([*argv, "--max-new-tokens", "9", "--chat-template"])
+    )
+    assert found.cfg.max_new_tokens == 9 and found.cfg.chat_template
