@@ -35,6 +35,8 @@ from bridge.validation import Round, Validation, samples, score
 from bridge.vllm import NO_ANSWER, VLLMUnfit
 from bridge.weights import WeightsError
 from prepare import (
+    check_rewards,
+    judged_by,
     label_and_data,
     load_examples,
     load_prompts,
@@ -136,7 +138,12 @@ def read(ev: Evaluation, rest: list[str]) -> list[list[Prompts]]:
             except ValueError as e:  # it knows these three by longer names
                 said = re.sub(r"--val-(samples|temperature|pass-threshold)\b", r"--\1", str(e))
                 raise ValueError(said) from None
-            examples, checkpoint = load_examples(cfg), resolve_model(cfg, rank=0)
+            examples = load_examples(cfg)
+            if model == ev.models[0]:
+                check_rewards(
+                    [judged_by(cfg, examples, {name: part})[-1] for part in examples.parts]
+                )
+            checkpoint = resolve_model(cfg, rank=0)
             prompts, codec, _ = data = load_prompts(cfg, checkpoint, examples)
             kept = [examples[i] for i in range(len(examples)) if i not in prompts.skip]
             run = run_for_nodes(cfg, checkpoint, data, dtype_of(cfg.publish_dtype, device))

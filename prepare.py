@@ -4,6 +4,7 @@ here, with one line."""
 import contextlib
 import dataclasses
 import os
+import re
 import shlex
 import socket
 import tempfile
@@ -19,7 +20,7 @@ import task
 from bridge.flags import flag_of, parse_flags
 from bridge.hub import check_address
 from bridge.processes import cores, why_no_gpu
-from bridge.reward_pool import check_reward, roles_asked_for
+from bridge.reward_pool import check_reward, roles_asked_for, try_reward
 from bridge.reward_process import built_in, reward_digest, reward_sources, takes
 from bridge.vllm import no_replay
 from bridge.waits import WaitOver
@@ -57,7 +58,7 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
     examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
     held_out = load_held_out(cfg, examples) if rank == 0 else None
     if rank == 0:
-        check_all_answers(cfg, examples, held_out)
+        check_rewards(judged_by(cfg, examples, held_out))
     checkpoint = resolve_model(cfg, rank)
     if model_cfg is None:
         plan.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
@@ -190,13 +191,50 @@ def read_all(names: list[str], split: str, cfg: Config, flag: str) -> list[data.
     return [data.read_data(name, of, *columns) for name, of in zip(names, splits)]
 
 
-def check_all_answers(cfg: Config, examples, held_out: dict[str, data.Examples]) -> None:
-    """Say of which data set the rewards can hardly be 1. Raises: ValueError where none can."""
-    checked = [(cfg.reward, part) for part in examples.parts]
-    checked += [(cfg.val_reward or cfg.reward, part) for part in held_out.values()]
-    for reward, part in checked:
-        if warning := check_answers(reward, part, part.name):
-            say(f"warning: {warning}")
+# What a reward raises whatever the sample says: it would judge none.
+ALWAYS = re.compile(r"it raised (ImportError|ModuleNotFoundError|NameError|UnboundLocalError)\b")
+MISSING = re.compile(r"it raised KeyError: (['\"])(.*?)\1")
+
+
+def check_rewards(judged: list[tuple[str, str, data.Examples]]) -> None:
+    """Try rewards on the data that they are for: ours on the answers themselves, a user's own on a
+    row of each data set. Says what looks wrong. Raises: ValueError for one that cannot work.
+
+    judged: flag, reward function, data set.
+    """
+    own: dict[tuple[str, str], list[data.Examples]] = {}
+    for flag, spec, part in judged:
+        try:
+            if reward_sources(spec):
+                own.setdefault((flag, spec), []).append(part)
+            elif warning := check_answers(spec, part, part.name):
+                say(f"warning: {warning}".replace("--reward", flag, 1))
+        except ValueError as e:
+            raise ValueError(str(e).replace("--reward", flag, 1)) from None
+    for (flag, spec), parts in own.items():
+        try:
+            found = try_reward(
+                spec, [part[0] for part in parts], RolloutConfig.reward_start_timeout_s
+            )
+        except ValueError as e:
+            raise ValueError(str(e).replace("--reward", flag, 1)) from None
+        for part, answer in zip(parts, found):
+            if error := answer.get("error"):
+                why = f"{flag} {spec}: tried on the answer of {part.name} row 0, {error}"
+                missing = MISSING.match(error)
+                no_column = missing and missing[2] not in part[0]
+                if no_column:
+                    why += f"; the row has {', '.join(part[0])}"
+                if no_column or answer["kind"] == "wrong_type" or ALWAYS.match(error):
+                    raise ValueError(why)
+                say(f"warning: {why}; a sample for which it does that counts as dropped")
+
+
+def judged_by(cfg: Config, examples, held_out: dict[str, data.Examples]) -> list[tuple]:
+    """Which reward judges which data set, as `check_rewards` takes it."""
+    found = [("--reward", cfg.reward, part) for part in examples.parts]
+    flag = "--val-reward" if cfg.val_reward else "--reward"
+    return found + [(flag, cfg.val_reward or cfg.reward, part) for part in held_out.values()]
 
 
 def load_examples(cfg: Config) -> data.Examples | task.Several:
@@ -341,8 +379,13 @@ def check_chat(cfg: Config, codec: task.Codec) -> None:
 
 def check_plan(cfg: Config) -> None:
     """Raises: ValueError for what a run would refuse and a plan can know: a reward that cannot be
-    loaded, and where the model's tokenizer is on this machine, what it cannot say."""
+    loaded, or not judge data that is in files here; and where the model's tokenizer is on this
+    machine, what it cannot say."""
     reward_takes(cfg)
+    sets = [*data.mix_of(cfg.data)[0], *data.named(cfg.val_data).values()]
+    if all(map(data.is_row_file, sets)):
+        examples = load_examples(cfg)
+        check_rewards(judged_by(cfg, examples, load_held_out(cfg, examples)))
     path = model_here(cfg.model) if cfg.model else None
     if path and (path / "tokenizer.json").is_file():
         how = ("{problem}", cfg.chat_template, cfg.template_kwargs)

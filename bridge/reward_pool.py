@@ -17,6 +17,8 @@ from bridge.processes import REPO, guarded, log
 from bridge.reward_process import KEPT, RUNNING, RUNS, reward_sources
 from bridge.waits import Wait, backoff_s
 
+TRIAL_S = 10.0  # for a reward that is called before there is a run
+
 
 class RewardsEnd(ValueError):
     """The reward function cannot be loaded, or its service is away for too long: the run cannot go
@@ -298,6 +300,28 @@ def check_reward(spec: str, start_timeout_s: float, away_timeout_s: float) -> st
         return workers.takes
 
     return asyncio.run(load())
+
+
+def try_reward(spec: str, examples: list[dict], start_timeout_s: float) -> list[dict]:
+    """Call a reward function once for each example, in a process of its own, with the example's
+    answer as the sample. Returns its answers: {} for a reward, else "error" and "kind". None for a
+    function that makes its samples itself. Raises: ValueError when it cannot be loaded."""
+
+    async def tried() -> list[dict]:
+        workers, found = RewardWorkers(spec, 1, TRIAL_S, start_timeout_s, start_timeout_s), []
+        try:
+            await workers.start()
+            for example in examples if workers.takes != "sample" else []:
+                text = str(example.get("answer") or "")
+                job = {"completion": text, "completions": [text] * 2, "example": example}
+                job.pop("completion" if workers.takes == "completions" else "completions")
+                (answer,) = await workers._score([job])
+                found.append(next((one for one in _each(job, answer) if "error" in one), {}))
+        finally:
+            await workers.close()
+        return found
+
+    return asyncio.run(tried())
 
 
 def roles_asked_for(sources: dict[str, bytes], function: str) -> set[str]:

@@ -106,7 +106,7 @@ def test_a_checkpoint_of_the_trainer_is_no_model_and_says_how_it_becomes_one(tmp
 
 
 def test_a_model_is_asked_as_in_its_run_and_what_is_given_wins(tmp_path, tiny_checkpoint, capsys):
-    (tmp_path / "d.jsonl").write_text('{"q": "ab", "a": "ba"}\n' * 3)
+    (tmp_path / "d.jsonl").write_text('{"q": "ab", "a": "ba", "worth": 1}\n' * 3)
     (tmp_path / "my.py").write_text(GRADED)
     data, reward = str(tmp_path / "d.jsonl"), f"{tmp_path / 'my.py'}:score"
     flags = "--prompt-column q --answer-column a --no-chat-template --max-new-tokens 17 --lr 0.5"
