@@ -544,6 +544,7 @@ class Log:
             "ordinals": [g.ordinal for g in groups],
             **{f"train/{why}": int(mask_PS.sum()) for why, mask_PS in omitted.items()},
             **rollout_metrics(groups, self.step),
+            **self.prompts.by_data_set(groups),
             **update_metrics(values, counts),
             **times,
             **trained(self._model, lengths, self._ranks, busy_s, self._device),

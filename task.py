@@ -15,6 +15,7 @@ from random weights no sample is ever right and a policy gradient has nothing to
 """
 
 import bisect
+import collections
 import contextlib
 import functools
 import hashlib
@@ -47,8 +48,17 @@ class Several:
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        part = bisect.bisect_right(self.starts, i) - 1
-        return self.parts[part][i - self.starts[part]]
+        return self.parts[self.part(i)][i - self.starts[self.part(i)]]
+
+    def part(self, i: int) -> int:
+        """Which of the data sets has row i."""
+        return bisect.bisect_right(self.starts, i) - 1
+
+    def names(self) -> list[str]:
+        """Of the data sets, short where that tells them apart."""
+        paths = [part.name.split(" ", 1)[-1] for part in self.parts]  # without the flag
+        short = [Path(path).name for path in paths]
+        return short if len(set(short)) == len(short) else paths
 
     def digest(self) -> str:
         """Of the rows and of how they are mixed."""
@@ -101,6 +111,21 @@ class Prompts:
 
     def __getitem__(self, ordinal: int) -> dict:
         return self.examples[self.row(ordinal)]
+
+    def by_data_set(self, groups: list) -> dict[str, float]:
+        """Metrics of each data set where there are several: its samples' mean reward, and its share
+        of all samples."""
+        if not isinstance(self.examples, Several):
+            return {}
+        rewards, found = collections.defaultdict(list), {}
+        for g in groups:
+            rewards[self.examples.part(self.row(g.ordinal))] += g.rewards.tolist()
+        for part, name in enumerate(self.examples.names()):
+            mine = rewards[part]
+            found[f"train/share/data/{name}"] = len(mine) / sum(len(g.rewards) for g in groups)
+            if mine:
+                found[f"train/reward/data/{name}"] = sum(mine) / len(mine)
+        return found
 
 
 class Codec:

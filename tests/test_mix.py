@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_data import CHAT, USER, prompts, refusal, write
 from test_data import checkpoint as checkpoint  # the fixture
 
@@ -95,6 +97,28 @@ def test_files_without_weights_are_one_data_set_of_all_their_rows(files):
         assert sorted(mixed.row(10 * epoch + i) for i in range(10)) == list(range(10))
     found = sorted(mixed[i]["prompt"] for i in range(10))
     assert found == [row["prompt"] for row in rows_of("a", 3) + rows_of("b", 7)]
+
+
+def test_each_data_set_of_several_has_its_own_reward_and_share(files, tmp_path):
+    mixed = task.Prompts(examples_of(f"{files[0]}:1", f"{files[1]}:3"), seed=5)
+    worth = {"a": [1.0, 0.5, 0.0], "b": [0.25, 0.0]}  # groups of unequal size
+    of = {mixed[i]["answer"]: i for i in range(20)}
+    groups = [
+        SimpleNamespace(ordinal=of[name], rewards=torch.tensor(worth[name])) for name in "aab"
+    ]
+    assert mixed.by_data_set(groups) == {
+        "train/reward/data/a.jsonl": 0.5,
+        "train/share/data/a.jsonl": 0.75,
+        "train/reward/data/b.jsonl": 0.125,
+        "train/share/data/b.jsonl": 0.25,
+    }
+    alone = mixed.by_data_set(groups[:1])
+    assert alone["train/share/data/b.jsonl"] == 0 and "train/reward/data/b.jsonl" not in alone
+    # two of one name are called by their paths
+    (tmp_path / "x").mkdir()
+    other = write(tmp_path / "x/a.jsonl", rows_of("c", 3))
+    assert task.Several(examples_of(files[0], other).parts, []).names() == [files[0], other]
+    assert task.Prompts(examples_of(files[0]), seed=5).by_data_set(groups[:1]) == {}
 
 
 def test_one_file_keeps_the_order_that_older_checkpoints_have(files):
