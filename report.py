@@ -24,7 +24,7 @@ from tqdm import tqdm
 import watch
 from bridge.console import say
 from bridge.groups import NOT_SAMPLED, Group, means_of_parts
-from bridge.logs import last_line, read_jsonl, without_time
+from bridge.logs import ENDED, last_line, read_jsonl, without_time, write_end
 from bridge.prometheus import numbers
 from bridge.validation import log_samples, log_validation
 from bridge.weights import checkpoint_files
@@ -475,9 +475,12 @@ class Log:
             threading.Thread(target=say_something, args=args, daemon=True).start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, _) -> None:
         self._done.set()
         if self.speaks:
+            if kind:
+                why = f"{kind.__name__}: {error}".removesuffix(": ")
+                write_end(self.cfg.run_dir, self.step, why)
             self.trackers.close()
 
     def steps(self) -> Iterator[int]:
@@ -512,6 +515,7 @@ class Log:
         on_gpu = model.mesh.device.type == "cuda"
         self._device = torch.cuda.get_device_name(model.mesh.device) if on_gpu else "cpu"
         if self.speaks:
+            (self.cfg.run_dir / ENDED).unlink(missing_ok=True)  # of the run that this one resumes
             alg, size = self.cfg.algorithm, model.cfg.num_parameters
             say(
                 f"{size / 1e6:.1f} M parameters on {model.mesh.world_size} rank(s), hub at "
@@ -586,6 +590,7 @@ class Log:
             if whole(checkpoints):
                 state = f"its state is in {checkpoints} (go on with --resume auto)"
             say(f"stopped at step {self.step}, {state}: {stop.why}")
+            write_end(self.cfg.run_dir, self.step, stop.why)
 
     def sum_up(self) -> None:
         if self.speaks:

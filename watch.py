@@ -19,7 +19,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from bridge.logs import last_line, read_jsonl
+from bridge.logs import how_it_ended, last_line, read_jsonl
 from bridge.show_samples import COLOURS, page, show_samples
 from bridge.side_by_side import AXES, WINDOW, plot_together, table
 
@@ -152,7 +152,7 @@ def frame(run_dir: Path, width: int = 100) -> str:
     records = read_metrics(run_dir)
     if not records:
         word = last_line(run_dir / "rollout.log") or "no word from a rollout node"
-        return f"{BOLD}{run_dir}{OFF}   no step yet; {word}\n"
+        return f"{BOLD}{run_dir}{OFF}   no step yet; {how_it_ended(run_dir) or word}\n"
     screen = Screen(run_dir, records, width)
     blocks = (screen.head, screen.learning, screen.mismatch, screen.speed, screen.books)
     return "\n".join(line for block in blocks for line in block()) + "\n"
@@ -166,7 +166,9 @@ class Screen:
         self.config = json.loads((run_dir / "config.json").read_text())
         self.now, self.hub = records[-1], records[-1]["hub"]
         self.nodes = self.hub["nodes"].values()
-        self.over = self.now["step"] + 1 >= self.config["max_num_steps"]
+        finished = self.now["step"] + 1 >= self.config["max_num_steps"]
+        self.ended = "" if finished else how_it_ended(run_dir)
+        self.over = "ended" if self.ended else "finished" if finished else ""
 
     def train(self, name: str) -> float | None:
         return mean(self.records, f"train/{name}")
@@ -190,12 +192,12 @@ class Screen:
         done = self.now["step"] + 1
         ago = time.time() - (self.run_dir / "metrics.jsonl").stat().st_mtime
         minutes = (steps - done) * step_s / 60
-        state = "finished" if self.over else f"{minutes:.1f} min left, last step {ago:.0f} s ago"
+        state = self.over or f"{minutes:.1f} min left, last step {ago:.0f} s ago"
         loss = loss_of(self.config)
         title = f"{BOLD}{self.run_dir}{OFF}  {loss}  step {done} of {steps} "
         progress = f"{GREEN}{bar(done / steps)}{OFF}  {step_s:.2f} s a step, {state}"
         _, sentence = bottleneck(self.records, self.config)
-        return [title + progress, *self.wrapped(sentence, YELLOW)]
+        return [title + progress, *self.wrapped(self.ended, RED), *self.wrapped(sentence, YELLOW)]
 
     def learning(self) -> list[str]:
         of = min(WINDOW, len(self.records) - 1) or 1  # as `mean` counts
@@ -288,7 +290,7 @@ class Screen:
         scored = {r["version"] for r in read_jsonl(self.run_dir / "validation.jsonl")}
         of_validation = validation.get("counts", {}).items()
         counts = {**hub["counts"], **{f"validation {name}": n for name, n in of_validation}}
-        when = "in the last step: " * self.over  # who had prompts then has given them up
+        when = "in the last step: " if self.over else ""  # who had prompts then has given them up
         trouble = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
         return [
             "",

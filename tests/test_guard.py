@@ -179,6 +179,8 @@ def test_three_skipped_updates_in_a_row_stop_the_run_with_a_sound_state(
         .splitlines()[-1]
         .startswith("train_cispo.py: rank 0: stopped at step 1: the gradients of 3")
     )
+    end = json.loads((tmp_path / "runs/guard/ended.json").read_text())
+    assert end["step"] == 1 and end["why"].startswith("the gradients of 3")
     (record,) = (tmp_path / "runs/guard/metrics.jsonl").read_text().splitlines()
     assert json.loads(record, parse_constant=pytest.fail)["train/updates_skipped"] == 3
     files = [

@@ -24,6 +24,7 @@ from published import write_version
 import loss
 from bridge import weights
 from bridge.groups import Group, pack_group, parse_group
+from bridge.logs import how_it_ended
 from bridge.sample import Sample
 from config import Config
 from model import ModelConfig
@@ -210,7 +211,9 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on_where_it_was(
         r"stopped at step (\d+), its state is in runs/tiny/checkpoints .*: SIGTERM",
         (tmp_path / "out").read_text(),
     )
+    assert f"at step {stop}: SIGTERM" in how_it_ended(tmp_path / "runs/tiny")
     finish(start(tmp_path, tiny_checkpoint, fake_vllm_command, 12, *flags), tmp_path)
+    assert not (tmp_path / "runs/tiny/ended.json").exists()
     assert (
         f"going on from runs/tiny/checkpoints/step-{int(stop):06d}: step {stop}, "
         in (tmp_path / "out").read_text()
