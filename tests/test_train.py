@@ -21,7 +21,7 @@ from model import ModelConfig, Qwen3MoE
 from ranks import parallel
 from ranks.batch import pack_batch
 from ranks.parallel import Bucket, Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
-from task import Codec
+from task import Codec, Prompts
 from train_cispo import micro_batch_logprobs, train_update
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -331,7 +331,8 @@ def test_every_mode_runs_through_the_training_loop(flags, tiny_checkpoint, tmp_p
         (train_cispo, "train_update", updated),
     ]:
         monkeypatch.setattr(module, name, stand_in)
-    train_cispo.train(cfg, tiny_checkpoint, ([{}] * 100, Codec(tiny_checkpoint), {}))
+    prompts = Prompts([{}] * 100, seed=0)
+    train_cispo.train(cfg, tiny_checkpoint, (prompts, Codec(tiny_checkpoint), {}))
     records = [
         json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()
     ]
