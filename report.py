@@ -75,6 +75,7 @@ def name_of_loss(alg: Algorithm) -> str:
 # ---- metrics -------------------------------------------------------------------------------------
 # a part of the step, as the console says it
 DOING = {
+    "compile": "compiling the update",
     "exposed_generation": "waiting for rollouts",
     "data_processing": "packing the batch",
     "policy_and_reference_logprobs": "log-probs of the batch",
@@ -101,14 +102,9 @@ class Clock:
         self.parts[self.doing] = now - self.last
         self.doing, self.last = part, now
 
-    def says(self, compiles: bool) -> str:
-        """What goes on and for how long. compiles: in this step the computing parts call
-        torch.compile."""
-        compiling = ", compiled first" if compiles and self.doing.startswith("policy") else ""
-        return (
-            f"{DOING.get(self.doing, self.doing)}{compiling}, for "
-            f"{time.perf_counter() - self.last:.0f} s"
-        )
+    def says(self) -> str:
+        """What goes on and for how long."""
+        return f"{DOING.get(self.doing, self.doing)}, for {time.perf_counter() - self.last:.0f} s"
 
     def seconds(self) -> dict[str, float]:
         self.begin("log")
@@ -502,10 +498,9 @@ class Log:
 
     def _now(self) -> str:
         """What goes on."""
-        compiles = self.cfg.compile and self.step == self.start.step
         waiting = self.clock.doing == "exposed_generation"
         come = f": {self.rollouts.describe()}" if waiting else ""
-        return f"step {self.step}, {self.clock.says(compiles)}{come}"
+        return f"step {self.step}, {self.clock.says()}{come}"
 
     def _decode(self, ids: list[int]) -> str:
         return self.codec.decode(ids, special=True)

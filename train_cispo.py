@@ -56,7 +56,7 @@ from prepare import (
 )
 from ranks import dry_run, ops
 from ranks.after_checkpoint import AfterCheckpoint
-from ranks.batch import Batch, MicroBatch, micro_batches_of, pack_batch
+from ranks.batch import Batch, MicroBatch, made_up, micro_batches_of, pack_batch
 from ranks.checkpoint import Checkpointer, CheckpointError
 from ranks.parallel import (
     Mesh,
@@ -76,6 +76,17 @@ from report import Log, say_flags
 
 
 # ---- one update ----------------------------------------------------------------------------------
+def my_share(groups, batch: Batch, cfg: Config, model):
+    """This rank's micro-batches of each update, and the update's loss tokens and samples on all
+    ranks. groups: rank 0's, for the experts to replay."""
+    mesh, against = model.mesh, (cfg.use_leave_one_out_baseline, cfg.advantage_scale)
+    advantages_PS = loss.group_advantages(batch.rewards_PS, batch.valid_PS, *against)
+    share = (mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
+    updates, counts = micro_batches_of(batch, advantages_PS, cfg, *share)
+    give_experts(groups, batch, updates, cfg, mesh, model.cfg)
+    return updates, counts
+
+
 def micro_batch_logprobs(model, mb: MicroBatch, cfg: Config):
     """log pi and entropy of the sampled tokens, (N padded,), and the experts used, (L, t, K)."""
     hidden_TD, expert_ids = model(mb.tokens_T, mb.cu_seqlens, mb.max_seqlen, mb.expert_ids)
@@ -186,6 +197,30 @@ def token_values(updates: list[list[MicroBatch]], batch: Batch, cfg: Config, mes
     return TokenValues(batch.rows_PS, batch.lengths, log_ratios_F, weights_F)
 
 
+# ---- what is compiled ----------------------------------------------------------------------------
+class GradientsOnly:
+    """In the optimizer's place where there is to be no update: the gradients are given up."""
+
+    def __init__(self, optimizer: ShardedAdamW):
+        self.zero_grad, self.grad_so_far = optimizer.zero_grad, optimizer.grad_so_far
+
+    def expect_last(self) -> None:
+        """No sum over the ranks begins."""
+
+    def step(self) -> torch.Tensor:
+        self.zero_grad()
+        return torch.ones(())
+
+
+def compile_ahead(model, reference, optimizer, start: int, cfg: Config, policy_loss) -> None:
+    """Compile what an update runs, with samples that nobody made, while vLLM starts: the first step
+    need not wait for it. Nothing is changed by it."""
+    groups = made_up(cfg, model.cfg, start)
+    updates, counts = my_share(groups, Batch.unpack(pack_batch(groups, cfg)), cfg, model)
+    fix_for_the_step(updates[:1], start, model, reference, cfg)
+    train_update(model, GradientsOnly(optimizer), updates[0], counts[0], cfg, policy_loss)
+
+
 # ---- the run -------------------------------------------------------------------------------------
 def build_model(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, checkpoint: Path) -> Qwen3MoE:
     """This rank's part of the model, with the checkpoint's weights."""
@@ -266,6 +301,9 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
 
         log.begin_run(model)
         rollouts.publish(start.step)
+        if cfg.compile and start.step < cfg.max_num_steps:
+            log.begin("compile")
+            compile_ahead(model, reference, optimizer, start.step, cfg, policy_loss)
         Signals.in_loop = True  # from here on the first signal is a word, not an exception
         for step in log.steps():
             lr = set_lr(optimizer, learning_rate(step, cfg))
@@ -275,11 +313,7 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
                 break
             log.begin("data_processing")
             batch = Batch.unpack(broadcast_bytes(groups and pack_batch(groups, cfg), mesh))
-            against = (cfg.use_leave_one_out_baseline, cfg.advantage_scale)
-            advantages_PS = loss.group_advantages(batch.rewards_PS, batch.valid_PS, *against)
-            share = (mesh.dp_rank, mesh.dp, mesh.device, mesh.tp)
-            updates, counts = micro_batches_of(batch, advantages_PS, cfg, *share)
-            give_experts(groups, batch, updates, cfg, mesh, model_cfg)
+            updates, counts = my_share(groups, batch, cfg, model)
             # 2 the trainer's own log-probs at the start of the step, fixed for all its updates
             log.begin("policy_and_reference_logprobs")
             fix_for_the_step(updates, step, model, reference, cfg)

@@ -105,6 +105,29 @@ def pack_batch(groups: list[Group], cfg) -> bytes:
     )
 
 
+def made_up(cfg, m, version: int) -> list[Group]:
+    """A step's groups of a few tokens each, which nobody sampled: torch.compile sees the shapes and
+    dtypes of real ones. m: the ModelConfig."""
+    found, S = [], cfg.num_generations_per_prompt
+    for p in range(cfg.num_prompts_per_step):
+        prompt_ids = [1 + i % (m.vocab_size - 1) for i in range(3 + p % 4)]
+        lengths = torch.tensor([2 + (p + s) % 5 for s in range(S)], dtype=torch.int32)
+        total = int(lengths.sum())
+        token_ids = torch.arange(total, dtype=torch.int32) % m.vocab_size
+        rewards = (torch.arange(S) % 2).float()
+        group = Group(
+            p, prompt_ids, lengths, token_ids, torch.full((total,), -1.0),
+            torch.full_like(token_ids, version), rewards, torch.zeros(S, dtype=torch.uint8),
+        )  # fmt: skip
+        if cfg.router_replay == "sampler":
+            experts_K = torch.arange(m.num_experts_per_tok).to(m.expert_dtype)
+            group.prompt_experts, group.experts = (
+                experts_K.expand(n, m.num_hidden_layers, -1) for n in (len(prompt_ids) - 1, total)
+            )
+        found.append(group)
+    return found
+
+
 # ---- on every rank -------------------------------------------------------------------------------
 @dataclass
 class Batch:

@@ -22,7 +22,7 @@ from ranks import parallel
 from ranks.batch import pack_batch
 from ranks.parallel import Bucket, Mesh, ShardedAdamW, join_ranks, make_mesh, reduce_metrics
 from task import Codec, Prompts
-from train_cispo import micro_batch_logprobs, train_update
+from train_cispo import compile_ahead, micro_batch_logprobs, train_update
 
 # ---- packing -------------------------------------------------------------------------------------
 SMALL = Config(
@@ -201,13 +201,25 @@ def test_weights_of_two_blocks_are_refused_by_name_and_not_summed_by_half(monkey
 
 
 # ---- one update, in any layout -------------------------------------------------------------------
-def first_update(cfg, mesh=Mesh()):  # noqa: B008
-    """Loss, gradient norm and the parameters after one update of a fixed batch."""
+def first_update(cfg, mesh=Mesh(), ahead=False):  # noqa: B008
+    """Loss, gradient norm and the parameters after one update of a fixed batch. ahead: compile
+    first, or run what would be compiled."""
     model = Qwen3MoE(TINY, mesh)
     model.init_weights(torch.Generator().manual_seed(1))
-    optimizer = ShardedAdamW(model, 1.0, lr=1e-3)
+    optimizer, policy_loss = ShardedAdamW(model, 1.0, lr=1e-3), loss.policy_loss
+    if cfg.compile:
+        model.compile_blocks()
+        policy_loss = torch.compile(policy_loss, dynamic=True)
+    if ahead:
+        compile_ahead(model, model, optimizer, 3, cfg, policy_loss)
+        torch._dynamo.utils.counters.clear()
     updates, counts = unpack_batch(
-        pack_batch(random_groups(dropped=(1,)), cfg), cfg, mesh.dp_rank, mesh.dp, mesh.device
+        pack_batch(random_groups(dropped=(1,)), cfg),
+        cfg,
+        mesh.dp_rank,
+        mesh.dp,
+        mesh.device,
+        mesh.tp,
     )
     with torch.no_grad():
         for mb in updates[0]:
@@ -218,7 +230,8 @@ def first_update(cfg, mesh=Mesh()):  # noqa: B008
                 mb.prev_logprobs + 0.3 * torch.cos(mb.gen_logprobs),
                 1 - mb.versions,
             )
-    stats, norm = train_update(model, optimizer, updates[0], counts[0], cfg, loss.policy_loss)
+    stats, norm = train_update(model, optimizer, updates[0], counts[0], cfg, policy_loss)
+    model.await_values()
     # of the histogram too
     one_number = lambda v: (v.flatten() * torch.arange(1, v.numel() + 1)).sum().item()
     return (
@@ -264,6 +277,36 @@ def test_micro_batches_are_invisible_in_the_update(algorithm):
     # fp32 sums, reordered
     assert m1 == pytest.approx(m2, rel=1e-5, abs=1e-6) and n1 == pytest.approx(n2, rel=1e-5)
     assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(p1, p2))
+
+
+REPLAY = [{"router_replay": "sampler"}, {"router_replay": "trainer"}]
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, *REPLAY])
+def test_what_is_compiled_ahead_leaves_no_trace(algorithm):
+    cfg = dataclasses.replace(SMALL, **algorithm)
+    (m1, n1, p1), (m2, n2, p2) = first_update(cfg), first_update(cfg, ahead=True)
+    assert m1 == m2 and n1 == n2 and all(map(torch.equal, p1, p2))
+
+
+def ahead_of_a_rank(tp, ep):
+    join_ranks(120)
+    mesh = make_mesh(tp, ep, TINY.num_key_value_heads)
+    cfg = dataclasses.replace(SMALL, tp=tp, ep=ep, router_replay="sampler")
+    (m1, n1, p1), (m2, n2, p2) = first_update(cfg, mesh), first_update(cfg, mesh, ahead=True)
+    return m1 == m2 and n1 == n2 and all(map(torch.equal, p1, p2))
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 2), (2, 1)])
+def test_what_is_compiled_ahead_leaves_no_trace_on_two_ranks(tp, ep):
+    assert on_ranks(2, ahead_of_a_rank, tp, ep) == [True, True]
+
+
+@pytest.mark.slow
+def test_an_update_after_that_compiles_nothing():
+    torch._dynamo.reset()  # it compiles one function a few times only
+    first_update(dataclasses.replace(SMALL, compile=True), ahead=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
 class Standby:
