@@ -1,5 +1,6 @@
 """Files of a run that are read while it goes on: records, logs, and how it ended."""
 
+import contextlib
 import json
 import math
 import os
@@ -44,12 +45,13 @@ def write_end(run_dir: Path, step: int, why: str) -> None:
 def how_it_ended(run_dir: Path) -> str:
     """Of a run that has not made its last step: when and why it ended, "" as long as its process is
     there. Of another machine's process nobody knows here."""
-    if (run_dir / ENDED).exists():
+    with contextlib.suppress(FileNotFoundError):  # it goes when the run goes on
         end = json.loads((run_dir / ENDED).read_text())
         minutes = (time.time() - end["time"]) / 60
         return f"ended {minutes:.0f} min ago at step {end['step']}: {end['why']}"
-    lock = run_dir.resolve().with_name(f".{run_dir.resolve().name}.lock")
-    holder = lock.read_text() if lock.exists() else ""
+    lock, holder = run_dir.resolve().with_name(f".{run_dir.resolve().name}.lock"), ""
+    with contextlib.suppress(FileNotFoundError):
+        holder = lock.read_text()
     pid = re.fullmatch(rf"pid (\d+) on {re.escape(socket.gethostname())}", holder)
     if pid and not os.path.exists(f"/proc/{pid[1]}"):
         return "ended without a word: its process is gone, killed by somebody or for its memory"

@@ -304,8 +304,9 @@ def check_reward(spec: str, start_timeout_s: float, away_timeout_s: float) -> st
 
 def try_reward(spec: str, examples: list[dict], start_timeout_s: float) -> list[dict]:
     """Call a reward function once for each example, in a process of its own, with the example's
-    answer as the sample. Returns its answers: {} for a reward, else "error" and "kind". None for a
-    function that makes its samples itself. Raises: ValueError when it cannot be loaded."""
+    answer as the sample. Returns its answers: {} for a reward, else "error" and "kind". There
+    are none of a function that makes its samples itself. Raises: ValueError when it cannot be
+    loaded."""
 
     async def tried() -> list[dict]:
         workers, found = RewardWorkers(spec, 1, TRIAL_S, start_timeout_s, start_timeout_s), []

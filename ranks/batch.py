@@ -110,8 +110,8 @@ def made_up(cfg, m, version: int) -> list[Group]:
     dtypes of real ones. m: the ModelConfig."""
     found, S = [], cfg.num_generations_per_prompt
     for p in range(cfg.num_prompts_per_step):
-        prompt_ids = [1 + i % (m.vocab_size - 1) for i in range(3 + p % 4)]
-        lengths = torch.tensor([2 + (p + s) % 5 for s in range(S)], dtype=torch.int32)
+        prompt_ids = [1 + i % (m.vocab_size - 1) for i in range(2 + p % 3)]
+        lengths = torch.tensor([2 + (p + s) % 3 for s in range(S)], dtype=torch.int32)
         total = int(lengths.sum())
         token_ids = torch.arange(total, dtype=torch.int32) % m.vocab_size
         rewards = (torch.arange(S) % 2).float()
