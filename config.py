@@ -9,6 +9,7 @@ a Config. Nothing here imports torch, so that --help and a wrong flag are answer
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +274,12 @@ class Files(Group):
     def faults(self) -> Iterator[str]:
         if self.resume not in ("auto", "off") and not Path(self.resume).is_dir():
             yield f"--resume {self.resume!r}: auto, off, or a checkpoint directory"
+        names = re.findall(r"(?<!\$)\{(\w+)\}", self.after_checkpoint)
+        if other := [name for name in names if name not in ("dir", "step")]:
+            yield (
+                f"--after-checkpoint: {{{other[0]}}} is neither {{dir}} nor {{step}}; with a space "
+                "after the brace it is the command's own"
+            )
 
 
 GROUPS = (

@@ -28,6 +28,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
     FLAGS = config_or_exit(sys.argv[1:])
 
 import dataclasses
+import faulthandler
 import os
 from pathlib import Path
 
@@ -389,4 +390,5 @@ def main(cfg: Config | None = None) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash in a library says where, which the library seldom does
     main(FLAGS)

@@ -18,7 +18,14 @@ TABLE = {  # column: metric, and which value is the best
     "KL to sampler": ("train/gen_kl_error", None),
     "s a step": ("timing/train/total_step_time", min),
 }
-NOT_SHOWN = {"name", "dry_run", "hub_port", "resume", "wandb_project", "tensorboard"}
+# Flags that change neither what is learned nor how fast; nor do those that end in _timeout_s.
+NOT_SHOWN = set(
+    """
+    name resume hub_host hub_port wandb_project tensorboard log_samples log_tokens dry_run
+    dry_run_ranks gpu_memory_gib nodes mean_length checkpoint_every_steps keep_checkpoints
+    keep_versions after_checkpoint
+    """.split()
+)
 
 
 def axis_of(records: list[dict], axis: str) -> list[float]:
@@ -34,7 +41,8 @@ def axis_of(records: list[dict], axis: str) -> list[float]:
 def names_and_flags(run_dirs: list[Path]) -> list[tuple[str, str]]:
     """Each run's name, and the flags in which the runs differ, as "lr=1e-05"."""
     configs = [json.loads((d / "config.json").read_text()) for d in run_dirs]
-    flags = [n for n in dict.fromkeys(n for c in configs for n in c) if n not in NOT_SHOWN]
+    flags = dict.fromkeys(n for c in configs for n in c if n not in NOT_SHOWN)
+    flags = [n for n in flags if not n.endswith("_timeout_s")]
     differ = [n for n in flags if len({json.dumps(c.get(n)) for c in configs}) > 1]
     shown = [
         "  ".join(f"{n}={c[n]:g}" if type(c.get(n)) is float else f"{n}={c.get(n)}" for n in differ)

@@ -1,6 +1,7 @@
 """Several ranks on one machine, for the tests: processes over gloo, each running the same
 function."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -11,6 +12,7 @@ import torch
 
 def _rank(rank, world_size, port, queue, function, args):
     """Runs in a process of its own."""
+    faulthandler.enable()  # a crash says where
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)

@@ -15,6 +15,7 @@ import report
 import watch
 from bridge import show_samples, side_by_side
 from config import Config
+from presets import parse_config
 from ranks.after_checkpoint import AfterCheckpoint
 
 REPO = Path(__file__).resolve().parent.parent
@@ -67,7 +68,8 @@ def test_the_screen_says_of_how_many_steps_its_means_are(tmp_path, rewards, says
 
 def test_runs_are_told_apart_by_what_differs_in_their_flags(tmp_path):
     a = run_of(tmp_path, "a", [0.0], lr=1e-5)
-    b = run_of(tmp_path, "b", [0.0], lr=1e-6)
+    of_operation = {"keep_checkpoints": 5, "val_timeout_s": 5.0, "log_samples": 9}
+    b = run_of(tmp_path, "b", [0.0], lr=1e-6, **of_operation)
     assert side_by_side.names_and_flags([a, b]) == [("a", "lr=1e-05"), ("b", "lr=1e-06")]
     again = run_of(tmp_path / "other", "a", [0.0], lr=1e-5)
     assert side_by_side.names_and_flags([a, again]) == [(str(a), ""), (str(again), "")]
@@ -147,6 +149,13 @@ def test_the_command_gets_directory_and_step_and_its_failure_is_named(
     out = capsys.readouterr().out
     assert "step 0" not in out and "step 3: its command ended with status 3, see" in out
     assert "step 4: not run" in out
+
+
+def test_a_name_that_is_not_filled_in_is_refused():
+    awk = "ls {dir} | awk '{ print }' >${HOME}/{step}"
+    assert parse_config(["--after-checkpoint", awk]).after_checkpoint == awk
+    with pytest.raises(ValueError, match=r"^--after-checkpoint: \{dirr\} is neither \{dir\} nor "):
+        parse_config(["--after-checkpoint", "ls {dirr} {step}"])
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("the run")])
