@@ -258,7 +258,7 @@ class Node:
         """Once a second: is it alive, do tokens move, and how many prompts does it bear? A hang is
         a vLLM that says it is well while requests are in flight and no token moves; it is ended
         like a dead one and started again."""
-        stall, last = Wait("vllm progress", self.cfg.stall_timeout_s), None
+        stall, last, version = Wait("vllm progress", self.cfg.stall_timeout_s), None, self.version
         while True:
             await asyncio.sleep(1.0)  # polling another process
             if not self.ready.is_set():
@@ -278,11 +278,14 @@ class Node:
                 if moved != last or not self.in_vllm:
                     stall = Wait("vllm progress", self.cfg.stall_timeout_s)
                 told = found["preemptions"] - self.vitals.get("preemptions", math.inf)
+                # With an update since the last look all are excused: there may have been several.
+                preempted = version == self.version and told > self.excused
                 self.limit = next_limit(
-                    self.limit, self.cfg.max_groups, len(self.held), found, told > self.excused
+                    self.limit, self.cfg.max_groups, len(self.held), found, preempted
                 )
-                self.excused -= min(max(0, told), self.excused)
-                last, self.vitals = moved, found
+                if version == self.version:
+                    self.excused -= min(max(0, told), self.excused)
+                last, version, self.vitals = moved, self.version, found
             if not why and not stall.over:
                 continue
             async with self.engine:
