@@ -36,7 +36,6 @@ from bridge.vllm import NO_ANSWER, VLLMUnfit
 from bridge.weights import WeightsError
 from prepare import (
     check_rewards,
-    judged_by,
     label_and_data,
     load_examples,
     load_prompts,
@@ -140,9 +139,7 @@ def read(ev: Evaluation, rest: list[str]) -> list[list[Prompts]]:
                 raise ValueError(said) from None
             examples = load_examples(cfg)
             if model == ev.models[0]:
-                check_rewards(
-                    [judged_by(cfg, examples, {name: part})[-1] for part in examples.parts]
-                )
+                check_rewards(cfg, [], examples.parts)
             checkpoint = resolve_model(cfg, rank=0)
             prompts, codec, _ = data = load_prompts(cfg, checkpoint, examples)
             kept = [examples[i] for i in range(len(examples)) if i not in prompts.skip]

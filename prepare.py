@@ -58,7 +58,7 @@ def prepare(cfg: Config, rank: int, world_size: int, local_rank: int) -> tuple:
     examples = load_examples(cfg) if rank == 0 else None  # before a model is downloaded
     held_out = load_held_out(cfg, examples) if rank == 0 else None
     if rank == 0:
-        check_rewards(judged_by(cfg, examples, held_out))
+        check_rewards(cfg, examples.parts, [*held_out.values()])
     checkpoint = resolve_model(cfg, rank)
     if model_cfg is None:
         plan.check(ModelConfig.from_dir(checkpoint), cfg, world_size)
@@ -191,50 +191,49 @@ def read_all(names: list[str], split: str, cfg: Config, flag: str) -> list[data.
     return [data.read_data(name, of, *columns) for name, of in zip(names, splits)]
 
 
+@contextlib.contextmanager
+def naming(flag: str):
+    """An error about --reward, where the function is that of this flag."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(str(e).replace("--reward", flag, 1)) from None
+
+
 # What a reward raises whatever the sample says: it would judge none.
 ALWAYS = re.compile(r"it raised (ImportError|ModuleNotFoundError|NameError|UnboundLocalError)\b")
 MISSING = re.compile(r"it raised KeyError: (['\"])(.*?)\1")
 
 
-def check_rewards(judged: list[tuple[str, str, data.Examples]]) -> None:
-    """Try rewards on the data that they are for: ours on the answers themselves, a user's own on a
-    row of each data set. Says what looks wrong. Raises: ValueError for one that cannot work.
-
-    judged: flag, reward function, data set.
-    """
-    own: dict[tuple[str, str], list[data.Examples]] = {}
-    for flag, spec, part in judged:
-        try:
-            if reward_sources(spec):
-                own.setdefault((flag, spec), []).append(part)
-            elif warning := check_answers(spec, part, part.name):
-                say(f"warning: {warning}".replace("--reward", flag, 1))
-        except ValueError as e:
-            raise ValueError(str(e).replace("--reward", flag, 1)) from None
-    for (flag, spec), parts in own.items():
-        try:
-            found = try_reward(
-                spec, [part[0] for part in parts], RolloutConfig.reward_start_timeout_s
-            )
-        except ValueError as e:
-            raise ValueError(str(e).replace("--reward", flag, 1)) from None
-        for part, answer in zip(parts, found):
-            if error := answer.get("error"):
-                why = f"{flag} {spec}: tried on the answer of {part.name} row 0, {error}"
-                missing = MISSING.match(error)
-                no_column = missing and missing[2] not in part[0]
-                if no_column:
-                    why += f"; the row has {', '.join(part[0])}"
-                if no_column or answer["kind"] == "wrong_type" or ALWAYS.match(error):
-                    raise ValueError(why)
-                say(f"warning: {why}; a sample for which it does that counts as dropped")
+def check_rewards(cfg: Config, trained: list[data.Examples], held_out: list[data.Examples]) -> None:
+    """Try the rewards on the data sets that they are for: ours on the answers themselves, a user's
+    own on a row of each. Says what looks wrong. Raises: ValueError for one that cannot work."""
+    val_flag = "val_reward" if cfg.val_reward else "reward"
+    judges: dict[str, list[data.Examples]] = {"reward": [*trained]}
+    judges.setdefault(val_flag, []).extend(held_out)
+    for name, parts in judges.items():
+        flag, spec = flag_of(name), getattr(cfg, name)
+        with naming(flag):
+            own = reward_sources(spec)
+            rows = [part[0] for part in parts if own]
+            answers = try_reward(spec, rows, *reward_limits(cfg)) if rows else []
+            for part in parts if not own else []:
+                if warning := check_answers(spec, part, part.name):
+                    say(f"warning: {warning}".replace("--reward", flag, 1))
+        for part, answer in zip(parts, answers):
+            if answer:
+                tell_of_trial(f"{flag} {spec}: tried on the answer of {part.name}", part[0], answer)
 
 
-def judged_by(cfg: Config, examples, held_out: dict[str, data.Examples]) -> list[tuple]:
-    """Which reward judges which data set, as `check_rewards` takes it."""
-    found = [("--reward", cfg.reward, part) for part in examples.parts]
-    flag = "--val-reward" if cfg.val_reward else "--reward"
-    return found + [(flag, cfg.val_reward or cfg.reward, part) for part in held_out.values()]
+def tell_of_trial(what: str, row: dict, answer: dict) -> None:
+    """Of a reward that gave none for a row 0. Raises: ValueError where it will give no other."""
+    error, kind = answer["error"], answer["kind"]
+    why, missing = f"{what} row 0, {error}", MISSING.match(error)
+    if missing and missing[2] not in row:
+        raise ValueError(f"{why}; the row has {', '.join(row)}")
+    if kind == "wrong_type" or ALWAYS.match(error):
+        raise ValueError(why)
+    say(f"warning: {why}; a sample for which it does that counts as dropped")
 
 
 def load_examples(cfg: Config) -> data.Examples | task.Several:
@@ -354,15 +353,18 @@ def rewards_of(cfg: Config) -> dict[str, str]:
 def reward_takes(cfg: Config) -> set[str]:
     """What the reward functions judge: a "completion", all "completions" of a prompt, or a "sample"
     that they make themselves. Raises: ValueError when one cannot be loaded."""
-    found, node = set(), node_config(cfg)
-    limits = (node.reward_start_timeout_s, node.reward_away_timeout_s)
-    for flag, spec in rewards_of(cfg).items():
-        try:
+    found = set()
+    for name, spec in rewards_of(cfg).items():
+        with naming(flag_of(name)):
             own = reward_sources(spec)
-            found.add(check_reward(spec, *limits) if own else takes(built_in()[spec]))
-        except ValueError as e:
-            raise ValueError(str(e).replace("--reward", flag_of(flag), 1)) from None
+            found.add(check_reward(spec, *reward_limits(cfg)) if own else takes(built_in()[spec]))
     return found
+
+
+def reward_limits(cfg: Config) -> tuple[float, float]:
+    """Seconds for the start of a reward's process, and for a service that is away."""
+    node = node_config(cfg)
+    return node.reward_start_timeout_s, node.reward_away_timeout_s
 
 
 def check_chat(cfg: Config, codec: task.Codec) -> None:
@@ -385,7 +387,7 @@ def check_plan(cfg: Config) -> None:
     sets = [*data.mix_of(cfg.data)[0], *data.named(cfg.val_data).values()]
     if all(map(data.is_row_file, sets)):
         examples = load_examples(cfg)
-        check_rewards(judged_by(cfg, examples, load_held_out(cfg, examples)))
+        check_rewards(cfg, examples.parts, [*load_held_out(cfg, examples).values()])
     path = model_here(cfg.model) if cfg.model else None
     if path and (path / "tokenizer.json").is_file():
         how = ("{problem}", cfg.chat_template, cfg.template_kwargs)

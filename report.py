@@ -24,10 +24,10 @@ from tqdm import tqdm
 import watch
 from bridge.console import say
 from bridge.groups import NOT_SAMPLED, Group, means_of_parts
-from bridge.logs import ENDED, last_line, read_jsonl, without_time, write_end
+from bridge.logs import ENDED, last_line, read_jsonl, without_time
 from bridge.prometheus import numbers
 from bridge.validation import log_samples, log_validation
-from bridge.weights import checkpoint_files
+from bridge.weights import checkpoint_files, write_text
 from loss import Algorithm, effective_share, ratio_quantile
 from ranks.batch import left_out, trained_lengths
 from ranks.checkpoint import best_step, whole
@@ -442,6 +442,12 @@ def sum_up(run_dir: Path, version: int, scores: dict[int, float]) -> None:
 
 
 # ---- the log of a run ----------------------------------------------------------------------------
+def write_end(run_dir: Path, step: int, why: str) -> None:
+    """Of a run that ends before its last step; step: the one in progress."""
+    end = {"time": time.time(), "step": step, "why": " ".join(why.split())[:300]}
+    write_text(run_dir / ENDED, json.dumps(end))
+
+
 class Log:
     """All that a run says, on the console, in its files and to trackers. A context manager.
 

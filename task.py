@@ -48,7 +48,8 @@ class Several:
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self.parts[self.part(i)][i - self.starts[self.part(i)]]
+        part = self.part(i)
+        return self.parts[part][i - self.starts[part]]
 
     def part(self, i: int) -> int:
         """Which of the data sets has row i."""

@@ -168,6 +168,7 @@ class Screen:
         self.nodes = self.hub["nodes"].values()
         finished = self.now["step"] + 1 >= self.config["max_num_steps"]
         self.ended = "" if finished else how_it_ended(run_dir)
+        # in a word; "" while it goes on
         self.over = "ended" if self.ended else "finished" if finished else ""
 
     def train(self, name: str) -> float | None:

@@ -33,13 +33,15 @@ def without_time(line: str) -> str:
 ENDED = "ended.json"
 
 
-def write_end(run_dir: Path, step: int, why: str) -> None:
-    """Of a run that ends before its last step; step: the one in progress."""
-    part = run_dir / f"{ENDED}.part"
-    part.write_text(
-        json.dumps({"time": time.time(), "step": step, "why": " ".join(why.split())[:300]})
-    )
-    part.replace(run_dir / ENDED)
+def lock_of(run_dir: Path) -> Path:
+    """The file that is locked while a process has a run's directory: beside it, since it may be
+    moved aside."""
+    return run_dir.resolve().with_name(f".{run_dir.resolve().name}.lock")
+
+
+def holder_of(pid: int | str) -> str:
+    """What a process of this machine writes into it."""
+    return f"pid {pid} on {socket.gethostname()}"
 
 
 def how_it_ended(run_dir: Path) -> str:
@@ -49,10 +51,9 @@ def how_it_ended(run_dir: Path) -> str:
         end = json.loads((run_dir / ENDED).read_text())
         minutes = (time.time() - end["time"]) / 60
         return f"ended {minutes:.0f} min ago at step {end['step']}: {end['why']}"
-    lock, holder = run_dir.resolve().with_name(f".{run_dir.resolve().name}.lock"), ""
     with contextlib.suppress(FileNotFoundError):
-        holder = lock.read_text()
-    pid = re.fullmatch(rf"pid (\d+) on {re.escape(socket.gethostname())}", holder)
-    if pid and not os.path.exists(f"/proc/{pid[1]}"):
-        return "ended without a word: its process is gone, killed by somebody or for its memory"
+        holder = lock_of(run_dir).read_text()
+        pid = re.fullmatch(r"pid (\d+) on .*", holder)
+        if pid and holder == holder_of(pid[1]) and not os.path.exists(f"/proc/{pid[1]}"):
+            return "ended without a word: its process is gone, killed by somebody or for its memory"
     return ""

@@ -285,44 +285,40 @@ class RewardWorkers:
         self.kept.close()
 
 
+async def _tried(workers: RewardWorkers, examples: list[dict]) -> list[dict]:
+    """Start and end them; between the two, a made-up sample of each example is judged."""
+    found = []
+    try:
+        await workers.start()
+        for example in examples if workers.takes != "sample" else []:
+            text = str(example.get("answer") or "")
+            many = workers.takes == "completions"
+            job = {"completions": [text] * 2} if many else {"completion": text}
+            (answer,) = await workers._score([{**job, "example": example}])
+            found.append(next((one for one in _each(job, answer) if "error" in one), {}))
+    finally:
+        await workers.close()
+    return found
+
+
 @functools.cache
 def check_reward(spec: str, start_timeout_s: float, away_timeout_s: float) -> str:
     """Load a reward function once, in a process of its own. Returns what it judges: a "completion",
     all "completions" of a prompt, or a "sample" that it makes itself. Raises: ValueError that says
     why it cannot be."""
-
-    async def load() -> str:
-        workers = RewardWorkers(spec, 1, 0.0, start_timeout_s, away_timeout_s)
-        try:
-            await workers.start()
-        finally:
-            await workers.close()
-        return workers.takes
-
-    return asyncio.run(load())
+    workers = RewardWorkers(spec, 1, 0.0, start_timeout_s, away_timeout_s)
+    asyncio.run(_tried(workers, []))
+    return workers.takes
 
 
-def try_reward(spec: str, examples: list[dict], start_timeout_s: float) -> list[dict]:
+def try_reward(
+    spec: str, examples: list[dict], start_timeout_s: float, away_timeout_s: float
+) -> list[dict]:
     """Call a reward function once for each example, in a process of its own, with the example's
-    answer as the sample. Returns its answers: {} for a reward, else "error" and "kind". There
-    are none of a function that makes its samples itself. Raises: ValueError when it cannot be
-    loaded."""
-
-    async def tried() -> list[dict]:
-        workers, found = RewardWorkers(spec, 1, TRIAL_S, start_timeout_s, start_timeout_s), []
-        try:
-            await workers.start()
-            for example in examples if workers.takes != "sample" else []:
-                text = str(example.get("answer") or "")
-                job = {"completion": text, "completions": [text] * 2, "example": example}
-                job.pop("completion" if workers.takes == "completions" else "completions")
-                (answer,) = await workers._score([job])
-                found.append(next((one for one in _each(job, answer) if "error" in one), {}))
-        finally:
-            await workers.close()
-        return found
-
-    return asyncio.run(tried())
+    answer as the sample. Returns its answers: {} for a reward, else "error" and "kind". There are
+    none of a function that makes its samples itself. Raises: ValueError as `check_reward` does."""
+    workers = RewardWorkers(spec, 1, TRIAL_S, start_timeout_s, away_timeout_s)
+    return asyncio.run(_tried(workers, examples))
 
 
 def roles_asked_for(sources: dict[str, bytes], function: str) -> set[str]:

@@ -106,8 +106,8 @@ def pack_batch(groups: list[Group], cfg) -> bytes:
 
 
 def made_up(cfg, m, version: int) -> list[Group]:
-    """A step's groups of a few tokens each, which nobody sampled: torch.compile sees the shapes and
-    dtypes of real ones. m: the ModelConfig."""
+    """A step's groups of a few tokens each, which nobody sampled, the same on every rank: what is
+    compiled for them serves real ones. m: the ModelConfig."""
     found, S = [], cfg.num_generations_per_prompt
     for p in range(cfg.num_prompts_per_step):
         prompt_ids = [1 + i % (m.vocab_size - 1) for i in range(2 + p % 3)]

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 
+from bridge.logs import holder_of, lock_of
 from bridge.processes import REPO, program_files
 from bridge.reward_process import relative, reward_sources
 from ranks.checkpoint import MANIFEST, NO_MANIFEST, CheckpointError, choose, read_manifest, whole
@@ -159,13 +160,12 @@ _held = {}  # this process's lock files by run directory, open until it ends
 
 def hold(run_dir: Path) -> None:
     """Take a run's directory for as long as this process lives: the kernel lets go of it, however
-    the process ends. The lock lies beside the directory, which may be moved aside. Raises:
-    CheckpointError when another process has it, or when it is no run's, and so must not be
-    moved."""
+    the process ends. Raises: CheckpointError when another process has it, or when it is no run's,
+    and so must not be moved."""
     if (run_dir := run_dir.resolve()) in _held:
         return
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir.with_name(f".{run_dir.name}.lock"), "a+")
+    lock = open(lock_of(run_dir), "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -175,7 +175,7 @@ def hold(run_dir: Path) -> None:
             "take another --name"
         ) from None
     lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    lock.write(holder_of(os.getpid()))
     lock.flush()
     _held[run_dir] = lock
     empty = run_dir.is_dir() and not any(run_dir.iterdir())

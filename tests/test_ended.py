@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from test_watch import run_of, screen
 
-from bridge.logs import how_it_ended, write_end
-from report import Log
+from bridge.logs import how_it_ended
+from report import Log, write_end
 
 
 def plain(run):
@@ -28,7 +28,7 @@ def test_a_run_that_was_stopped_says_when_and_why(tmp_path):
     run = run_of(tmp_path, [0, 1])
     assert "min left, last step" in plain(run)
     write_end(run, 2, "the gradients\nof 3 updates")
-    assert not list(run.glob("*.part"))
+    assert not list(run.glob("*.tmp"))
     shown = plain(run)
     assert "a step, ended\nended 0 min ago at step 2: the gradients of 3 updates\n" in shown
     assert "min left" not in shown and "in the last step: " in shown

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from programs import run_program
 
-from prepare import check_rewards, judged_by, load_examples, load_held_out
+from prepare import check_rewards, load_examples, load_held_out
 from presets import parse_config
 
 REPO = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def flags_for(function, *flags):
 def tried(function, *flags):
     cfg = parse_config(flags_for(function, *flags))
     examples = load_examples(cfg)
-    check_rewards(judged_by(cfg, examples, load_held_out(cfg, examples)))
+    check_rewards(cfg, examples.parts, [*load_held_out(cfg, examples).values()])
 
 
 @pytest.mark.parametrize(
