@@ -24,17 +24,20 @@ import torch.distributed as dist
 
 import loss
 import train_cispo
+from bridge.groups import Group
+from config import Config
 from model import KNOWN_MODELS, Qwen3MoE
 from prepare import with_chunk_size
 from presets import PRESETS
 from ranks import ops, parallel, plan
-from ranks.batch import MicroBatch
+from ranks.batch import Batch, pack_batch
 from ranks.parallel import Mesh
+from tools import bench_vllm
 
 GIB = 2**30
 BF16 = torch.bfloat16
 FULL = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"]
-TOKENS, LENGTH = 16384, 4096  # of a micro-batch, and of each of its sequences
+TOKENS, LENGTH, PROMPT = 16384, 4096, 200  # of a micro-batch, each of its sequences, their prompt
 
 
 class Bench:
@@ -194,55 +197,44 @@ def negative(logprobs, advantages):
 
 
 # ---- whole updates -------------------------------------------------------------------------------
-def micro_batch(b: Bench, cfg, vocab: int) -> MicroBatch:
-    """Sequences of LENGTH tokens that fill the budget, with 200 prompt tokens each."""
-    T = cfg.max_tokens_per_micro_batch
-    S, C = T // LENGTH, cfg.logprob_chunk_size
-    at = torch.arange(T, device=b.device)
-    rows = at[(at % LENGTH >= 200 - 1) & (at % LENGTH < LENGTH - 1)]
-    N = len(rows)
-    P = -(-N // C) * C
-    mask = torch.arange(P, device=b.device) < N
-    of = torch.nn.functional.pad(rows // LENGTH, (0, P - N))
-    noise = torch.randn(P, device=b.device)
-    return MicroBatch(
-        tokens_T=b.ids(vocab, T),
-        cu_seqlens=torch.arange(0, T + 1, LENGTH, device=b.device, dtype=torch.int32),
-        max_seqlen=LENGTH,
-        num_tokens=T,
-        rows_N=rows,
-        targets_N=b.ids(vocab, N),
-        lengths_B=torch.full((S,), N // S, device=b.device),
-        mask=mask,
-        gen_logprobs=-12 + noise,
-        advantages=torch.randn(P, device=b.device),
-        versions=torch.zeros(P, dtype=torch.int32, device=b.device),
-        weights=mask / N,
-        nll_weights=mask / N,
-        sequence=of,
-        age=torch.zeros(P, dtype=torch.int32, device=b.device),
-        prev_logprobs=-12 + noise,
+def full_batch(cfg, m, ranks: int) -> tuple[Config, list[Group]]:
+    """A step of one update that fills one micro-batch of every rank with sequences of LENGTH
+    tokens, PROMPT of them a prompt's: the configuration with these sizes, and its groups."""
+    samples = ranks * cfg.max_tokens_per_micro_batch // LENGTH
+    sizes = {"num_prompts_per_step": 1, "num_generations_per_prompt": samples}
+    cfg = dataclasses.replace(cfg, train_global_batch_size=samples, **sizes)
+    g, tokens = torch.Generator().manual_seed(0), samples * (LENGTH - PROMPT)
+    group = Group(
+        ordinal=0,
+        prompt_ids=torch.randint(m.vocab_size, (PROMPT,), generator=g).tolist(),
+        lengths=torch.full((samples,), LENGTH - PROMPT, dtype=torch.int32),
+        token_ids=torch.randint(m.vocab_size, (tokens,), generator=g).int(),
+        logprobs=-12 + torch.randn(tokens, generator=g),
+        versions=torch.zeros(tokens, dtype=torch.int32),
+        rewards=torch.rand(samples, generator=g),
+        truncated=torch.zeros(samples, dtype=torch.uint8),
     )
+    return cfg, [group]
 
 
 def update(b: Bench, name: str, cfg, model_cfg, mesh: Mesh, ranks: int) -> None:
     """A whole update of one micro-batch: the pass for prev, forward, loss, backward, AdamW."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    cfg = with_chunk_size(cfg, model_cfg, b.device)
+    cfg, groups = full_batch(with_chunk_size(cfg, model_cfg, b.device), model_cfg, ranks)
     with mock.patch.object(train_cispo, "load_hf", fresh_weights):
         model = train_cispo.build_model(cfg, model_cfg, mesh, None)
     optimizer = train_cispo.build_optimizer(cfg, model)
-    mb = micro_batch(b, cfg, model_cfg.vocab_size)
+    batch = Batch.unpack(pack_batch(groups, cfg))
+    updates, (counts,) = train_cispo.my_share(groups, batch, cfg, model)
     policy_loss = torch.compile(loss.policy_loss, dynamic=True)
-    counts = (int(mb.mask.sum()), len(mb.lengths_B))
     T = cfg.max_tokens_per_micro_batch
 
     def prev():
-        train_cispo.fix_for_the_step([[mb]], 0, model, None, cfg)
+        train_cispo.fix_for_the_step(updates, 0, model, None, cfg)
 
     def whole():
-        train_cispo.train_update(model, optimizer, [mb], counts, cfg, policy_loss)
+        train_cispo.train_update(model, optimizer, updates[0], counts, cfg, policy_loss)
 
     prev_ms = b.time(f"{name}: pass for prev", prev, runs=3, warm_up=2)
     whole_ms = b.time(f"{name}: update", whole, runs=4, warm_up=2)
@@ -304,7 +296,12 @@ def alone(b: Bench) -> None:
     update(b, "Qwen3-0.6B alone, nothing recomputed", cfg, small, Mesh(device=b.device), 1)
 
 
-PARTS = {f.__name__: f for f in (ceilings, operations, block, head, rank_of_16, alone)}
+def vllm(b: Bench) -> None:
+    """In a module of its own, since it needs vLLM."""
+    bench_vllm.bench(b)
+
+
+PARTS = {f.__name__: f for f in (ceilings, operations, block, head, rank_of_16, alone, vllm)}
 
 
 def main(only: str) -> None:

@@ -8,7 +8,6 @@ The last line is JSON; memory in GiB.
 """
 
 import ctypes
-import dataclasses
 import json
 import os
 import sys
@@ -16,40 +15,21 @@ from datetime import timedelta
 
 import fake
 
-LENGTH = 4096  # tokens of a sample
 LOG = fake.enter(item=fake.even_rows(16384, experts=128, chosen=8, ep=8))
-sys.path[:0] = [str(fake.HERE.parent.parent), str(fake.HERE.parent)]
+sys.path.insert(0, str(fake.HERE.parent.parent))
 
 import torch
 import torch.distributed as dist
-from batches import unpack_batch
 
 import loss
 import train_cispo
-from bridge.groups import Group
 from model import KNOWN_MODELS
 from prepare import with_chunk_size
 from presets import parse_config
 from ranks import plan
-from ranks.batch import pack_batch
+from ranks.batch import Batch, pack_batch
 from ranks.parallel import make_mesh
-
-
-def group(samples: int, prompt: int = 200) -> Group:
-    """Samples of LENGTH tokens with their prompt; one is rewarded."""
-    tokens = samples * (LENGTH - prompt)
-    rewards = torch.zeros(samples)
-    rewards[0] = 1.0
-    return Group(
-        0,
-        [0] * prompt,
-        torch.full((samples,), LENGTH - prompt, dtype=torch.int32),
-        torch.zeros(tokens, dtype=torch.int32),
-        torch.zeros(tokens),
-        torch.zeros(tokens, dtype=torch.int32),
-        rewards,
-        torch.zeros(samples, dtype=torch.uint8),
-    )
+from tools.bench_gpu import full_batch
 
 
 def peak_gib() -> float:
@@ -62,10 +42,8 @@ def peak_gib() -> float:
 def main() -> None:
     cfg = parse_config(["--no-compile", *sys.argv[1:]])
     ranks = cfg.dry_run_ranks
-    samples = ranks * cfg.max_tokens_per_micro_batch // LENGTH  # a full micro-batch of each rank
-    changes = {"num_prompts_per_step": 1, "num_generations_per_prompt": samples}
-    cfg = dataclasses.replace(cfg, train_global_batch_size=samples, **changes)
     model_cfg = KNOWN_MODELS[cfg.model]
+    cfg, groups = full_batch(cfg, model_cfg, ranks)
     store, timeout = dist.HashStore(), timedelta(seconds=60)
     dist.init_process_group("nccl", store=store, rank=0, world_size=ranks, timeout=timeout)
     mesh = make_mesh(cfg.tp, cfg.ep, model_cfg.num_key_value_heads)
@@ -84,9 +62,8 @@ def main() -> None:
     optimizer.step = measured_step
     # The second update is as all later ones: the first has made the optimizer's state.
     for _ in range(2):
-        updates, counts = unpack_batch(
-            pack_batch([group(samples)], cfg), cfg, 0, mesh.dp, mesh.device
-        )
+        batch = Batch.unpack(pack_batch(groups, cfg))
+        updates, counts = train_cispo.my_share(groups, batch, cfg, model)
         peak_gib()
         train_cispo.fix_for_the_step(updates, 1, model, None, cfg)
         found["prev"] = peak_gib()
