@@ -303,7 +303,8 @@ def train(cfg: Config, checkpoint: Path, data, checkpoints=None, origin=None) ->
 
         log.begin_run(model)
         rollouts.publish(start.step)
-        if cfg.compile and start.step < cfg.max_num_steps:
+        # a vLLM that measures the trainer's GPU would take what is allocated meanwhile for its own
+        if cfg.compile and start.step < cfg.max_num_steps and not rollouts.vllm_on_trainers_gpus:
             log.begin("compile")
             compile_ahead(model, reference, optimizer, start.step, cfg, policy_loss)
         Signals.in_loop = True  # from here on the first signal is a word, not an exception

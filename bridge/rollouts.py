@@ -41,6 +41,7 @@ class Rollouts:
     """All that a run has to do with its rollout nodes. A context manager: it ends what it starts.
 
     `stop` says why the run is to end; it is the same on every rank after `next_groups`.
+    `vllm_on_trainers_gpus`, on every rank: the node started here has no GPUs of its own.
     """
 
     def __init__(self, cfg, model, dtype: torch.dtype, checkpoint: Path, data, run: dict, start):
@@ -71,6 +72,9 @@ class Rollouts:
                         self.hub, cfg.run_dir / "rollout", cfg.rollout_args, log
                     )
                     started.callback(self.node.stop)
+                shared = self.node is not None and self.node.on_trainers_gpus
+                store.set("vllm_on_trainers_gpus", str(int(shared)))
+            self.vllm_on_trainers_gpus = store.get("vllm_on_trainers_gpus") == b"1"
             publisher = Publisher(
                 self._model,
                 self._dtype,
