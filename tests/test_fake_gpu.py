@@ -1,6 +1,7 @@
-"""The GPU's path on a fake H100 (tests/fake_gpu): torch's CUDA build, its allocator, compiler and
-Triton are real, kernels compute nothing. So nothing here says that a value is right or how long it
-takes; what a layer launches, waits for, moves and keeps is counted.
+"""The GPU's path on a fake H100 (tests/fake_gpu): the CUDA builds of torch and vLLM, allocator,
+compiler and Triton are real, kernels compute nothing. So nothing here says that a value is right or
+how long it takes; what a layer launches, waits for, moves and keeps is counted. Copies are real, so
+what is inside vLLM after a weight update is compared, byte for byte.
 
     CISPO_CUDA_VENV=DIRECTORY python -m pytest --slow tests/test_fake_gpu.py
 
@@ -107,6 +108,25 @@ def test_an_eager_update_waits_no_more_than_before():
         assert measured("memory.py", "--preset", preset)["syncs"] <= most
 
 
+@pytest.mark.parametrize(
+    "flags, stacks",
+    [
+        (["--args", '{"enable_return_routed_experts": true}'], [8]),
+        (["--dense"], [0]),
+        (["--gpus", "2"], [8, 8]),
+        (["--gpus", "2", "--args", '{"enable_expert_parallel": true}'], [8, 8]),
+    ],
+    ids=["router replay", "dense and tied", "tensor parallel", "expert parallel"],
+)
+def test_weights_are_inside_vllm_as_if_it_had_started_on_them(flags, stacks):
+    """Each where it was before, since CUDA graphs know its address; the 2 layers' experts as stacks
+    in all 4 updates."""
+    found = measured("vllm_weights.py", *flags)
+    assert found["reload changes nothing"] and found["as a vLLM that starts on them"]
+    assert found["stay where they are"] and found["stacks"] == stacks
+    assert min(found["changed"]) > 10
+
+
 @pytest.fixture
 def directory(tmp_path, tiny_checkpoint):
     """A caller's directory that has the warm start already."""
@@ -131,6 +151,8 @@ def test_the_tiny_run_goes_through(directory, cuda_venv, compiled):
         assert done.returncode == 0, done.stdout + done.stderr
         for noise in ("FAKE CUDA", "FutureWarning", "Guessing device ID"):
             assert noise not in done.stderr, done.stderr
+        # vLLM is on the same GPU, and measures its memory while it starts
+        assert "compiling the update" not in done.stdout, done.stdout
         records = (directory / "runs/fake/metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in records] == list(range(steps))
         assert (directory / f"runs/fake/checkpoints/step-{steps:06}").is_dir()

@@ -3,7 +3,7 @@ update, the weights' way to the host, a checkpoint, and a run.
 
     CISPO_TEST_GPU=1 python -m pytest tests/test_gpu.py
 
-Two minutes on one GPU of 16 GB. The other tests, and this file without that variable, see no GPU.
+Five minutes on one GPU of 16 GB. The other tests, and this file without that variable, see no GPU.
 `python tools/bench.py gpu` runs this first and then measures.
 """
 
@@ -21,6 +21,7 @@ from batches import unpack_batch
 import loss
 import train_cispo
 from bridge.groups import Group
+from bridge.inside_vllm.vllm_tensors import WORDS, tensor_sum
 from bridge.publish import host_buffers
 from bridge.weights import own_hf
 from config import Config
@@ -339,10 +340,18 @@ def test_the_hosts_copy_of_the_weights_is_exact(dev):
     assert all(torch.equal(views[name], tensor.cpu()) for name, tensor in tensors.items())
 
 
+def test_a_tensor_has_the_sum_that_it_has_on_a_cpu(dev):
+    """vLLM's workers make it where the tensor is (bridge/inside_vllm/vllm_tensors.py)."""
+    g = torch.Generator().manual_seed(0)
+    for size, dtype in ((1, BF16), (3 * WORDS + 5, BF16), (WORDS + 1, torch.float32)):
+        tensor = torch.randn(size, generator=g).to(dtype)
+        assert tensor_sum(tensor.to(dev)) == tensor_sum(tensor)
+
+
 # ---- a run ---------------------------------------------------------------------------------------
-def train(cwd, model, vllm, *flags) -> subprocess.CompletedProcess:
+def train(cwd, model, rollout_args, *flags) -> subprocess.CompletedProcess:
     command = [sys.executable, REPO / "train_cispo.py", "--use-cispo", "--model", model]
-    command += [f"--rollout-args=--vllm-command '{vllm}'", *flags]
+    command += [f"--rollout-args={rollout_args}", *flags]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=400)
 
 
@@ -352,9 +361,10 @@ def test_a_run_trains_publishes_verifies_saves_and_goes_on(
 ):
     """The trainer in bf16 on the GPU, a stand-in for vLLM in fp32 on the CPU: every version is
     proven by its digests, and the mismatch is that of bf16."""
+    vllm = f"--vllm-command '{fake_vllm_command}'"
     for steps in (3, 5):
         flags = (compiled, "--max-num-steps", str(steps), "--checkpoint-every-steps", "3")
-        done = train(tmp_path, tiny_checkpoint, fake_vllm_command, *flags, "--resume", "auto")
+        done = train(tmp_path, tiny_checkpoint, vllm, *flags, "--resume", "auto")
         print(done.stdout[-1500:])
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         for noise in ("FutureWarning", "UserWarning", "ProcessGroupNCCL"):
@@ -368,5 +378,5 @@ def test_a_run_trains_publishes_verifies_saves_and_goes_on(
 
 
 def test_fp32_is_refused_before_anything_starts(dev, tmp_path, tiny_checkpoint):
-    done = train(tmp_path, tiny_checkpoint, "none", "--param-dtype", "float32")
+    done = train(tmp_path, tiny_checkpoint, "", "--param-dtype", "float32")
     assert done.returncode != 0 and "--param-dtype float32" in done.stderr

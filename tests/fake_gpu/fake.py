@@ -1,6 +1,6 @@
 """A fake H100 for programs that use torch's CUDA build: kernels compute nothing, all else on the
 host is real. runtime.c stands for the CUDA runtime, cuBLAS and NCCL (LD_PRELOAD), driver.c for
-libcuda; they log each kernel, copy, wait and collective.
+libcuda, nvml.c for NVML; they log each kernel, copy, wait and collective.
 
 A script of this folder calls `enter()` first, which starts it again on the fake GPU. For any other
 program: `environment()`. It needs gcc and an environment that has a CUDA build of torch, which
@@ -9,6 +9,7 @@ program: `environment()`. It needs gcc and an environment that has a CUDA build 
 
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# torch's libraries, whose calls that runtime.c does not answer get a stub that returns 0
+# torch's libraries: calls of theirs and of vLLM's that no source answers get a stub that returns 0
 LIBRARIES = ("c10_cuda", "torch_cuda", "torch_python", "torch_nvshmem", "torch_cuda_linalg")
 STUB = '__attribute__((visibility("default"))) long %s(void) { return 0; }\n'
 LAUNCHES = ("KERNEL", "TRITON", "GEMM", "MEMSET")  # each is work that the device starts
@@ -40,24 +41,29 @@ def symbols(*arguments) -> set[str]:
 
 
 def build(out: Path) -> None:
-    """libfakecuda.so and libcuda.so.1 in this directory, for the torch of `venv()`."""
+    """libfakecuda.so, libcuda.so.1 and libnvidia-ml.so.1 in this directory, for the torch of
+    `venv()`, and its vLLM if it has one."""
     site = next(venv().glob("lib/python*/site-packages"))
     headers = [site / "triton/backends/nvidia/include", *site.glob("nvidia/cu*/include")]
     gcc = ["gcc", "-fPIC", "-O1", *(f"-I{directory}" for directory in headers)]
-
-    def run(*arguments):
-        subprocess.run([*gcc, *map(str, arguments)], check=True)
-
-    runtime, rest = out / "runtime.o", out / "rest.c"
-    run("-c", HERE / "runtime.c", "-o", runtime)
     libraries = [site / f"torch/lib/lib{name}.so" for name in LIBRARIES]
-    wanted = symbols("-D", "--undefined-only", *libraries) - symbols("--defined-only", runtime)
-    calls = [n for n in sorted(wanted) if n.startswith(("cuda", "__cuda", "cublas", "nccl"))]
-    rest.write_text("".join(STUB % name for name in calls))
-    run("-shared", "-o", out / "libfakecuda.so", runtime, rest, "-lpthread")
-    run(
-        "-shared", "-Wl,-soname,libcuda.so.1", "-o", out / "libcuda.so.1", HERE / "driver.c", "-ldl"
-    )
+    libraries += site.glob("vllm/**/*.abi3.so")
+    wanted = symbols("-D", "--undefined-only", *libraries)
+
+    def link(name: str, source: str, missing: str, *flags: str) -> None:
+        """A library of a source, and of stubs for what it lacks of the functions that are wanted
+        and match."""
+        run = [*gcc, HERE / source, "-c", "-o", out / f"{source}.o"]
+        subprocess.run(run, check=True)
+        lacking = wanted - symbols("--defined-only", out / f"{source}.o")
+        stubs = "".join(STUB % name for name in sorted(lacking) if re.match(missing, name))
+        (out / f"stubs_{source}").write_text(stubs)
+        parts = [out / f"{source}.o", out / f"stubs_{source}"]
+        subprocess.run([*gcc, "-shared", "-o", out / name, *parts, *flags], check=True)
+
+    link("libfakecuda.so", "runtime.c", "(__)?cuda|cublas|nccl", "-lpthread")
+    link("libcuda.so.1", "driver.c", "cu[A-Z]", "-Wl,-soname,libcuda.so.1", "-ldl")
+    link("libnvidia-ml.so.1", "nvml.c", "nothing", "-Wl,-soname,libnvidia-ml.so.1")
 
 
 def environment(out: Path, log: Path | None = None, **settings) -> dict[str, str]:
@@ -74,7 +80,7 @@ def environment(out: Path, log: Path | None = None, **settings) -> dict[str, str
         "LD_LIBRARY_PATH": str(out),
         "TRITON_LIBCUDA_PATH": str(out),
         "LD_PRELOAD": str(out / "libfakecuda.so"),
-        "CUDA_VISIBLE_DEVICES": "0",
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(settings.get("devices", 1)))),
         **({"FAKE_CUDA_LOG": str(log)} if log else {}),
         **{f"FAKE_CUDA_{name.upper()}": str(value) for name, value in settings.items()},
     }
