@@ -6,8 +6,13 @@ they start several ranks on any machine and compare in fp32."""
 import fcntl
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # begun in the background of a shell; what tests start would ignore their Ctrl-C as well
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ON_GPU = os.environ.get("CISPO_TEST_GPU") == "1"
 if not ON_GPU:
