@@ -38,6 +38,8 @@ def bench(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**37, 2**37))
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)  # it takes a minute
+    # which keeps what it has compiled, for other tests too
+    monkeypatch.setattr(bench_gpu.ops, "_compiled_head_body", lambda: bench_gpu.ops._head_body)
     monkeypatch.setattr(bench_gpu.Qwen3MoE, "compile_blocks", lambda model: None)
     monkeypatch.setattr(bench_gpu, "profile", lambda b, name, f: f())  # of kernels: there are none
     for name, cfg in bench_gpu.PRESETS.items():
