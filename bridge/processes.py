@@ -223,15 +223,13 @@ class LocalRollout:
             for k, v in os.environ.items()
             if k not in torchrun and not k.startswith("TORCHELASTIC")
         }
-        self.on_trainers_gpus = False  # vLLM has none of its own
         if torch.cuda.is_available():
             given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
                 map(str, range(torch.cuda.device_count()))
             )
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.env["CUDA_VISIBLE_DEVICES"] = rollout_gpus(given, ranks)
-            self.on_trainers_gpus = len(given.split(",")) <= ranks
-            if self.on_trainers_gpus:
+            if len(given.split(",")) <= ranks:
                 self.env["CISPO_GPUS_SHARED"] = "1"
         self.starts, self.groups, self.not_before = 0, -1, 0.0
         self.process: subprocess.Popen | None = None

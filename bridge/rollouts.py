@@ -72,7 +72,7 @@ class Rollouts:
                         self.hub, cfg.run_dir / "rollout", cfg.rollout_args, log
                     )
                     started.callback(self.node.stop)
-                shared = self.node is not None and self.node.on_trainers_gpus
+                shared = self.node is not None and "CISPO_GPUS_SHARED" in self.node.env
                 store.set("vllm_on_trainers_gpus", str(int(shared)))
             self.vllm_on_trainers_gpus = store.get("vllm_on_trainers_gpus") == b"1"
             publisher = Publisher(

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import torch
+
 import bridge.publish
+import task
 from bridge import delta, weights
 from bridge.versions import write_static
+from model import ModelConfig, Qwen3MoE
 
 SHARD = "model-00001-of-00001"
 
@@ -42,6 +46,21 @@ def write_version(
     }
     weights.write_text(directory / weights.MANIFEST, json.dumps(manifest))
     return directory
+
+
+def two_checkpoints(root: Path, cfg: ModelConfig) -> list[Path]:
+    """Versions 0 and 1 in bf16 of a model of this shape, with no weight in common but norms' ones;
+    vLLM starts on either."""
+    eos = task.write_char_tokenizer(root / "static", "abc")[task.EOS]
+    config = {**cfg.to_hf(eos), "dtype": "bfloat16"}
+    (root / "static" / "config.json").write_text(json.dumps(config))
+    made = []
+    for version in range(2):
+        model = Qwen3MoE(cfg)
+        model.init_weights(torch.Generator().manual_seed(version))
+        tensors = [(name, tensor.bfloat16()) for name, tensor in model.hf_tensors()]
+        made.append(write_version(root, version, tensors, root / "static"))
+    return made
 
 
 def manifest_of(directory: Path) -> dict:

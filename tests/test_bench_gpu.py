@@ -71,4 +71,4 @@ def test_the_bench_of_vllm_runs(bench, monkeypatch):
     for name, value in sizes.items():
         monkeypatch.setattr(bench_vllm, name, value)
     bench_gpu.PARTS["vllm"](bench)
-    assert len(bench.found) == 4 + 1 + 2 + 2 + 2 - 1  # the two sums have one name
+    assert len(bench.found) == 4 + 1 + 1 + 2 + 2  # updates, one by layer, sums, reading, decoding

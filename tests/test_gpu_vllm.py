@@ -13,15 +13,13 @@ import json
 
 import pytest
 import torch
-from published import write_version
+from published import two_checkpoints
 from test_gpu import MOE, show, train
 from test_vllm import reference, running_requests
 
-import task
 from bridge.vllm import VLLM
 from config import RolloutConfig
 from loss import mismatch
-from model import Qwen3MoE
 
 pytestmark = pytest.mark.gpu
 
@@ -49,19 +47,8 @@ def loop():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Two models of one shape, with weights that have nothing in common."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    eos = task.write_char_tokenizer(root / "static", "abc")[task.EOS]
     cfg = dataclasses.replace(MOE, max_position_embeddings=1024)
-    config = {**cfg.to_hf(eos), "dtype": "bfloat16"}
-    (root / "static" / "config.json").write_text(json.dumps(config))
-    made = []
-    for version in range(2):
-        model = Qwen3MoE(cfg)
-        model.init_weights(torch.Generator().manual_seed(version))
-        tensors = [(name, tensor.bfloat16()) for name, tensor in model.hf_tensors()]
-        made.append(write_version(root, version, tensors, root / "static"))
-    return made
+    return two_checkpoints(tmp_path_factory.mktemp("checkpoints"), cfg)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What one GPU says of the CUDA path's speed, beside what the arithmetic of the plan says.
 
     CISPO_TEST_GPU=1 python -m pytest tests/test_gpu.py    # first that it is right
-    python tools/bench.py gpu                              # three minutes on one H100 or H200
+    python tools/bench.py gpu            # three minutes on one H100 or H200; vLLM's part more
 
 1. the device's own ceilings, and the operations of a Qwen3-30B-A3B layer as a rank of 16 has them
 2. one of its blocks, and the head with the loss
@@ -9,6 +9,7 @@
    there, so no collective has a duration: what it takes is the rank's own work. Its experts get
    the rows that this rank sends to all, as many as they get from 8 ranks that route evenly.
 4. Qwen3-0.6B, which one GPU trains alone: here nothing is left out
+5. a real vLLM (tools/bench_vllm.py)
 
 A line a figure; last a JSON line with all. Times are medians of CUDA events after three warm-ups.
 """
@@ -296,12 +297,8 @@ def alone(b: Bench) -> None:
     update(b, "Qwen3-0.6B alone, nothing recomputed", cfg, small, Mesh(device=b.device), 1)
 
 
-def vllm(b: Bench) -> None:
-    """In a module of its own, since it needs vLLM."""
-    bench_vllm.bench(b)
-
-
-PARTS = {f.__name__: f for f in (ceilings, operations, block, head, rank_of_16, alone, vllm)}
+PARTS = {f.__name__: f for f in (ceilings, operations, block, head, rank_of_16, alone)}
+PARTS["vllm"] = bench_vllm.bench
 
 
 def main(only: str) -> None:

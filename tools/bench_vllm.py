@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import task
 from bridge.vllm import VLLM
+from bridge.weights import write_safetensors
 from config import RolloutConfig
 from model import KNOWN_MODELS, Qwen3MoE
 from presets import PRESETS
@@ -33,21 +33,15 @@ DECODED = ((16, 256), (128, 512), (512, 512))  # sequences at once, 16 of a prom
 
 def write_checkpoint(path: Path, cfg, device: torch.device | None) -> None:
     """A directory that vLLM starts on: config, tokenizer and, made on this device if one is given,
-    weights by layer."""
+    weights."""
     eos = task.write_char_tokenizer(path, "abc")[task.EOS]
     (path / "config.json").write_text(json.dumps({**cfg.to_hf(eos), "dtype": RUN["dtype"]}))
     if device is None:
         return
     model = Qwen3MoE(cfg, Mesh(device=device)).to(device, getattr(torch, RUN["dtype"]))
     model.init_weights(torch.Generator(device).manual_seed(0))
-    files: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in model.hf_tensors():
-        layer = name.split(".")[2] if ".layers." in name else "rest"
-        files.setdefault(f"layer-{layer}.safetensors", {})[name] = tensor.cpu()
-    for file, tensors in files.items():
-        save_file(tensors, path / file)
-    places = {name: file for file, tensors in files.items() for name in tensors}
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    tensors = [(name, tensor.cpu()) for name, tensor in model.hf_tensors()]
+    write_safetensors(path / "model.safetensors", tensors)
 
 
 async def generate(vllm: VLLM, prompts: int, length: int, n: int, tokens: int) -> float:

@@ -53,10 +53,9 @@ def build(out: Path) -> None:
     def link(name: str, source: str, missing: str, *flags: str) -> None:
         """A library of a source, and of stubs for what it lacks of the functions that are wanted
         and match."""
-        run = [*gcc, HERE / source, "-c", "-o", out / f"{source}.o"]
-        subprocess.run(run, check=True)
+        subprocess.run([*gcc, HERE / source, "-c", "-o", out / f"{source}.o"], check=True)
         lacking = wanted - symbols("--defined-only", out / f"{source}.o")
-        stubs = "".join(STUB % name for name in sorted(lacking) if re.match(missing, name))
+        stubs = "".join(STUB % call for call in sorted(lacking) if re.match(missing, call))
         (out / f"stubs_{source}").write_text(stubs)
         parts = [out / f"{source}.o", out / f"stubs_{source}"]
         subprocess.run([*gcc, "-shared", "-o", out / name, *parts, *flags], check=True)

@@ -36,11 +36,9 @@ os.environ |= {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 
-import torch
-from published import write_version
+from published import two_checkpoints
 
-import task
-from model import ModelConfig, Qwen3MoE
+from model import ModelConfig
 
 MOE = ModelConfig(
     vocab_size=512,
@@ -57,20 +55,6 @@ MOE = ModelConfig(
     mlp_only_layers=() if ARGS.dense else (1,),
     tie_word_embeddings=ARGS.dense,
 )
-
-
-def write_checkpoints(root: Path) -> list[str]:
-    """Two, with no weight in common but the norms' ones."""
-    eos = task.write_char_tokenizer(root / "static", "abc")[task.EOS]
-    config = {**MOE.to_hf(eos), "dtype": "bfloat16"}
-    (root / "static/config.json").write_text(json.dumps(config))
-    made = []
-    for version in range(2):
-        model = Qwen3MoE(MOE)
-        model.init_weights(torch.Generator().manual_seed(version))
-        tensors = [(name, tensor.bfloat16()) for name, tensor in model.hf_tensors()]
-        made.append(str(write_version(root, version, tensors, root / "static")))
-    return made
 
 
 def start(checkpoint: str):
@@ -107,7 +91,7 @@ def digests(seen: list[dict]) -> list[dict]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
-        first, second = write_checkpoints(Path(directory))
+        first, second = map(str, two_checkpoints(Path(directory), MOE))
         llm = start(first)
         before = llm.collective_rpc("seen")
         update(llm, first)
