@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ranks.experts import run_here, run_on_ranks
-from ranks.ops import at_least_fp32, attend, grouped_mm
+from ranks.ops import at_least_fp32, attend, grouped_mm, linear
 from ranks.parallel import Mesh, Split, all_gather, all_reduce, await_values, reduce_scatter
 
 
@@ -240,16 +240,17 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, f, bias=False)  # (f, D)
         self.down_proj = nn.Linear(f, D, bias=False)  # (D, f)
 
-    def forward(self, x_tD):
+    def forward(self, x_tD, is_read: bool = True):
         x_TD = all_gather(x_tD, self.tp_group)
-        return reduce_scatter(
-            self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)), self.tp_group
-        )
+        act_Tf = F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
+        y_TD = linear(act_Tf, self.down_proj.weight, is_read)
+        return reduce_scatter(y_TD, self.tp_group, is_read)
 
 
 class Experts(nn.Module):
-    """This rank's experts of a layer: two grouped GEMMs over rows sorted by expert. Gate and up are
-    one tensor, gate's rows first: one GEMM for both, and one for what they pass back."""
+    """This rank's experts of a layer, each row times its weight: two grouped GEMMs over rows sorted
+    by expert. Gate and up are one tensor, gate's rows first: one GEMM for both, and one for what
+    they pass back."""
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh):
         super().__init__()
@@ -257,11 +258,12 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * F_, D))  # (e, 2F, D)
         self.down_proj = nn.Parameter(torch.empty(e, D, F_))  # (e, D, F)
 
-    def forward(self, x_RD, counts_e):
+    def forward(self, x_RD, weights_R, counts_e, is_read: bool = True):
         ends_e = counts_e.cumsum(0).to(torch.int32)
         gate_up_R2F = grouped_mm(x_RD, self.gate_up_proj.transpose(1, 2), ends_e)
         gate_RF, up_RF = gate_up_R2F.chunk(2, dim=-1)
-        return grouped_mm(F.silu(gate_RF) * up_RF, self.down_proj.transpose(1, 2), ends_e)
+        act_RF = F.silu(gate_RF) * up_RF * weights_R[:, None]
+        return grouped_mm(act_RF, self.down_proj.transpose(1, 2), ends_e, is_read)
 
 
 class MoE(nn.Module):
@@ -287,12 +289,12 @@ class MoE(nn.Module):
             weights_tK = weights_tK / weights_tK.sum(-1, keepdim=True)
         return weights_tK.to(x_tD.dtype), ids_tK, chosen_tK
 
-    def forward(self, x_tD, given_ids_tK=None):
+    def forward(self, x_tD, given_ids_tK=None, is_read: bool = True):
         weights_tK, ids_tK, chosen_tK = self.route(x_tD, given_ids_tK)
         ids_N = ids_tK.flatten()
         counts_E = ids_N.new_zeros(self.gate.weight.shape[0])
         counts_E = counts_E.scatter_add(0, ids_N, torch.ones_like(ids_N))
-        routed = (self.experts, x_tD, weights_tK, ids_tK, counts_E)
+        routed = (self.experts, x_tD, weights_tK, ids_tK, counts_E, is_read)
         if self.ep == 1:
             y_tD = run_here(*routed)
         else:
@@ -313,14 +315,16 @@ class Block(nn.Module):
     def forward(
         self, x_tD, cos_TC, sin_TC, cu_seqlens, max_seqlen: int, given_ids_tK=None, kept=None
     ):
-        """kept: what an earlier call with the same arguments returned last."""
+        """kept: what an earlier call with the same arguments returned last. Then only the gradient
+        is wanted, and the first result is not made."""
+        is_read = kept is None
         y_tD, kept = self.self_attn(
             self.input_layernorm(x_tD), cos_TC, sin_TC, cu_seqlens, max_seqlen, kept
         )
         x_tD = x_tD + y_tD
         if not self.is_moe:
-            return x_tD + self.mlp(self.post_attention_layernorm(x_tD)), None, kept
-        y_tD, chosen_tK = self.mlp(self.post_attention_layernorm(x_tD), given_ids_tK)
+            return x_tD + self.mlp(self.post_attention_layernorm(x_tD), is_read), None, kept
+        y_tD, chosen_tK = self.mlp(self.post_attention_layernorm(x_tD), given_ids_tK, is_read)
         return x_tD + y_tD, chosen_tK, kept
 
 
@@ -390,8 +394,9 @@ class Qwen3MoE(nn.Module):
         tokens."""
         torch._dynamo.config.capture_scalar_outputs = True  # the all-to-all's row counts
         # A sum over K rows is one loop, not pieces with fp32 sums in between, which are not put
-        # together again where the number of rows is data.
-        one_loop = {"realize_acc_reads_threshold": 64, "realize_opcount_threshold": 300}
+        # together again where the number of rows is data; indices are computed where they are used.
+        limits = {"acc_reads_threshold": 64, "opcount_threshold": 300, "reads_threshold": 8}
+        one_loop = {f"realize_{name}": limit for name, limit in limits.items()}
         for layer in self.model["layers"]:
             layer.compile(fullgraph=True, dynamic=True, options=one_loop)
 
@@ -410,9 +415,8 @@ class Qwen3MoE(nn.Module):
 
         The hidden states' gradient is this rank's share: the ranks' shares are added up on the way
         back. Shapes: tokens_T (T,) int64, T a multiple of tp; cu_seqlens (sequences+1,) int32;
-        given_ids_LtK:
-        experts to use instead, of the layers that have any -> hidden_TD (T, D) in the head's dtype,
-        ids_LtK (L, t, K); both in `ModelConfig.expert_dtype`.
+        given_ids_LtK: experts to use instead, of the layers that have any -> hidden_TD (T, D) in
+        the head's dtype, ids_LtK (L, t, K); both ids in `ModelConfig.expert_dtype`.
         """
         cos_TC, sin_TC = rope_tables(
             cu_seqlens, len(tokens_T), self.cfg.head_dim, self.cfg.rope_theta

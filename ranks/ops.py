@@ -1,7 +1,7 @@
 """The operations of the model that no single call of torch covers on CPU and GPU alike: attention
-over packed sequences, one GEMM per expert, and moving rows. On a GPU the first two are one kernel
-each; on a CPU they are loops over data, which torch.compile cannot look into, so they are custom
-ops with a gradient of their own.
+over packed sequences and one GEMM per expert. On a GPU they are one kernel each; on a CPU they are
+loops over data, which torch.compile cannot look into, so they are custom ops with a gradient of
+their own.
 
 Shapes are those of model.py.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import activate_flash_attention_impl
 
-from ranks.parallel import all_reduce
+from ranks.parallel import all_reduce, unread
 
 
 def at_least_fp32(x):
@@ -463,8 +463,12 @@ def _sizes(ends_e) -> list[int]:
 
 
 @torch.library.custom_op("cispo::grouped_mm", mutates_args=())
-def grouped_mm(x_NA: torch.Tensor, w_eAB: torch.Tensor, ends_e: torch.Tensor) -> torch.Tensor:
-    """y = x @ w[expert], of each row's expert."""
+def grouped_mm(
+    x_NA: torch.Tensor, w_eAB: torch.Tensor, ends_e: torch.Tensor, is_read: bool = True
+) -> torch.Tensor:
+    """y = x @ w[expert], of each row's expert. Not read: only its gradient is wanted."""
+    if not is_read:
+        return x_NA.new_empty(len(x_NA), w_eAB.shape[2])
     if x_NA.is_cuda and x_NA.dtype == torch.bfloat16:
         return F.grouped_mm(x_NA, w_eAB, offs=ends_e)
     out, sizes = x_NA.new_empty(len(x_NA), w_eAB.shape[2]), _sizes(ends_e)
@@ -485,12 +489,12 @@ def grouped_outer(x_NA: torch.Tensor, g_NB: torch.Tensor, ends_e: torch.Tensor) 
     return out
 
 
-grouped_mm.register_fake(lambda x, w, ends: x.new_empty(x.shape[0], w.shape[2]))
+grouped_mm.register_fake(lambda x, w, ends, *_: x.new_empty(x.shape[0], w.shape[2]))
 grouped_outer.register_fake(lambda x, g, ends: x.new_empty(ends.shape[0], x.shape[1], g.shape[1]))
 
 
 def _grouped_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _grouped_backward(ctx, grad_NB):
@@ -501,83 +505,25 @@ def _grouped_backward(ctx, grad_NB):
     dw_eAB = (
         grouped_outer(grad_NB, x_NA, ends_e).transpose(1, 2) if ctx.needs_input_grad[1] else None
     )
-    return dx_NA, dw_eAB, None
+    return dx_NA, dw_eAB, None, None
 
 
 grouped_mm.register_autograd(_grouped_backward, setup_context=_grouped_setup)
 
 
-# ---- moving rows ---------------------------------------------------------------------------------
-def sort_rows(ids_tK, bound: int):
-    """The stable order (t*K,) of small numbers, at most `bound`, and each one's place in it (t, K).
-    A GPU sorts a byte in one pass, int64 in eight; and the inverse of an order is a scatter, not
-    another sort."""
-    order_N = ids_tK.flatten().to(torch.uint8 if bound < 256 else torch.int16).argsort(stable=True)
-    rows_N = torch.arange(len(order_N), device=order_N.device)
-    return order_N, torch.empty_like(order_N).scatter(0, order_N, rows_N).view_as(ids_tK)
-
-
-def first_rows(order_N, at_tK, n: int):
-    """Of an order only the first n: these, the places, and which of them are among the n. Each row
-    must have one at least; its others get the first one's place, which costs no memory traffic."""
-    here_tK = at_tK < n
-    at_tK = torch.where(here_tK, at_tK, at_tK.amin(1, keepdim=True))
-    return order_N.narrow(0, 0, n), at_tK, here_tK
-
-
-def sum_rows(x_nD, at_tK, weights_tK=None):
-    """Row t of the result is the sum of the rows at_tK[t] of x, times weights_tK[t], taken in at
-    least fp32. K is a constant of the compiled code, and one row comes after the other: a single
-    loop over D with K loads. A reduction over K runs at a fifth of a GPU's bandwidth
-    (BENCHMARKS.md)."""
-    total_tD = 0
-    for k in range(at_tK.shape[1]):
-        rows_tD = at_least_fp32(x_nD[at_tK[:, k]])
-        if weights_tK is not None:
-            rows_tD = rows_tD * at_least_fp32(weights_tK[:, k, None])
-        total_tD = total_tD + rows_tD
-    # No cast that changes nothing: where an autograd.Function returns it, torch 2.11 compiles wrong
-    # gradients, silently (tests/test_parallel.py, compiled against eager).
-    return total_tD if total_tD.dtype == x_nD.dtype else total_tD.to(x_nD.dtype)
-
-
-class _CopyRows(torch.autograd.Function):
-    """Row n of the result is row order_n[n] // K of x forward; backward each row of x adds up its
-    copies' gradients, found by the inverse order: a gather, where autograd's own would be atomic
-    additions, in an order of their own. here_tK: which of the K there are (`first_rows`)."""
+# ---- the last GEMM of a dense MLP ----------------------------------------------------------------
+class _UnreadLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TA, w_BA):
+        ctx.save_for_backward(x_TA, w_BA)
+        return unread(x_TA, len(x_TA), len(w_BA))
 
     @staticmethod
-    def forward(ctx, x_tD, order_n, at_tK, here_tK=None):
-        ctx.save_for_backward(at_tK, here_tK)
-        return x_tD[order_n // at_tK.shape[1]]
-
-    @staticmethod
-    def backward(ctx, grad_nD):
-        return sum_rows(grad_nD, *ctx.saved_tensors), None, None, None
+    def backward(ctx, grad_TB):
+        x_TA, w_BA = ctx.saved_tensors
+        return grad_TB @ w_BA, grad_TB.t() @ x_TA
 
 
-copy_rows = _CopyRows.apply
-
-
-class _Combine(torch.autograd.Function):
-    """The other way: row t of the result is the weighted sum of its copies. Weights are 0 where
-    there is no copy; what such a one gets as gradient means nothing. Weights that are bools get
-    none."""
-
-    @staticmethod
-    def forward(ctx, y_nD, weights_tK, order_n, at_tK):
-        ctx.K = at_tK.shape[1]
-        ctx.save_for_backward(y_nD, weights_tK, order_n, at_tK)
-        return sum_rows(y_nD, at_tK, weights_tK)
-
-    @staticmethod
-    def backward(ctx, grad_tD):
-        y_nD, weights_tK, order_n, at_tK = ctx.saved_tensors
-        grad_nD, dweights_tK = grad_tD[order_n // ctx.K], None
-        if weights_tK.is_floating_point():
-            dweights_n = (at_least_fp32(y_nD) * at_least_fp32(grad_nD)).sum(-1)
-            dweights_tK = dweights_n.to(weights_tK.dtype)[at_tK]
-        return grad_nD * weights_tK.flatten()[order_n, None], dweights_tK, None, None
-
-
-combine_rows = _Combine.apply
+def linear(x_TA, w_BA, is_read: bool):
+    """x @ w^T. Not read: only its gradient is wanted."""
+    return F.linear(x_TA, w_BA) if is_read else _UnreadLinear.apply(x_TA, w_BA)

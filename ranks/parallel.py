@@ -187,6 +187,17 @@ def _exchanged(x, receive, send, group):
     return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), receive, send, group))
 
 
+@torch.library.custom_op("cispo::unread", mutates_args=())
+def unread(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """In place of what would be computed from x where only the gradient is wanted: memory as it was
+    found. An op of its own, as the compiler would otherwise see that the result needs no x, take
+    x for a part of the backward pass, and compute some of it in both."""
+    return x.new_empty(rows, columns)
+
+
+unread.register_fake(lambda x, rows, columns: x.new_empty(rows, columns))
+
+
 class _AllGather(torch.autograd.Function):
     """All-gather forward, reduce-scatter backward."""
 
@@ -204,26 +215,30 @@ class _ReduceScatter(torch.autograd.Function):
     """Reduce-scatter forward, all-gather backward."""
 
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx, x, group, is_read):
         ctx.group = group
+        if not is_read:
+            return unread(x, len(x) // group_size(group), x.shape[1])
         return _reduce_scattered(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return _gathered(grad, ctx.group), None
+        return _gathered(grad, ctx.group), None, None
 
 
 class _AllToAll(torch.autograd.Function):
     """Rows to their ranks forward, their gradients back again backward."""
 
     @staticmethod
-    def forward(ctx, x, receive, send, group):
+    def forward(ctx, x, receive, send, group, is_read):
         ctx.receive, ctx.send, ctx.group = receive, send, group
+        if not is_read:
+            return unread(x, sum(receive), x.shape[1])
         return _exchanged(x, receive, send, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return _exchanged(grad, ctx.send, ctx.receive, ctx.group), None, None, None
+        return _exchanged(grad, ctx.send, ctx.receive, ctx.group), None, None, None, None
 
 
 def all_gather(x_t, group):
@@ -231,15 +246,16 @@ def all_gather(x_t, group):
     return x_t if group is None else _AllGather.apply(x_t, group)
 
 
-def reduce_scatter(x_T, group):
-    """Each rank's partial sums (T, ...) -> this rank's rows of their sum (t, ...)."""
-    return x_T if group is None else _ReduceScatter.apply(x_T, group)
+def reduce_scatter(x_TD, group, is_read: bool = True):
+    """Each rank's partial sums (T, D) -> this rank's rows of their sum (t, D). Not read: only its
+    gradient is wanted, and nothing is sent."""
+    return x_TD if group is None else _ReduceScatter.apply(x_TD, group, is_read)
 
 
-def all_to_all(x_N, receive: list[int], send: list[int], group):
+def all_to_all(x_ND, receive: list[int], send: list[int], group, is_read: bool = True):
     """The first send[0] rows go to rank 0, the next send[1] to rank 1, ...; receive[i] rows come
-    from rank i."""
-    return x_N if group is None else _AllToAll.apply(x_N, receive, send, group)
+    from rank i. Not read: only its gradient is wanted, and nothing is sent."""
+    return x_ND if group is None else _AllToAll.apply(x_ND, receive, send, group, is_read)
 
 
 def exchange_counts(counts_E, group):

@@ -178,10 +178,10 @@ def activation_memory(m, cfg) -> dict[str, float]:
     output = T * heads * (m.head_dim * a + 4)  # and the log-sum-exp in fp32
     # q and k after RoPE, v
     attention += gathered + T * m.head_dim * (heads + 2 * kv_heads) * a + output
-    # SwiGLU saves gate, up, silu(gate) and their product; MoE's rows also as they arrive and as
-    # they leave.
-    saved_dense, saved_moe = gathered + T * I_ * 4 * a, rows * (2 * D + 4 * F) * a
-    peak_dense, peak_moe = saved_dense + gathered + T * I_ * 3 * a, rows * (4 * D + 4 * F) * a
+    # SwiGLU saves gate, up, silu(gate) and their product; MoE also its rows as they arrive, and
+    # the product times their weights.
+    saved_dense, saved_moe = gathered + T * I_ * 4 * a, rows * (D + 5 * F) * a
+    peak_dense, peak_moe = saved_dense + gathered + T * I_ * 3 * a, rows * (2 * D + 6 * F) * a
     chunk = cfg.logprob_chunk_size or ops.chunk_rows(v, many=cfg.compile)
     return {
         "kept": m.num_hidden_layers * (t * D * a + output),
@@ -261,7 +261,8 @@ def collective_bytes(m, cfg, world: int) -> dict[str, tuple[float, str]]:
     """Bytes that a rank sends for one layer in each pass or update, and which."""
     T, D = cfg.max_tokens_per_micro_batch, m.hidden_size
     tp, ep, (a, grad) = cfg.tp, cfg.ep, dtype_bytes(cfg)
-    passes = "forward, recompute, backward" if cfg.activation_checkpointing else "forward, backward"
+    again = cfg.activation_checkpointing
+    passes = "forward, recompute, backward" if again else "forward, backward"
     seam, rows = T * D * a * (tp - 1) / tp, T / tp * ranks_of_a_token(m, ep) * a * (ep - 1) / ep
     classes = [c for c in parameter_classes(m, world, tp, ep, cfg.freeze_moe_router) if c.trained]
     with_ends = "GB with embedding and head"
@@ -269,10 +270,10 @@ def collective_bytes(m, cfg, world: int) -> dict[str, tuple[float, str]]:
     layer = (whole - classes[0].numel * (1 - 1 / classes[0].replicas)) / m.num_hidden_layers
     return {
         "TP/SP all-gather": (seam, f"{passes}; twice where the MLP is dense"),
-        "TP/SP reduce-scatter": (seam, "the same"),
+        "TP/SP reduce-scatter": (seam, "the same" + ", a dense MLP's not in recompute" * again),
         # with a row go its K weights and K experts
         "EP dispatch": (rows * (D + 2 * m.num_experts_per_tok), passes),
-        "EP combine": (rows * D, "the same"),
+        "EP combine": (rows * D, "forward, backward"),
         "gradient reduce-scatter": (
             layer * grad,
             f"an update; {whole * grad / 1e9:.2f} {with_ends}",

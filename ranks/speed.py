@@ -92,12 +92,15 @@ class Code(NamedTuple):
     sorts: float = 0.5  # of int64, a MoE layer and pass. Of bytes: an eighth; an inverse: too
     waits: float = 1.0  # of the host, a MoE layer and pass; once 16, the further ones 12 us each
     attention_kept: bool = True  # recompute does not run attention again
+    results_left_out: bool = True  # nor what only a block's result needs
     once_a_rank: bool = True  # a token is sent once to each rank with experts of it
     first_prev_spared: bool = True  # a batch's first update is its own prev
     gradients_overlap: bool = True  # their reduce-scatter goes on under the last backward
     parameters_overlap: bool = True  # and they are gathered under the next forward
     gradients_written: bool = True  # the first micro-batch's are not added to zeros
-    lean_rows: bool = True  # gate and up are one GEMM, and the kv heads are not repeated
+    # gate and up are one GEMM, kv heads are not repeated, and an expert's weight is applied before
+    # the GEMM that makes F values to D
+    lean_rows: bool = True
 
 
 PLANNED = Code()
@@ -121,8 +124,17 @@ def seconds(terms: list[Term], *parts: str) -> float:
 
 
 # ---- training ------------------------------------------------------------------------------------
-def layers(m, cfg, N: float, length: float, code: Code) -> list[tuple[str, str, float, float]]:
-    """Name, rate, and the amounts of a forward and of a backward pass through all layers."""
+class Work(NamedTuple):
+    """Amounts of a pass through all layers."""
+
+    name: str
+    rate: str
+    forward: float
+    backward: float
+    left_out: float = 0.0  # of a forward pass that is a recompute
+
+
+def layers(m, cfg, N: float, length: float, code: Code) -> list[Work]:
     a, tp, ep = dtype_bytes(cfg)[0], cfg.tp, cfg.ep
     D, F, I_, H, G = m.hidden_size, m.moe_intermediate_size, m.intermediate_size, *heads(m, tp)
     n, C, L, K = N / tp, m.head_dim, m.num_hidden_layers, m.num_experts_per_tok
@@ -132,34 +144,48 @@ def layers(m, cfg, N: float, length: float, code: Code) -> list[tuple[str, str, 
     attention = L * 2 * N * H * C * length
     experts = moe * 6 * n * K * D * F
     # Elementwise, norms, moving of rows: as counted in the compiled block of Qwen3-30B-A3B at ep 8,
-    # 4.15 and 6.69 GB a layer of 16k tokens (4.80 and 7.09 if a token is sent once an expert, 5.13
-    # and 8.06 if not lean either), divided into shapes. d: rows of a token that are sent.
+    # 4.15 and 6.28 GB a layer of 16k tokens, and 2.61 for a recompute (once 4.80 and 7.09, with a
+    # token sent once an expert, and 5.13 and 8.06 if not lean either), divided into shapes.
+    # d: rows of a token that are sent.
     d = ranks_of_a_token(m, ep) if moe and ep > 1 and code.once_a_rank else K
-    around, rows, of_d, of_K, of_F = (2.5, 9, 4, 4.6, 6) if code.lean_rows else (4, 10, 4, 6, 5)
+    around, rows, of_d, of_K, of_F = (2.5, 9, 4, 4.1, 6) if code.lean_rows else (4, 10, 4, 6, 5)
     around *= L * a * N * (H + G) * C
     forward = L * a * rows * n * D + moe * a * n * ((4 * d + 2 * K) * D + 3 * K * F)
     forward += dense * a * 3 * N * I_ / tp
     backward = L * a * 16 * n * D + dense * a * 5 * N * I_ / tp
     backward += moe * a * n * ((of_d * d + of_K * K) * D + of_F * K * F)
+    # What only the result needs: the last GEMM of each block, and what follows it.
+    down, third = dense * 2 * N * D * I_ / tp, experts / 3
+    sums = a * n * D * (3 * L + moe * (2 * d + K))
     found = [
-        ("projections, routers, dense MLPs", "dense GEMM", gemm, 2 * gemm),
-        ("experts", "grouped GEMM", experts, 2 * experts),
-        ("attention", "attention", attention, 0.0),
-        ("attention's backward", "attention backward", 0.0, 2.5 * attention),
-        ("elementwise, norms, rows", "copies", forward + around, backward + around),
+        Work("projections, routers, dense MLPs", "dense GEMM", gemm, 2 * gemm, down),
+        Work("experts", "grouped GEMM", experts, 2 * experts, third),
+        Work("attention", "attention", attention, 0.0),
+        Work("attention's backward", "attention backward", 0.0, 2.5 * attention),
+        Work("elementwise, norms, rows", "copies", forward + around, backward + around, sums),
     ]
     if tp > 1:
-        seam = 2 * (L + dense) * N * D * a * (tp - 1) / tp
-        found.append(("tensor parallel", "NVLink ring", seam, seam))
+        seam = N * D * a * (tp - 1) / tp
+        both = 2 * (L + dense) * seam
+        found.append(Work("tensor parallel", "NVLink ring", both, both, dense * seam))
     if moe and ep > 1:
         sent, near = moe * 2 * n * d * D * a, min(ep, GPUS_A_NODE)
-        found.append(("all-to-all", "NVLink all-to-all", *[sent * (near - 1) / ep] * 2))
-        if ep > near:
-            found.append(("all-to-all across nodes", "InfiniBand", *[sent * (ep - near) / ep] * 2))
+        ways = [("all-to-all", "NVLink all-to-all", near - 1)]
+        ways += [("all-to-all across nodes", "InfiniBand", ep - near)] * (ep > near)
+        for name, rate, ranks in ways:
+            both = sent * ranks / ep
+            found.append(Work(name, rate, both, both, both / 2))
     if moe:
-        found.append(("sorts", "sort", moe * code.sorts * n * K, 0.0))
-        found.append(("top-k", "top-k", moe * n, 0.0))
-    return found
+        found.append(Work("sorts", "sort", moe * code.sorts * n * K, 0.0))
+        found.append(Work("top-k", "top-k", moe * n, 0.0))
+    if not code.results_left_out:
+        found = [work._replace(left_out=0.0) for work in found]
+    return [
+        work._replace(left_out=work.forward)
+        if work.name == "attention" and code.attention_kept
+        else work
+        for work in found
+    ]
 
 
 def heads(m, tp: int) -> tuple[float, float]:
@@ -224,10 +250,10 @@ def training(m, cfg, world: int, length: float, N: float, code: Code = CODE) -> 
     work = layers(m, cfg, N, length, code)
     if m.moe_layers:
         waits = len(m.moe_layers) * micro * code.waits
-        work.append(("waits for the experts' counts", "wait", waits, 0.0))
-    for name, rate, forward, backward in work:
-        runs = 1 + (again and not (name == "attention" and code.attention_kept))
-        terms.append(Term("training", name, runs * forward + backward, rate))
+        work.append(Work("waits for the experts' counts", "wait", waits, 0.0))
+    for name, rate, forward, backward, left_out in work:
+        recompute = again * (forward - left_out)
+        terms.append(Term("training", name, forward + recompute + backward, rate))
     rate, amount = head(m, cfg, N, code, train=True)
     terms.append(Term("training", "head", amount, rate))
     a, grad = dtype_bytes(cfg)
@@ -238,7 +264,8 @@ def training(m, cfg, world: int, length: float, N: float, code: Code = CODE) -> 
     terms.append(Term("training", "adding up gradients", numel * of_one, "copies"))
     if passes:
         rate, amount = head(m, cfg, N, code, train=False)
-        forward = [(name, rate, f) for name, rate, f, _ in work if f] + [("head", rate, amount)]
+        forward = [(w.name, w.rate, w.forward) for w in work if w.forward]
+        forward.append(("head", rate, amount))
         terms += [Term("prev pass", name, passes * f, rate) for name, rate, f in forward]
     after, pass_s = update(m, cfg, world, code), seconds(terms, "training") / micro / (3 + again)
     if code.gradients_overlap:

@@ -216,7 +216,7 @@ def test_the_sums_of_the_gradients_are_counted_where_activations_leave_no_room_f
     assert static + sums - plan.OVERHEAD_GIB == pytest.approx(38.1, abs=0.1)
     cfg = dataclasses.replace(cfg, max_tokens_per_micro_batch=2048, max_total_sequence_length=512)
     terms = plan.memory(m, cfg, 16)
-    assert terms["sums of gradients"] == pytest.approx(4.7, abs=0.1)
+    assert terms["sums of gradients"] == pytest.approx(4.5, abs=0.1)
     # a layer's backward, and what is under way
     assert static + sums < sum(terms.values()) < static + sums + 4
     # fp32 gradients that no other rank has are their own sums; bf16 ones are not

@@ -259,26 +259,26 @@ def without(what):
         return (
             owner,
             "forward",
-            lambda ctx, x, group: (setattr(ctx, "group", group), result(x, group))[1],
+            lambda ctx, x, group, *_: (setattr(ctx, "group", group), result(x, group))[1],
         )
     if what in ("all-gather, backward", "reduce-scatter, backward"):
         owner, result = {
             "all": (parallel._AllGather, mine),
             "red": (parallel._ReduceScatter, repeated),
         }[what[:3]]
-        return owner, "backward", lambda ctx, grad: (result(grad, ctx.group), None)
+        return owner, "backward", lambda ctx, grad: (result(grad, ctx.group), None, None)
     if what == "all-to-all, forward":
         real = parallel._AllToAll.forward
 
-        def forward(ctx, x, receive, send, group):
+        def forward(ctx, x, receive, send, group, is_read):
             if x.shape[1] < MODEL.hidden_size:  # which experts a row is for: without, no row is any
-                return real(ctx, x, receive, send, group)
+                return real(ctx, x, receive, send, group, is_read)
             ctx.receive, ctx.send, ctx.group = receive, send, group
             return of_my_own(x, receive, group)
 
         return parallel._AllToAll, "forward", forward
     if what == "all-to-all, backward":
-        back = lambda ctx, grad: (of_my_own(grad, ctx.send, ctx.group), None, None, None)
+        back = lambda ctx, grad: (of_my_own(grad, ctx.send, ctx.group), *[None] * 4)
         return parallel._AllToAll, "backward", back
     if what == "sum of the norm":
         all_reduce = parallel.all_reduce

@@ -248,10 +248,10 @@ def bmm_block(x):
     """Our block, each of its two grouped GEMMs a batched one. It needs equally many rows for
     every expert."""
 
-    def experts(rows_ND, counts_E):
+    def experts(rows_ND, weights_N, counts_E, _):
         gate_up, down = (p.transpose(1, 2) for p in x.ours.experts.parameters())
         gate, up = (rows_ND.unflatten(0, (len(counts_E), -1)) @ gate_up).chunk(2, dim=-1)
-        return ((F.silu(gate) * up) @ down).flatten(0, 1)
+        return ((F.silu(gate) * up * weights_N.view(len(counts_E), -1, 1)) @ down).flatten(0, 1)
 
     x.ours.experts.forward = experts
     return ours(x)

@@ -30,7 +30,7 @@ from config import Config
 from model import KNOWN_MODELS, Qwen3MoE
 from prepare import with_chunk_size
 from presets import PRESETS
-from ranks import ops, parallel, plan
+from ranks import experts, ops, parallel, plan
 from ranks.batch import Batch, pack_batch
 from ranks.parallel import Mesh
 from tools import bench_vllm
@@ -138,14 +138,15 @@ def operations(b: Bench) -> None:
         lambda: ids.argsort(stable=True).argsort(),
         0.16,
     )
-    b.time("the same of uint8, and by scatter", lambda: ops.sort_rows(ids, FULL.num_experts), 0.04)
-    (order, places), tokens = ops.sort_rows(ids.view(T, K), FULL.num_experts), b.rand(T, D)
-    weights = b.rand(T, K)
-    b.time("copies of tokens by expert", lambda: tokens[order // K], 0.2, nbytes=2 * 2 * rows * D)
-    combine = torch.compile(ops.combine_rows)
     b.time(
-        "weighted sum of a token's copies, compiled",
-        lambda: combine(x, weights, order, places),
+        "the same of uint8, and by scatter", lambda: experts.sort_rows(ids, FULL.num_experts), 0.04
+    )
+    (order, places), tokens = experts.sort_rows(ids.view(T, K), FULL.num_experts), b.rand(T, D)
+    b.time("copies of tokens by expert", lambda: tokens[order // K], 0.2, nbytes=2 * 2 * rows * D)
+    combine = torch.compile(experts.combine_rows)
+    b.time(
+        "sum of a token's copies, compiled",
+        lambda: combine(x, order, places),
         0.2,
         nbytes=2 * (rows + T) * D,
     )

@@ -1,5 +1,6 @@
 """What one layer of Qwen3-30B-A3B costs on a GPU, counted on the fake one: launches, waits, and
-the bytes of its Triton kernels, forward, backward and under no_grad, as rank 0 of 16 (ep 8).
+the bytes of its Triton kernels, as rank 0 of 16 (ep 8): forward, backward, forward and backward
+again with what the first pass has kept (a recompute), and forward under no_grad.
 
     CISPO_CUDA_VENV=... python tests/fake_gpu/count.py [--eager] [--list] [--checkout DIR]
 
@@ -79,14 +80,17 @@ def main() -> None:
     block, args = layer(make_mesh(1, EP, 4))
     gradient_tD = torch.empty_like(args[0])
     CachingAutotuner.run = count_bytes(CachingAutotuner.run)
-    begin("compile")
-    block(*args)[0].backward(gradient_tD)
-    for x in (args[0], *block.parameters()):
-        x.grad = None
-    begin("forward")
-    y_tD = block(*args)[0]
-    begin("backward")
-    y_tD.backward(gradient_tD)
+    for name in ("compile", ""):
+        for x in (args[0], *block.parameters()):
+            x.grad = None
+        begin(name or "forward")
+        y_tD, _, kept = block(*args)
+        begin(name or "backward")
+        y_tD.backward(gradient_tD)
+    kept = [x.detach() for x in kept]
+    for name in ("compile", ""):
+        begin(name or "again")
+        block(*args, None, kept)[0].backward(gradient_tD)
     begin("no_grad compile")
     with torch.no_grad():
         block(*args)
@@ -94,7 +98,7 @@ def main() -> None:
         block(*args)
     begin("end")
     kinds, result = fake.sections(LOG), {}
-    for name in ("forward", "backward", "no_grad"):
+    for name in ("forward", "backward", "again", "no_grad"):
         counted = kinds[name]
         result[name] = {
             "launches": sum(counted[kind] for kind in fake.LAUNCHES),
