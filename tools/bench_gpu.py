@@ -143,7 +143,7 @@ def operations(b: Bench) -> None:
     )
     (order, places), tokens = experts.sort_rows(ids.view(T, K), FULL.num_experts), b.rand(T, D)
     b.time("copies of tokens by expert", lambda: tokens[order // K], 0.2, nbytes=2 * 2 * rows * D)
-    combine = torch.compile(experts.combine_rows)
+    combine = torch.compile(experts.add_rows)
     b.time(
         "sum of a token's copies, compiled",
         lambda: combine(x, order, places),
