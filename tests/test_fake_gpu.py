@@ -114,19 +114,19 @@ def test_an_eager_update_waits_no_more_than_before():
 @pytest.mark.parametrize(
     "flags, stacks",
     [
-        (["--args", '{"enable_return_routed_experts": true}'], [8]),
+        (["--args", '{"enable_return_routed_experts": true}'], [2]),
         (["--dense"], [0]),
-        (["--gpus", "2"], [8, 8]),
-        (["--gpus", "2", "--args", '{"enable_expert_parallel": true}'], [8, 8]),
+        (["--gpus", "2"], [2, 2]),
+        (["--gpus", "2", "--args", '{"enable_expert_parallel": true}'], [2, 2]),
     ],
     ids=["router replay", "dense and tied", "tensor parallel", "expert parallel"],
 )
 def test_weights_are_inside_vllm_as_if_it_had_started_on_them(flags, stacks):
     """Each where it was before, since CUDA graphs know its address; the 2 layers' experts as stacks
-    in all 4 updates."""
+    in the first of 4 updates, and the others by copies alone."""
     found = measured("vllm_weights.py", *flags)
     assert found["reload changes nothing"] and found["as a vLLM that starts on them"]
-    assert found["stay where they are"] and found["stacks"] == stacks
+    assert found["stay where they are"] and found["stacks"] == stacks and all(found["copies"])
     assert min(found["changed"]) > 10
 
 

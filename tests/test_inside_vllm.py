@@ -53,6 +53,64 @@ def test_neighbours_in_a_file_are_one_piece_and_others_are_not(tmp_path, tensors
         assert torch.equal(whole, torch.stack([tensors[name] for name in asked]))
 
 
+def test_headers_are_read_again_only_where_they_are_others(tmp_path, tensors):
+    save_file(tensors, tmp_path / "model.safetensors")
+    first = Directory(tmp_path)
+    save_file({name: -t for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    second = Directory(tmp_path, first.layout)
+    assert second.layout is first.layout and torch.equal(second["b"], -tensors["b"])
+    save_file({name: t.float() for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    third = Directory(tmp_path, first.layout)
+    assert third.layout is not first.layout and torch.equal(third["b"], tensors["b"].float())
+
+
+# ---- copies --------------------------------------------------------------------------------------
+def reloaded(model, directory, process):
+    """As vLLM does it: a layer at a time, into memory of its own, and from there into the model."""
+    qkv, b = torch.empty(9, 4, dtype=torch.bfloat16), torch.empty(5)
+    for i, name in enumerate(["a.0", "a.2", "a.10"]):
+        qkv.narrow(0, 3 * i, 3).copy_(directory[name])
+    b.copy_(directory["b"])  # to fp32, as a head in it
+    with torch.no_grad():
+        for p, loaded in zip(model.parameters(), process(qkv, b)):
+            loaded.copy_(loaded)  # onto itself, as for experts
+            p.data[: len(loaded)].copy_(loaded)
+
+
+@pytest.mark.parametrize(
+    ("process", "rows", "is_copied"),
+    [
+        (lambda qkv, b: (qkv, b), 9, True),
+        (lambda qkv, b: (qkv.clone(), b), 9, False),  # no longer known where from
+        (lambda qkv, b: (qkv.mul_(2), b), 9, False),
+        (lambda qkv, b: (qkv.view(4, 9).t(), b), 9, False),
+        (lambda qkv, b: (qkv, b), 12, False),  # padded
+        (lambda qkv, b: (qkv,), 9, False),  # one tensor comes from elsewhere
+    ],
+    ids=["as it is", "by way of a copy", "scaled", "transposed", "padded", "left out"],
+)
+def test_what_is_copied_is_found_and_anything_else_is_left_to_vllm(
+    tmp_path, monkeypatch, tensors, process, rows, is_copied
+):
+    monkeypatch.syspath_prepend(REPO / "bridge/inside_vllm")
+    import vllm_copies
+
+    model = torch.nn.ParameterList([torch.zeros(rows, 4).bfloat16(), torch.zeros(5)])
+    write_safetensors(tmp_path / "model.safetensors", list(tensors.items()))
+    directory = Directory(tmp_path)
+    with vllm_copies.Watch(directory) as watch:
+        reloaded(model, directory, process)
+    copies = watch.proven(model)
+    assert (copies is not None) == is_copied
+    if is_copied:
+        later = {name: -t for name, t in tensors.items()}
+        write_safetensors(tmp_path / "later.safetensors", list(later.items()))
+        (tmp_path / "later.safetensors").rename(tmp_path / "model.safetensors")
+        vllm_copies.copy_version(copies, Directory(tmp_path, directory.layout))
+        assert torch.equal(model[0], torch.cat([later[n] for n in ("a.0", "a.2", "a.10")]))
+        assert torch.equal(model[1], later["b"].float())
+
+
 # ---- sums ----------------------------------------------------------------------------------------
 def by_hand(data: bytes) -> str:
     total, mask = 0, (1 << 64) - 1

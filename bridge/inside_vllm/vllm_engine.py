@@ -14,9 +14,11 @@ Two ways to corrupt a live model without any error, both of which happened to ot
    Dropping the kernel makes finalize build it again; without that the experts stay unpacked after a
    reload.
 At its start rollout.py proves that reloading the same weights changes no checksum, and so does
-tests/test_vllm.py.
+tests/test_vllm.py. On a GPU that reload also shows whether later versions can go in by copies alone
+(vllm_copies.py).
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +37,8 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.layerwise import make_online_process_loader
 from vllm.model_executor.model_loader.weight_checksum import _weights
 from vllm.v1.worker import gpu_worker
-from vllm_tensors import Directory, Run, by_numbers, tensor_sum
+from vllm_copies import Copy, Watch, copy_version
+from vllm_tensors import Directory, Layout, Run, by_numbers, tensor_sum
 
 
 def compute_tensor_digests(model: torch.nn.Module) -> dict[str, str]:
@@ -120,11 +123,18 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     stacks: list[Stack] | None = None  # of the model, once they were asked for
+    layout: Layout | None = None  # of the last version
+    watch: Watch | None = None  # of an update under way
+    copies: list[Copy] | None = None  # how all versions of that layout go in, where it is known
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         pass  # nothing to rendezvous with: weights come from a local directory
 
     def start_weight_update(self) -> None:
+        if self.copies is None:
+            self._begin_reload()
+
+    def _begin_reload(self) -> None:
         if self.device.type == "cpu":
             for module in self.model.modules():
                 method = getattr(module, "quant_method", None)
@@ -139,7 +149,20 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        directory = Directory(Path(update_info.path))
+        directory = Directory(Path(update_info.path), self.layout)
+        is_new = directory.layout is not self.layout
+        if self.copies is not None:
+            if not is_new:
+                return copy_version(self.copies, directory)
+            self.copies = None
+            self._begin_reload()
+        self.layout = directory.layout
+        # not on a CPU, where layers pack their weights into memory beside the tensor
+        self.watch = Watch(directory) if is_new and self.device.type != "cpu" else None
+        with self.watch or nullcontext():
+            self._reload(directory)
+
+    def _reload(self, directory: Directory) -> None:
         left = set(directory.places)
         for stack in self._stacks():
             if parts := stack.parts(directory):
@@ -159,7 +182,12 @@ class SafetensorsEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         return self.stacks
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self.copies is not None:
+            return
+        with self.watch or nullcontext():
+            finalize_layerwise_reload(self.model, self.model_config)
+        if self.watch is not None:
+            self.copies, self.watch = self.watch.proven(self.model), None
 
     def shutdown(self) -> None:
         pass

@@ -36,28 +36,41 @@ class Run(NamedTuple):
     tensors: torch.Tensor
 
 
+class Layout(NamedTuple):
+    """What all versions of a run have in common."""
+
+    headers: dict[str, bytes]  # by file
+    places: dict[str, Place]  # by tensor
+
+
 class Directory:
     """The safetensors files of a directory, mapped: only what is read of a tensor comes from the
-    disk. Raises: OSError, ValueError or KeyError for what is no checkpoint."""
+    disk. like: of a directory before; its headers are not read again where these are the same.
+    Raises: OSError, ValueError or KeyError for what is no checkpoint."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, like: Layout | None = None):
         index = path / INDEX
         names = {"model.safetensors"}
         if index.exists():
             names = set(json.loads(index.read_text())["weight_map"].values())
-        self.places: dict[str, Place] = {}
         self.bytes: dict[str, torch.Tensor] = {}
+        headers = {}
         for name in sorted(names):
             with open(path / name, "rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             (length,) = struct.unpack("<Q", mapped[:8])
-            header = json.loads(mapped[8 : 8 + length])
-            header.pop("__metadata__", None)
+            headers[name] = mapped[: 8 + length]
             self.bytes[name] = torch.frombuffer(mapped, dtype=torch.uint8)
-            for tensor, entry in header.items():
-                begin, end = (8 + length + offset for offset in entry["data_offsets"])
-                shape = tuple(entry["shape"])
-                self.places[tensor] = Place(name, begin, end, DTYPES[entry["dtype"]], shape)
+        if like is None or headers != like.headers:
+            places = {}
+            for name, header in headers.items():
+                places |= places_in(name, header)
+            like = Layout(headers, places)
+        self.layout = like
+
+    @property
+    def places(self) -> dict[str, Place]:
+        return self.layout.places
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.runs([name])[0].tensors[0]
@@ -77,6 +90,18 @@ class Directory:
             flat = self.bytes[place.file][place.begin : end].view(place.dtype)
             found.append(Run(first, flat.view(count, *place.shape)))
         return found
+
+
+def places_in(file: str, header: bytes) -> dict[str, Place]:
+    """header: as it is in the file, with its length before it."""
+    entries = json.loads(header[8:])
+    entries.pop("__metadata__", None)
+    places = {}
+    for tensor, entry in entries.items():
+        begin, end = (len(header) + offset for offset in entry["data_offsets"])
+        shape = tuple(entry["shape"])
+        places[tensor] = Place(file, begin, end, DTYPES[entry["dtype"]], shape)
+    return places
 
 
 def by_numbers(name: str) -> list[str | int]:

@@ -98,6 +98,7 @@ def main() -> None:
         again = llm.collective_rpc("seen")
         milliseconds = [update(llm, second) for _ in range(3)]
         after, stacks = llm.collective_rpc("seen"), llm.collective_rpc("stacks_loaded")
+        copies = llm.collective_rpc("copies")
         del llm
         wanted = start(second).collective_rpc("seen")
     found = {
@@ -109,6 +110,7 @@ def main() -> None:
             a[name][0] == w[name][0] for a, w in zip(before, after) for name in a
         ),
         "stacks": stacks,
+        "copies": copies,
         "ms": [round(x, 1) for x in milliseconds],
     }
     print(json.dumps(found))

@@ -44,3 +44,8 @@ class Watched(vllm_engine.WorkerExtension):
 
     def stacks_loaded(self) -> int:
         return len(LOADED)
+
+    def copies(self) -> int | None:
+        """Of which an update consists; None where vLLM loads it."""
+        found = self.weight_transfer_engine.copies
+        return None if found is None else len(found)
