@@ -44,7 +44,7 @@ def build(out: Path) -> None:
     """libfakecuda.so, libcuda.so.1 and libnvidia-ml.so.1 in this directory, for the torch of
     `venv()`, and its vLLM if it has one."""
     site = next(venv().glob("lib/python*/site-packages"))
-    headers = [site / "triton/backends/nvidia/include", *site.glob("nvidia/cu*/include")]
+    headers = [*site.glob("nvidia/cu*/include"), site / "triton/backends/nvidia/include"]
     gcc = ["gcc", "-fPIC", "-O1", *(f"-I{directory}" for directory in headers)]
     libraries = [site / f"torch/lib/lib{name}.so" for name in LIBRARIES]
     libraries += site.glob("vllm/**/*.abi3.so")
