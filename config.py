@@ -264,7 +264,7 @@ class Files(Group):
     """weights and checkpoints"""
 
     publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bf16 on CUDA
-    full_version_every: Count = 16  # versions; between them only changes are sent, if that is less
+    full_version_every: Count = 16  # versions; between them only changes, if under half
     keep_versions: Count = 4  # published versions kept on disk, at least
     checkpoint_every_steps: CountOrZero = 20  # 0: only when the run is asked to stop
     keep_checkpoints: Count = 2  # the last ones, and the one with the best validation or reward

@@ -192,9 +192,8 @@ class Node:
         self, manifest: dict, digest: str, checkpoint: Path, timing: dict, start: float
     ) -> None:
         """Load a proven version into vLLM, and send the receipt."""
-        # Those versions that all nodes look at, so that the hub can compare; and the first, which
-        # has a new vLLM.
-        version, compared = manifest["version"], self.version < 0 or manifest["full"]
+        # the first has a new vLLM
+        version, compared = manifest["version"], self.version < 0 or manifest["compare"]
         async with self.engine:
             previous, self.checkpoint = self.checkpoint, checkpoint
             # a request sent now would run on the new weights with the old ones' cache salt

@@ -21,6 +21,9 @@ from bridge.versions import Versions, clear, prune
 from bridge.waits import Wait, WaitOver, await_keys, gather_json
 from bridge.weights import SUFFIX, WeightsError, describe, own_hf, put_in_place, write_safetensors
 
+# Of the whole. A larger delta saves less time on the way than a node needs to apply it, at 1 to 2
+# GB/s. In bf16 none is so large; in fp32, at a high rate, all are.
+LARGEST_DELTA = 0.5
 SUMMED = ("changed", "elements", "delta_bytes", "full_bytes")  # of a version, over the ranks
 
 
@@ -247,7 +250,7 @@ class Publisher:
         full_bytes = sum(t.nbytes for t in views.values())
         delta_bytes = sum(map(len, codes.values())) if codes else 0
         files = []
-        if codes is not None and delta_bytes < full_bytes:
+        if codes is not None and delta_bytes < LARGEST_DELTA * full_bytes:
             files.append(self._write(codes))
         if full or not files:
             files.append(self._write(None))
@@ -266,7 +269,7 @@ class Publisher:
         }
         parts = self._gather(str(version), part, self.deadline_s)
         if self.rank == 0:
-            self._commit(version, parts, start)
+            self._commit(version, parts, start, compare=full)
         elif self.server is not None and self.store.check(["oldest"]):
             prune(self.root, int(self.store.get("oldest")))  # rank 0's node has rank 0 for it
 
@@ -287,7 +290,7 @@ class Publisher:
         parts = gather_json(self.store, what, self.rank, self.world_size, part, wait)
         return [part for part in parts if part["tensors"]]
 
-    def _commit(self, version: int, parts: list[dict], start: float) -> None:
+    def _commit(self, version: int, parts: list[dict], start: float, compare: bool) -> None:
         """Rank 0: all shares are on disk; write the manifest, and with it the version is there."""
         self._versions.add(version, parts)
         total = {key: sum(part[key] for part in parts) for key in SUMMED}
@@ -301,7 +304,7 @@ class Publisher:
         }
         oldest = self._versions.oldest_to_keep(version, self.hub.oldest_in_use())
         self._versions.forget(oldest)
-        self.hub.set_published(self._versions.write_manifest(version))
+        self.hub.set_published(self._versions.write_manifest(version, compare))
         prune(self.root, oldest)
         self.store.set("oldest", str(oldest))
 
@@ -335,4 +338,4 @@ class Publisher:
             return
         if self.rank == 0:
             self._versions.add_whole(self._version, parts)
-            self.hub.set_published(self._versions.write_manifest(self._version))
+            self.hub.set_published(self._versions.write_manifest(self._version, compare=True))

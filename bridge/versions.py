@@ -71,8 +71,9 @@ class Versions:
         for name, files in self.files.items():
             self.files[name] = [file for file in files if file["version"] >= oldest]
 
-    def write_manifest(self, version: int) -> bytes:
-        """With its manifest the version is one. Returns the manifest."""
+    def write_manifest(self, version: int, compare: bool) -> bytes:
+        """With its manifest the version is one. compare: all nodes are to say what is inside their
+        vLLM. Returns the manifest."""
         shards = [
             {**shard, "files": [f for f in self.files[shard["name"]] if f["version"] <= version]}
             for shard in self.shards
@@ -82,7 +83,7 @@ class Versions:
             "version": version,
             "base": version - 1,
             "static": self.whole,
-            "full": self.whole["version"] == version,
+            "compare": compare,
             "shards": shards,
         }
         text = json.dumps(manifest)

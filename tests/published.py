@@ -41,7 +41,7 @@ def write_version(
         "version": version,
         "base": version - 1,
         "static": whole,
-        "full": full,
+        "compare": full,
         "shards": shards,
     }
     weights.write_text(directory / weights.MANIFEST, json.dumps(manifest))

@@ -209,6 +209,9 @@ def test_the_preset_qwen3_0_6b_trains_a_tied_checkpoint_that_stores_its_head_too
         "--no-compile"
     )
     with Run(tmp_path, ["bash", str(REPO / "launch.sh"), *flags.split()]) as run:
-        first, _ = run.finish()
+        first, second = run.finish()
     assert first["train/grad_norm"] > 0 and first["train/gen_kl_error"] < 1e-6
+    # v1 went as a delta
+    assert 0 < second["weights/delta_bytes"] < 0.5 * second["weights/full_bytes"]
+    assert list((tmp_path / "runs/tiny/weights/v1").glob("*.delta"))
     assert "whole, 24 tensors" in check(tmp_path / "runs/tiny/weights/v2")

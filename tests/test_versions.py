@@ -46,18 +46,18 @@ def test_a_manifest_names_the_files_that_are_left_and_the_whole_version_before(t
     v.add(0, [part(v.root, 0, "full")])
     v.add(1, [part(v.root, 1, "delta")])
     v.forget(0)
-    manifest = json.loads(v.write_manifest(1))
-    assert (manifest["version"], manifest["base"], manifest["full"]) == (1, 0, False)
+    manifest = json.loads(v.write_manifest(1, compare=False))
+    assert (manifest["version"], manifest["base"], manifest["compare"]) == (1, 0, False)
     assert [f["version"] for f in manifest["shards"][0]["files"]] == [0, 1]
     assert manifest["static"]["version"] == 0
     assert manifest["static"]["files"].keys() == {"config.json", "generation_config.json"}
     assert json.loads((v.root / "v1/manifest.json").read_text()) == manifest
 
     v.add_whole(1, [part(v.root, 1, "full")])  # a node refused it: written again
-    manifest = json.loads(v.write_manifest(1))
-    assert manifest["full"] and manifest["static"]["version"] == 1
+    manifest = json.loads(v.write_manifest(1, compare=True))
+    assert manifest["compare"] and manifest["static"]["version"] == 1
     v.forget(1)
-    (shard,) = json.loads(v.write_manifest(1))["shards"]
+    (shard,) = json.loads(v.write_manifest(1, compare=True))["shards"]
     assert [(f["version"], f["kind"]) for f in shard["files"]] == [(1, "delta"), (1, "full")]
 
 
@@ -65,7 +65,7 @@ def test_directories_of_older_versions_and_of_half_written_ones_are_deleted(tmp_
     v = versions(tmp_path)
     for version in range(3):
         v.add(version, [part(v.root, version, "full")])
-        v.write_manifest(version)
+        v.write_manifest(version, compare=False)
     (v.root / "v2/manifest.json").unlink()  # killed before it was written
     clear(v.root)
     assert sorted(path.name for path in v.root.iterdir()) == ["v0", "v1"]

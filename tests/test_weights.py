@@ -199,7 +199,15 @@ def test_versions_are_deltas_between_whole_ones_and_every_digest_is_of_the_full_
     ]
     assert kinds == [["full"], *[["delta"]] * 3, ["delta", "full"], ["delta"], ["delta", "full"]]
     assert [m["shards"][0]["tensors"] for m in listener.published] == wanted
-    assert [m["full"] for m in listener.published] == [True, False, False, False, True, False, True]
+    assert [m["compare"] for m in listener.published] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert (
         0.01 < p.stats["weights/changed"] < 0.03
         and p.stats["weights/delta_bytes"] * 5 < p.stats["weights/full_bytes"]
@@ -227,9 +235,25 @@ def test_a_version_whose_delta_would_be_larger_is_written_whole(tmp_path, tiny_c
     p.publish(2)
     p.close()
     assert [f["kind"] for f in listener.published[1]["shards"][0]["files"]] == ["full", "full"]
-    assert listener.published[1]["full"] and (tmp_path / "v2/config.json").exists()
+    assert (tmp_path / "v2/config.json").exists()
     assert json.loads((tmp_path / "v2/config.json").read_text())["dtype"] == name
     assert dict(read_tensors(tmp_path / "v2"))["model.norm.weight"].dtype == dtype
+
+
+@pytest.mark.parametrize(("moved", "kind"), [(1e-2, "full"), (1e-6, "delta")])
+def test_a_delta_of_more_than_half_is_not_sent(tmp_path, tiny_checkpoint, moved, kind):
+    """As float32 gives it at a high learning rate: all weights move, by a part of themselves."""
+    model, listener = loaded(tiny_checkpoint), Listener()
+    p = publisher(model, tmp_path, tiny_checkpoint, listener)
+    p.publish(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + moved * torch.randn(parameter.shape))
+    p.publish(2)
+    p.close()
+    share = p.stats["weights/delta_bytes"] / p.stats["weights/full_bytes"]
+    assert (0.5 < share < 0.9) == (kind == "full") and p.stats["weights/changed"] > 0.9
+    assert [f["kind"] for f in listener.published[1]["shards"][0]["files"]][-1] == kind
 
 
 def test_what_a_node_still_fetches_is_kept_and_no_more_than_four_copies_of_it(
