@@ -70,11 +70,16 @@ def reloaded(model, directory, process):
     qkv, b = torch.empty(9, 4, dtype=torch.bfloat16), torch.empty(5)
     for i, name in enumerate(["a.0", "a.2", "a.10"]):
         qkv.narrow(0, 3 * i, 3).copy_(directory[name])
+    if hasattr(model, "buffer"):
+        model.buffer.copy_(directory["a.1"])
     b.copy_(directory["b"])  # to fp32, as a head in it
     with torch.no_grad():
         for p, loaded in zip(model.parameters(), process(qkv, b)):
             loaded.copy_(loaded)  # onto itself, as for experts
             p.data[: len(loaded)].copy_(loaded)
+
+
+BESIDE = lambda qkv, b: (qkv, b)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +91,9 @@ def reloaded(model, directory, process):
         (lambda qkv, b: (qkv.view(4, 9).t(), b), 9, False),
         (lambda qkv, b: (qkv, b), 12, False),  # padded
         (lambda qkv, b: (qkv,), 9, False),  # one tensor comes from elsewhere
+        (BESIDE, 9, False),  # a buffer is loaded too
     ],
-    ids=["as it is", "by way of a copy", "scaled", "transposed", "padded", "left out"],
+    ids=["as it is", "by way of a copy", "scaled", "transposed", "padded", "left out", "buffer"],
 )
 def test_what_is_copied_is_found_and_anything_else_is_left_to_vllm(
     tmp_path, monkeypatch, tensors, process, rows, is_copied
@@ -96,6 +102,8 @@ def test_what_is_copied_is_found_and_anything_else_is_left_to_vllm(
     import vllm_copies
 
     model = torch.nn.ParameterList([torch.zeros(rows, 4).bfloat16(), torch.zeros(5)])
+    if process is BESIDE:
+        model.register_buffer("buffer", torch.zeros(3, 4))
     write_safetensors(tmp_path / "model.safetensors", list(tensors.items()))
     directory = Directory(tmp_path)
     with vllm_copies.Watch(directory) as watch:

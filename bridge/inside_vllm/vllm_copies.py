@@ -67,6 +67,8 @@ class Watch(TorchDispatchMode):
     def proven(self, model: torch.nn.Module) -> list[Copy] | None:
         """The copies; None unless they make up the model. Each tensor is compared on the host."""
         copies = []
+        if self._copied.keys() - {address(p) for p in model.parameters()}:
+            return None  # some went elsewhere, as into a buffer
         for p in model.parameters():
             end, last = p.storage_offset(), p.storage_offset() + p.numel()
             for file, source, at in sorted(
