@@ -24,7 +24,8 @@ def sort_rows(ids_tK, bound: int):
     another sort."""
     order_N = ids_tK.flatten().to(torch.uint8 if bound < 256 else torch.int16).argsort(stable=True)
     rows_N = torch.arange(len(order_N), device=order_N.device)
-    return order_N, torch.empty_like(order_N).scatter(0, order_N, rows_N).view_as(ids_tK)
+    at_N = torch.empty_like(order_N).index_put((order_N,), rows_N)
+    return order_N, at_N.view_as(ids_tK)
 
 
 def first_rows(order_N, at_tK, n: int):
