@@ -394,9 +394,9 @@ class Qwen3MoE(nn.Module):
         tokens."""
         torch._dynamo.config.capture_scalar_outputs = True  # the all-to-all's row counts
         # A sum over K rows is one loop, not pieces with fp32 sums in between, which are not put
-        # together again where the number of rows is data; indices are computed where they are used.
-        limits = {"acc_reads_threshold": 64, "opcount_threshold": 300, "reads_threshold": 8}
-        one_loop = {f"realize_{name}": limit for name, limit in limits.items()}
+        # together again where the number of rows is data.
+        one_loop = {"realize_acc_reads_threshold": 64, "realize_opcount_threshold": 300}
+        one_loop["realize_reads_threshold"] = 8  # indices are computed where they are used
         for layer in self.model["layers"]:
             layer.compile(fullgraph=True, dynamic=True, options=one_loop)
 

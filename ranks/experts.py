@@ -133,20 +133,21 @@ def run_on_ranks(experts, x_tD, weights_tK, ids_tK, counts_E, is_read: bool, ep:
     torch._check(n <= sum(receive) * K)
 
     # dispatch: to each rank its rows, in the order of the tokens
-    order_M, *at = first_rows(*sort_rows(to_tK, ep), M)
+    order_M, at_tK, here_tK = first_rows(*sort_rows(to_tK, ep), M)
     from_M = order_M // K
     ids_MK = ids_tK[from_M] - e * to_tK.flatten()[order_M, None]
     here_MK = (ids_MK >= 0) & (ids_MK < e)
-    weights_MK = torch.where(here_MK, copy_rows(weights_tK, from_M, *at), 0.0)
+    weights_MK = torch.where(here_MK, copy_rows(weights_tK, from_M, at_tK, here_tK), 0.0)
     ids_MK = torch.where(here_MK, ids_MK, e).to(x_tD.dtype)
     notes_M2K = torch.cat([weights_MK, ids_MK], 1)
     weights_RK, ids_RK = all_to_all(notes_M2K, receive, send, group).chunk(2, 1)
-    x_RD = all_to_all(copy_rows(x_tD, from_M, *at), receive, send, group)
+    x_RD = all_to_all(copy_rows(x_tD, from_M, at_tK, here_tK), receive, send, group)
     # a copy for each expert
-    order_n, *at_here = first_rows(*sort_rows(ids_RK, e), n)
-    from_n, weights_n = order_n // K, in_order(weights_RK, order_n, at_here[0])
-    y_nD = experts(copy_rows(x_RD, from_n, *at_here), weights_n, counts_re.sum(0), is_read)
+    order_n, at_RK, here_RK = first_rows(*sort_rows(ids_RK, e), n)
+    from_n, weights_n = order_n // K, in_order(weights_RK, order_n, at_RK)
+    x_nD = copy_rows(x_RD, from_n, at_RK, here_RK)
+    y_nD = experts(x_nD, weights_n, counts_re.sum(0), is_read)
     # combine: the same way back
-    y_RD = add_rows(y_nD, from_n, *at_here, is_read)
+    y_RD = add_rows(y_nD, from_n, at_RK, here_RK, is_read)
     y_MD = all_to_all(y_RD, send, receive, group, is_read)
-    return add_rows(y_MD, from_M, *at, is_read)
+    return add_rows(y_MD, from_M, at_tK, here_tK, is_read)

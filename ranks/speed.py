@@ -155,37 +155,31 @@ def layers(m, cfg, N: float, length: float, code: Code) -> list[Work]:
     backward = L * a * 16 * n * D + dense * a * 5 * N * I_ / tp
     backward += moe * a * n * ((of_d * d + of_K * K) * D + of_F * K * F)
     # What only the result needs: the last GEMM of each block, and what follows it.
-    down, third = dense * 2 * N * D * I_ / tp, experts / 3
-    sums = a * n * D * (3 * L + moe * (2 * d + K))
+    out = code.results_left_out
+    down, third = out * dense * 2 * N * D * I_ / tp, out * experts / 3
+    sums = out * a * n * D * (3 * L + moe * (2 * d + K))
     found = [
         Work("projections, routers, dense MLPs", "dense GEMM", gemm, 2 * gemm, down),
         Work("experts", "grouped GEMM", experts, 2 * experts, third),
-        Work("attention", "attention", attention, 0.0),
+        Work("attention", "attention", attention, 0.0, code.attention_kept * attention),
         Work("attention's backward", "attention backward", 0.0, 2.5 * attention),
         Work("elementwise, norms, rows", "copies", forward + around, backward + around, sums),
     ]
     if tp > 1:
         seam = N * D * a * (tp - 1) / tp
         both = 2 * (L + dense) * seam
-        found.append(Work("tensor parallel", "NVLink ring", both, both, dense * seam))
+        found.append(Work("tensor parallel", "NVLink ring", both, both, out * dense * seam))
     if moe and ep > 1:
         sent, near = moe * 2 * n * d * D * a, min(ep, GPUS_A_NODE)
         ways = [("all-to-all", "NVLink all-to-all", near - 1)]
         ways += [("all-to-all across nodes", "InfiniBand", ep - near)] * (ep > near)
         for name, rate, ranks in ways:
             both = sent * ranks / ep
-            found.append(Work(name, rate, both, both, both / 2))
+            found.append(Work(name, rate, both, both, out * both / 2))
     if moe:
         found.append(Work("sorts", "sort", moe * code.sorts * n * K, 0.0))
         found.append(Work("top-k", "top-k", moe * n, 0.0))
-    if not code.results_left_out:
-        found = [work._replace(left_out=0.0) for work in found]
-    return [
-        work._replace(left_out=work.forward)
-        if work.name == "attention" and code.attention_kept
-        else work
-        for work in found
-    ]
+    return found
 
 
 def heads(m, tp: int) -> tuple[float, float]:

@@ -80,11 +80,11 @@ class Watch(TorchDispatchMode):
                 copies.append(Copy(file, source, p.as_strided(*at[1:])))
             if end != last:
                 return None
-        for (*_, into), source in zip(copies, sources(copies, self.directory)):
-            same = into.is_contiguous() and torch.equal(into.cpu(), source.to(into.dtype))
-            if not same:
-                return None
-        return copies
+        are_there = all(
+            into.is_contiguous() and torch.equal(into.cpu(), source.to(into.dtype))
+            for (*_, into), source in zip(copies, sources(copies, self.directory))
+        )
+        return copies if are_there else None
 
 
 def sources(copies: list[Copy], directory: Directory):
